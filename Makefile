@@ -1,0 +1,61 @@
+# Every target sets up .venv by itself; `make` alone lists the targets.
+# PYTHON= names the interpreter .venv is built on. BIN= (empty) uses the tools on PATH and sets nothing up.
+PYTHON ?= python3
+BIN := .venv/bin/
+
+ifeq ($(BIN),.venv/bin/)
+READY := .venv/.ready
+endif
+
+PYTEST := env -u TRITON_INTERPRET $(BIN)pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup demo test lint format test-reference test-interpreter test-compile test-slow test-gpu bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+
+.venv/.ready: .ci/setup pyproject.toml constraints.txt anpgpu/_version.py
+	.ci/setup $(PYTHON)
+	@touch $@
+
+setup: $(READY) ## make .venv (the other targets do this when needed)
+
+demo: $(READY) ## train on handwritten digits without backpropagation, write plots to output/
+	$(BIN)python examples/digits.py --output output/
+
+test: lint test-reference test-interpreter test-compile ## what CI runs: lint and the three CPU legs
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)mypy
+
+format: $(READY) ## apply ruff's fixes and formatting
+	$(BIN)ruff check --fix .
+	$(BIN)ruff format .
+
+# Each leg is a process of its own, and pytest's exit status 5 (nothing to run) fails it.
+test-reference: $(READY) ## torch on the CPU
+	$(PYTEST) tests -m "not slow and not gpu and not interpreter and not compile"
+
+test-interpreter: $(READY) ## Triton's interpreter against the reference
+	env TRITON_INTERPRET=1 $(BIN)pytest tests -m "interpreter and not slow"
+
+test-compile: $(READY) ## compile every kernel, no GPU needed
+	$(PYTEST) tests -m "compile and not slow"
+
+test-slow: $(READY) ## the thorough tests
+	env HYPOTHESIS_PROFILE=slow $(PYTEST) tests -m "slow and not gpu"
+
+test-gpu: $(READY) ## the tests that need a CUDA device
+	$(PYTEST) tests -m gpu
+
+bench: $(READY) ## time the kernels
+	$(BIN)python profiling/time_ops.py
+
+clean: ## remove .venv, caches and outputs
+	rm -rf .venv output build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

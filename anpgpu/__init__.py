@@ -1,0 +1,21 @@
+"""Train RNNs from forward passes alone: perturbed rollouts instead of backpropagation through time."""
+
+from . import functional
+from ._version import __version__
+from .estimate import estimate_grad_
+from .kernels.noise import NOISE_STREAM_VERSION
+from .modules import RNN, Estimate
+from .perturbation import Perturbation
+from .swap import swap_, unswap_
+
+__all__ = [
+    "NOISE_STREAM_VERSION",
+    "RNN",
+    "Estimate",
+    "Perturbation",
+    "__version__",
+    "estimate_grad_",
+    "functional",
+    "swap_",
+    "unswap_",
+]

@@ -1,0 +1,130 @@
+"""`estimate_grad_`: gradients of an RNN and its readout from forward passes alone, without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .baselines import all_weights, by_autograd
+from .division import default_memory
+from .job import Found, Job
+from .layers import split_half, valid_steps
+from .layerwise import two_directions
+from .losses import LossFunction
+from .modules import Estimate, check_perturbation
+from .perturbation import Perturbation
+from .problem import Problem, canonical
+from .segmentwise import one_direction
+from .settings import new_seed, resolve
+
+
+@torch.no_grad()
+def estimate_grad_(
+    rnn: nn.RNN,
+    readout: nn.Module | None,
+    inputs: Tensor | PackedSequence,
+    targets: Tensor | None,
+    loss: str | LossFunction = "mse",
+    *,
+    perturbation: Perturbation | None = None,
+    hx: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    """Estimate gradients from forward passes and add them to `.grad`, as `backward()` would; no autograd graph is kept.
+
+    Args:
+        rnn: an `anpgpu.RNN` or any `torch.nn.RNN`.
+        readout: `torch.nn.Linear` from hidden states to outputs, or None: the hidden state is the output. With a
+            callable loss also a module without trainable parameters.
+        inputs: as the rnn's, (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
+        targets: per step, (T, B, O) or class indices (T, B), batch first where the inputs are; or per sequence, (B, O)
+            or (B,): then only each sample's last valid step has a loss. Class -100 is ignored. For a callable loss, any
+            tensor beginning with (T, B) (taken first, where both fit) or (B,), or None.
+        loss: "mse" or "cross_entropy", averaged over the steps that count (and outputs); or
+            `loss(outputs, targets)` with outputs (T, B, p, O) and targets with a rollout axis of size 1, which returns
+            (T, B, p) values per step or (B, p) per sequence. It may be called on part of the samples, and need not be
+            differentiable; its values are averaged. A Linear readout's weights are then perturbed.
+        perturbation: the default is the rnn's own, or `Perturbation()`.
+        hx: initial state, as the rnn's.
+        lengths: valid steps of each sample, (B,), in [1, T]; padding contributes nothing.
+        generator: where the update's one seed is drawn; the default is torch's default generator of the device.
+
+    Returns:
+        `Estimate`: clean loss, outputs and final state, rollouts skipped, split-half cosine.
+
+    Raises:
+        ValueError, TypeError: an argument is not of this form; the message quotes it.
+        RuntimeError: as `torch.nn.RNN`; or no rollout of a sample is finite. `.grad` is then as it was.
+        MemoryError: `max_memory` is too little for one rollout.
+    """
+    perturbation = check_perturbation(getattr(rnn, "perturbation", None) if perturbation is None else perturbation)
+    for name, given in (("inputs", inputs), ("hx", hx)):
+        if isinstance(given, Tensor) and given.requires_grad and not given.is_leaf:
+            raise ValueError(
+                f"{name} come from a graph, and estimate_grad_ sends nothing back through one: detach them, "
+                "or use loss.backward() through anpgpu.RNN"
+            )
+    problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths)
+    if perturbation.method == "bptt":
+        found = by_autograd(problem)
+    else:
+        settings = resolve(perturbation, rnn.nonlinearity, rnn.all_weights[0][1])
+        seed = new_seed(problem.inputs.device, generator)
+        limit = perturbation.max_memory
+        job = Job(
+            problem,
+            settings,
+            seed,
+            default_memory(problem.inputs.device) if limit is None else limit,
+            perturb_readout=perturbation.readout == "perturbed" or problem.loss.black_box,
+        )
+        with torch.autocast(problem.inputs.device.type, enabled=False):
+            if settings.method == "wp":
+                found = all_weights(job)
+            elif problem.network.directions == 1:
+                found = one_direction(job)
+            else:
+                found = two_directions(job)
+    _add_gradients(rnn, readout, inputs, hx, problem, found)
+    outputs = found.outputs
+    if problem.lengths is not None:
+        outputs = torch.where(valid_steps(len(outputs), problem.lengths, outputs.device).unsqueeze(-1), outputs, 0)
+    return Estimate(
+        loss=found.loss,
+        outputs=problem.layout.restore(outputs),
+        h_n=found.h_n if problem.layout.batched else found.h_n.squeeze(1),
+        skipped=found.skipped,
+        split_half=split_half(found.layers),
+    )
+
+
+def _add_gradients(
+    rnn: nn.RNN,
+    readout: nn.Module | None,
+    inputs: Tensor | PackedSequence,
+    hx: Tensor | None,
+    problem: Problem,
+    found: Found,
+) -> None:
+    """Add what was found to `.grad` of every leaf that requires a gradient."""
+    for names, sums in zip(rnn.all_weights, found.layers, strict=True):
+        for weight, gradient in zip(names, sums.totals(biases=rnn.bias), strict=True):
+            _add(weight, gradient)
+    if isinstance(readout, nn.Linear):
+        _add(readout.weight, found.weight_o)
+        _add(readout.bias, found.bias_o)
+    if isinstance(inputs, Tensor):
+        _add(inputs, problem.layout.restore(found.inputs))
+    if hx is not None:
+        _add(hx, found.h_0 if problem.layout.batched else found.h_0.squeeze(1))
+
+
+def _add(leaf: Tensor | None, gradient: Tensor | None) -> None:
+    if leaf is None or gradient is None or not leaf.requires_grad:
+        return
+    gradient = gradient.to(leaf.dtype)
+    leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad + gradient

@@ -1,0 +1,94 @@
+"""The knobs of perturbation learning, validated once, on construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+METHODS = ("anp", "np", "wp", "bptt")
+NOISES = ("rademacher", "gaussian")
+READOUTS = ("exact", "perturbed")
+PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
+BACKENDS = ("auto", "triton", "cupy", "torch")
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """How gradients are estimated from perturbed rollouts.
+
+    Attributes:
+        method: "anp" (activity-based node perturbation), "np" (node perturbation), "wp" (weight perturbation) or "bptt"
+            (exact, by autograd: the baseline).
+        rollouts: perturbed rollouts per sample, at least 1. More rollouts, less variance.
+        sigma: standard deviation of the injected noise. Rollouts carry deviations, so small values lose no precision.
+        noise: "rademacher" (+-sigma) or "gaussian".
+        discount: how much of the loss of later steps a perturbation is credited with, in [0, 1]: 0 sees the loss of
+            its own step alone, as published; 1 the whole rest of the sequence. "wp" and "bptt" do not use it.
+        ridge: regularisation of the least-squares estimator, relative to the mean squared activity difference.
+        rank: rank of the weight noise of "wp"; None is dense.
+        readout: "exact" computes the readout's gradient in closed form, "perturbed" estimates it from perturbed
+            outputs. `estimate_grad_` alone uses it.
+        precision: operand type of the rollouts' matrix products: "bf16", "fp16", "tf32", "fp32", or "auto" (float64 for
+            float64 parameters, the autocast dtype under autocast, bf16 on CUDA, float32 on the CPU).
+        backend: "triton", "cupy", "torch", or "auto" (triton for CUDA tensors, torch otherwise).
+        max_memory: bytes the rollouts may use; None is an eighth of the device's total memory.
+
+    Raises:
+        ValueError: a value is outside its range; the message quotes it.
+        TypeError: a value is of the wrong type.
+    """
+
+    method: str = "anp"
+    rollouts: int = 32
+    sigma: float = 1e-3
+    noise: str = "rademacher"
+    discount: float = 0.9
+    ridge: float = 0.1
+    rank: int | None = 1
+    readout: str = "exact"
+    precision: str = "auto"
+    backend: str = "auto"
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("method", self.method, METHODS)
+        one_of("noise", self.noise, NOISES)
+        one_of("readout", self.readout, READOUTS)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("backend", self.backend, BACKENDS)
+        whole("rollouts", self.rollouts, 1, 2**32)
+        if self.rank is not None:
+            whole("rank", self.rank, 1, 2**32)
+        if self.max_memory is not None:
+            whole("max_memory", self.max_memory, 1)
+        if not (0 < real("sigma", self.sigma) < math.inf):
+            raise ValueError(f"sigma must be positive and finite, got {self.sigma!r}")
+        if not 0 <= real("discount", self.discount) <= 1:
+            raise ValueError(f"discount must be in [0, 1], got {self.discount!r}")
+        if not 0 <= real("ridge", self.ridge) < math.inf:
+            raise ValueError(f"ridge must be finite and not negative, got {self.ridge!r}")
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of the allowed names."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, one of {', '.join(map(repr, allowed))}; got {value!r}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Return `value`, an int of at least `low` and below `high`; raise otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < low or (high is not None and value >= high):
+        bound = f"at least {low}" if high is None else f"in [{low}, {high - 1}]"
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+    return value
+
+
+def real(name: str, value: object) -> float:
+    """Return `value` as a float; raise unless it is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    return float(value)

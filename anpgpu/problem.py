@@ -1,0 +1,249 @@
+"""The arguments of `estimate_grad_`, checked and brought to one form: time first, batched, in the working type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from .layers import Network, valid_steps
+from .losses import IGNORE_INDEX, LossFunction, MeasuredLoss, Targets
+from .perturbation import one_of
+from .settings import working_dtype
+
+LOSSES = ("mse", "cross_entropy")
+
+
+class Layout(NamedTuple):
+    """How the caller's tensors are laid out."""
+
+    batch_first: bool
+    batched: bool
+
+    def time_first(self, values: Tensor) -> Tensor:
+        """Return (T, B, ...) from the caller's layout."""
+        if not self.batched:
+            return values.unsqueeze(1)
+        return values.transpose(0, 1) if self.batch_first else values
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Return the caller's layout from (T, B, ...)."""
+        if not self.batched:
+            return values.squeeze(1)
+        return values.transpose(0, 1) if self.batch_first else values
+
+
+class Problem(NamedTuple):
+    """A call of `estimate_grad_` in canonical form."""
+
+    network: Network
+    weight_o: Tensor | None
+    """(O, D * H); None where the hidden state is the output."""
+    bias_o: Tensor | None
+    inputs: Tensor
+    """(T, B, I)."""
+    h_0: Tensor
+    """(layers * D, B, H)."""
+    lengths: Tensor | None
+    loss: MeasuredLoss
+    dropout: Callable[[Tensor], Tensor] | None
+    layout: Layout
+
+    @property
+    def width(self) -> int:
+        """D * H."""
+        return self.network.hidden_size * self.network.directions
+
+    @property
+    def outputs_size(self) -> int:
+        """O."""
+        return self.width if self.weight_o is None else self.weight_o.shape[0]
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Return the outputs of hidden states (..., D * H)."""
+        return hidden if self.weight_o is None else nn.functional.linear(hidden, self.weight_o, self.bias_o)
+
+    def readout_of(self, direction: int) -> Tensor | None:
+        """Return the readout's columns that see one direction, (O, H); None for the identity."""
+        if self.network.directions == 1:
+            return self.weight_o
+        weight = self.weight_o
+        if weight is None:
+            weight = torch.eye(self.width, dtype=self.inputs.dtype, device=self.inputs.device)
+        units = self.network.hidden_size
+        return weight[:, direction * units : (direction + 1) * units]
+
+
+def canonical(
+    rnn: nn.RNN,
+    readout: nn.Module | None,
+    inputs: Tensor | PackedSequence,
+    targets: Tensor | None,
+    loss: str | LossFunction,
+    hx: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+) -> Problem:
+    """Check the arguments of `estimate_grad_` and bring them to canonical form; see there for what they are."""
+    if not isinstance(rnn, nn.RNN):
+        raise TypeError(f"rnn must be an anpgpu.RNN or a torch.nn.RNN, got {type(rnn).__name__}")
+    if not callable(loss):
+        one_of("loss", loss, LOSSES)
+    _check_readout(readout, loss, rnn.hidden_size * (2 if rnn.bidirectional else 1))
+    weights = [weight for layer in rnn.all_weights for weight in layer]
+    dtype = working_dtype(weights[0].dtype)
+    values, sizes, layout = _padded(rnn, inputs, lengths)
+    h_0 = _initial_state(rnn, values, hx, layout)
+    time, batch, _ = values.shape
+    if not time:
+        raise RuntimeError(
+            f"Expected sequence length to be larger than 0 in RNN, got inputs of shape {tuple(values.shape)}"
+        )
+    given = _lengths(sizes, time, batch)
+    valid = torch.ones((time, batch), dtype=torch.bool, device=values.device)
+    last_step = torch.full((batch,), time - 1, device=values.device)
+    if given is not None:
+        valid = valid_steps(time, given, values.device)
+        # Whatever the padding holds, NaN included, stays out of the states.
+        values = torch.where(valid.unsqueeze(-1), values, 0)
+        last_step = (given - 1).to(values.device)
+    network = Network.of(
+        weights,
+        biases=rnn.bias,
+        directions=2 if rnn.bidirectional else 1,
+        nonlinearity=rnn.nonlinearity,
+    ).to(dtype)
+    linear = readout if isinstance(readout, nn.Linear) else None
+    weight_o = None if linear is None else linear.weight.detach().to(dtype)
+    bias_o = None if linear is None or linear.bias is None else linear.bias.detach().to(dtype)
+    outputs = network.hidden_size * network.directions if weight_o is None else weight_o.shape[0]
+    if callable(loss) and readout is not None and linear is None:
+        loss = _behind(readout, loss)
+    measured = MeasuredLoss(loss, _targets(targets, loss, layout, (time, batch, outputs), dtype), valid, last_step)
+    dropout = _dropout(rnn.dropout) if rnn.training and rnn.dropout else None
+    return Problem(
+        network, weight_o, bias_o, values.detach().to(dtype), h_0.detach().to(dtype), given, measured, dropout, layout
+    )
+
+
+def _check_readout(readout: nn.Module | None, loss: str | LossFunction, width: int) -> None:
+    if readout is None:
+        return
+    if isinstance(readout, nn.Linear):
+        if readout.in_features != width:
+            raise ValueError(f"readout.in_features must be {width}, the rnn's output size, got {readout.in_features}")
+        return
+    if not isinstance(readout, nn.Module):
+        raise TypeError(f"readout must be a torch.nn.Linear or None, got {type(readout).__name__}")
+    if not callable(loss):
+        raise TypeError(
+            f"readout must be a torch.nn.Linear or None with loss={loss!r}, got {type(readout).__name__}; "
+            "use loss.backward() through anpgpu.RNN for other heads"
+        )
+    if any(parameter.requires_grad for parameter in readout.parameters()):
+        raise TypeError(
+            f"the parameters of readout {type(readout).__name__} cannot be estimated: only a torch.nn.Linear's can; "
+            "freeze them, or use loss.backward() through anpgpu.RNN"
+        )
+
+
+def _behind(readout: nn.Module, loss: LossFunction) -> LossFunction:
+    """Return the loss of what a readout without trainable parameters makes of the states."""
+    return lambda hidden, targets: loss(readout(hidden), targets)
+
+
+def _padded(
+    rnn: nn.RNN, inputs: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None
+) -> tuple[Tensor, Tensor | Sequence[int] | None, Layout]:
+    """Return (T, B, I) inputs, lengths and the caller's layout."""
+    if isinstance(inputs, PackedSequence):
+        if lengths is not None:
+            raise ValueError(f"a PackedSequence brings its own lengths, got lengths={lengths!r} as well")
+        rnn.check_input(inputs.data, inputs.batch_sizes)
+        padded, sizes = pad_packed_sequence(inputs)
+        return padded, sizes, Layout(rnn.batch_first, True)
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a tensor or a PackedSequence, got {type(inputs).__name__}")
+    if inputs.dim() not in (2, 3):
+        raise ValueError(f"RNN: Expected input to be 2D or 3D, got {inputs.dim()}D tensor instead")
+    if inputs.device != rnn.weight_hh_l0.device:
+        raise RuntimeError(f"inputs are on {inputs.device}, the rnn's parameters on {rnn.weight_hh_l0.device}")
+    layout = Layout(rnn.batch_first, inputs.dim() == 3)
+    time_first = layout.time_first(inputs)
+    rnn.check_input(time_first, None)
+    return time_first, lengths, layout
+
+
+def _initial_state(rnn: nn.RNN, values: Tensor, hx: Tensor | None, layout: Layout) -> Tensor:
+    """Return h_0, (layers * D, B, H)."""
+    shape = (len(rnn.all_weights), values.shape[1], rnn.hidden_size)
+    if hx is None:
+        return values.new_zeros(shape)
+    if not isinstance(hx, Tensor):
+        raise TypeError(f"hx must be a tensor, got {type(hx).__name__}")
+    if hx.dim() != 2 + layout.batched:
+        raise RuntimeError(f"hx should be {2 + layout.batched}-D for these inputs but got {hx.dim()}-D tensor")
+    batched = hx if layout.batched else hx.unsqueeze(1)
+    rnn.check_hidden_size(batched, shape)
+    return batched
+
+
+def _lengths(lengths: Tensor | Sequence[int] | None, time: int, batch: int) -> Tensor | None:
+    if lengths is None:
+        return None
+    given = torch.as_tensor(lengths, device="cpu")
+    if given.dtype.is_floating_point or given.dtype == torch.bool:
+        raise TypeError(f"lengths must be whole numbers, got {given.dtype}")
+    if given.shape != (batch,):
+        raise ValueError(f"lengths must have shape (B,) = ({batch},), got {tuple(given.shape)}")
+    if batch and not (int(given.min()) >= 1 and int(given.max()) <= time):
+        raise ValueError(f"lengths must be in [1, {time}], got {given.tolist()}")
+    return given.long()
+
+
+def _targets(
+    targets: Tensor | None,
+    loss: str | LossFunction,
+    layout: Layout,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> Targets:
+    """Return targets in canonical form; `sizes` is (T, B, O)."""
+    time, batch, outputs = sizes
+    if targets is None and callable(loss):
+        return Targets(None, True)
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
+    tail = {"mse": (outputs,), "cross_entropy": ()}.get(loss) if isinstance(loss, str) else None
+    # The caller's layout of (T, B), and of (B,).
+    per_step = ((batch, time) if layout.batch_first else (time, batch)) if layout.batched else (time,)
+    per_sequence = (batch,) if layout.batched else ()
+    shape = tuple(targets.shape)
+    if shape == (*per_step, *tail) if tail is not None else shape[: len(per_step)] == per_step:
+        values, each = layout.time_first(targets), True
+    elif shape == (*per_sequence, *tail) if tail is not None else shape[: len(per_sequence)] == per_sequence:
+        values, each = targets if layout.batched else targets.unsqueeze(0), False
+    else:
+        what = f"{(*per_step, *(tail or ('...',)))} or {(*per_sequence, *(tail or ('...',)))}"
+        raise ValueError(f"targets must have shape {what}, got {shape}")
+    if loss == "mse":
+        if not values.dtype.is_floating_point:
+            raise TypeError(f"targets of loss='mse' must be floating, got {values.dtype}")
+        values = values.detach().to(dtype)
+    if loss == "cross_entropy":
+        if values.dtype != torch.int64:
+            raise TypeError(f"targets of loss='cross_entropy' must be class indices of dtype int64, got {values.dtype}")
+        wrong = (
+            values[(values != IGNORE_INDEX) & ((values < 0) | (values >= outputs))]
+            if not values.is_cuda
+            else values[:0]
+        )
+        if len(wrong):
+            raise ValueError(f"class indices must be in [0, {outputs - 1}] or {IGNORE_INDEX}, got {int(wrong[0])}")
+    return Targets(values, each)
+
+
+def _dropout(probability: float) -> Callable[[Tensor], Tensor]:
+    return lambda values: nn.functional.dropout(torch.ones_like(values), probability, training=True)

@@ -1,0 +1,57 @@
+"""Perturbing the readout: noise on the outputs, credited with the loss it moves.
+
+    delta_o_t = zeta_t;  dL/do_t = mean_p c_t zeta_t / sigma^2
+
+Node perturbation of a layer without recurrence: the credit is the loss difference of the same step, or of the whole
+sequence where the loss is one value per sequence. A second way to the gradient that "exact" computes in closed form,
+and the only one where the loss cannot be differentiated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .division import FIXED_BYTES
+from .job import BlackBoxChange
+from .kernels.adjoint import returns
+from .kernels.noise import Counters, Purpose, noise
+from .kernels.rollout import OutputsOnly, loss_difference
+from .problem import Problem
+from .settings import Settings
+from .sweep import raise_if_lost
+
+
+def perturb_readout(
+    problem: Problem, outputs: Tensor, settings: Settings, seed: Tensor, samples: slice, max_memory: int
+) -> Tensor:
+    """Return the estimate of dL/do, (T, b, O), from clean outputs of some samples, (T, b, O)."""
+    time, batch, width = outputs.shape
+    total, sigma = settings.options.rollouts, settings.options.sigma
+    each = outputs.element_size() * max(1, time * batch * (5 * width + 4))
+    step = min(total, max(1, (max_memory - FIXED_BYTES) // each))
+    loss, whole = problem.loss, slice(0, time)
+    change = BlackBoxChange(problem, outputs, samples) if loss.black_box else None
+    spec = loss.spec(None, outputs, whole, samples, False, None)
+    gradient = torch.zeros_like(outputs)
+    finite = torch.ones((batch, total), dtype=torch.bool, device=outputs.device)
+    for first in range(0, total, step):
+        count = min(step, total - first)
+        delta_o = noise(
+            seed,
+            (time, batch, count, width),
+            sigma=sigma,
+            kind=settings.options.noise,
+            counters=Counters(purpose=Purpose.READOUT, rollout=first, sample=samples.start, rank=settings.process_rank),
+            dtype=outputs.dtype,
+        )
+        if change is not None:
+            delta_loss = change.of(delta_o)
+        elif not isinstance(spec, OutputsOnly):
+            delta_loss = torch.stack([loss_difference(spec, number, move) for number, move in enumerate(delta_o)])
+        usable = torch.isfinite(delta_loss).all(0)
+        finite[:, first : first + count] = usable
+        credit = returns(torch.where(usable, delta_loss, 0), 1.0 if loss.black_box and loss.per_sequence else 0.0)
+        gradient += (credit.unsqueeze(2) @ (delta_o / sigma)).squeeze(2) / sigma
+    raise_if_lost(finite, samples.start, sigma)
+    return gradient / finite.sum(1).view(1, -1, 1)

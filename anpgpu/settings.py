@@ -1,0 +1,80 @@
+"""From a `Perturbation` and some parameters to what actually runs: types, backend, seed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose_backend
+from .kernels.rollout import RolloutOptions
+from .perturbation import Perturbation
+
+PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+class Settings(NamedTuple):
+    """A `Perturbation` resolved for given parameters."""
+
+    method: str
+    discount: float
+    rank: int | None
+    options: RolloutOptions
+    backend: str
+    process_rank: int
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of deviations, losses and sums: float32, or float64 for float64 parameters."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Settings:
+    """Resolve a perturbation for a layer's parameters, under the ambient autocast.
+
+    Raises:
+        ImportError: the requested backend is missing.
+        ValueError: it cannot run on the parameters' device or type.
+    """
+    dtype = working_dtype(weight.dtype)
+    precision = perturbation.precision
+    if dtype == torch.float64:
+        if precision != "auto":
+            raise ValueError(f"precision={precision!r} does not go with float64 parameters, which use float64 operands")
+        precision = "fp64"
+    elif precision == "auto":
+        if torch.is_autocast_enabled(weight.device.type):
+            precision = PRECISION_OF[torch.get_autocast_dtype(weight.device.type)]
+        elif weight.device.type == "cuda":
+            precision = "bf16"
+        else:
+            precision = PRECISION_OF.get(weight.dtype, "fp32")
+    options = RolloutOptions(
+        rollouts=perturbation.rollouts,
+        sigma=float(perturbation.sigma),
+        noise=perturbation.noise,
+        nonlinearity=nonlinearity,
+        precision=precision,
+    )
+    return Settings(
+        method=perturbation.method,
+        discount=float(perturbation.discount),
+        rank=perturbation.rank,
+        options=options,
+        backend=choose_backend(perturbation.backend, weight.device, dtype),
+        process_rank=process_rank(),
+    )
+
+
+def process_rank() -> int:
+    """Return this process's rank in torch.distributed, 0 outside it: part of every noise counter."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def new_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Draw the 64-bit seed of one update, a 0-dim int64 tensor: the only draw perturbation learning makes."""
+    where = device if generator is None else generator.device
+    seed = torch.empty((), dtype=torch.int64, device=where).random_(-(2**63), None, generator=generator)
+    return seed.to(device)

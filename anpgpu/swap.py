@@ -1,0 +1,78 @@
+"""`swap_` and `unswap_`: perturbation learning in and out of an existing model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .modules import RNN, Record, check_perturbation
+from .perturbation import Perturbation
+
+
+def swap_(model: nn.Module, perturbation: Perturbation | None = None) -> int:
+    """Replace every `torch.nn.RNN` inside a model, in place, by an `anpgpu.RNN` with the same parameters.
+
+    Parameters stay the same objects, so an optimiser made before goes on working; hooks and names stay too. An
+    `anpgpu.RNN` that is there already takes the new perturbation. The model itself may be the RNN: it then becomes one.
+
+    Args:
+        model: any module.
+        perturbation: how gradients are estimated; the default is `Perturbation()`.
+
+    Returns:
+        How many RNNs now learn by perturbation.
+
+    Raises:
+        TypeError: `model` is no module, `perturbation` no `Perturbation`, or an RNN of the model is of a class derived
+            from `torch.nn.RNN`; the model is then as it was.
+    """
+    chosen = check_perturbation(perturbation)
+    found = [module for module in _modules(model) if isinstance(module, nn.RNN)]
+    for module in found:
+        if not isinstance(module, RNN):
+            _replaced_class(type(module), nn.RNN, RNN)
+    for module in found:
+        if not isinstance(module, RNN):
+            # The same object with another forward: nothing that refers to it, or to its parameters, is left behind.
+            module.__class__ = _replaced_class(type(module), nn.RNN, RNN)  # type: ignore[assignment]
+            vars(module)["_record"] = Record()
+        vars(module)["perturbation"] = chosen
+    return len(found)
+
+
+def unswap_(model: nn.Module) -> int:
+    """Turn every `anpgpu.RNN` inside a model back into a `torch.nn.RNN`, in place, with the same parameters.
+
+    Returns:
+        How many were turned back.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    found = [module for module in _modules(model) if isinstance(module, RNN)]
+    for module in found:
+        module.__class__ = _replaced_class(type(module), RNN, nn.RNN)  # type: ignore[assignment]
+        for name in ("perturbation", "_record"):
+            vars(module).pop(name)
+    return len(found)
+
+
+def _replaced_class(given: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -> type[nn.Module]:
+    """Return `given` with `old` replaced by `new`; a parametrized module's class is one made for it around `old`.
+
+    Raises:
+        TypeError: `given` is somebody's subclass, whose own forward would be lost or would go round ours.
+    """
+    if given is old:
+        return new
+    if given.__bases__ == (old,) and given.__name__.startswith("Parametrized"):
+        return type(f"Parametrized{new.__name__}", (new,), dict(vars(given)))
+    raise TypeError(
+        f"{given.__module__}.{given.__qualname__} is a subclass of torch.nn.RNN and cannot be swapped; "
+        "derive it from anpgpu.RNN instead"
+    )
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(model.modules())

@@ -1,0 +1,149 @@
+"""From loss differences to the adjoint: discounted returns, then a sum over rollouts.
+
+    c_t   = delta_loss_t + discount c_{t+1}                     (0: the published rule, 1: full reward-to-go)
+    np    lam_t = mean_p c_t xi_t / sigma^2                     node perturbation
+    anp   lam_t = mean_p c_t H delta_a_t / ||delta_a_t||^2      activity-based node perturbation, norm over the H units
+
+lam_t estimates dL/da_t. Source: Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967 (discount 0); Dalm, van Gerven,
+Ahmad 2023, arXiv:2310.00965; the discounted return is derived in the README.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .noise import Counters, noise as make_noise
+from .rollout import NOISE_BLOCK_BYTES, Loss, RolloutOptions, loss_of_steps, rollout
+
+SAFE_TO_SQUARE = (1e-12, 1e12)
+"""Range of sigma in which the square of delta_a stays a normal float32."""
+
+
+def returns(delta_loss: Tensor, discount: float, *, carry: Tensor | None = None) -> Tensor:
+    """Return the credit c_t = delta_loss_t + discount c_{t+1}, (T, B, P).
+
+    Args:
+        delta_loss: loss difference of each step, (T, B, P).
+        discount: gamma in [0, 1].
+        carry: the return of the step after the last one, (B, P); None is zero.
+    """
+    credit = delta_loss.clone()
+    following = carry
+    for step in range(len(credit) - 1, -1, -1):
+        if following is not None and discount:
+            credit[step].add_(following, alpha=discount)
+        following = credit[step]
+    return credit
+
+
+def adjoint(
+    credit: Tensor,
+    delta_a: Tensor | None,
+    seed: Tensor,
+    *,
+    method: str,
+    units: int,
+    options: RolloutOptions,
+    counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
+) -> Tensor:
+    """Sum over a block of rollouts what each says of dL/da.
+
+    Args:
+        credit: returns c, (T, B, P). A rollout whose credit is exactly zero at a step adds nothing there, even where
+            its delta_a is not finite.
+        delta_a: activity differences, (T, B, P, H), for "anp"; "np" regenerates its noise and takes None.
+        seed: 0-dim int64 tensor, the noise's key.
+        method: "np" or "anp".
+        units: H.
+        options: as in the rollout.
+        counters: as in the rollout.
+
+    Returns:
+        (2, T, B, H): the sums over the rollouts of even and of odd global number, in the dtype of `credit`. Their sum
+        over P is the estimate; their angle tells its variance.
+    """
+    time, batch, rollouts = credit.shape
+    sums = credit.new_zeros((2, time, batch, units))
+    block = max(1, NOISE_BLOCK_BYTES // max(1, batch * rollouts * units * credit.dtype.itemsize))
+    for start in range(0, time, block):
+        steps = slice(start, min(start + block, time))
+        if method == "np":
+            part = make_noise(
+                seed,
+                (steps.stop - start, batch, rollouts, units),
+                sigma=1.0,
+                kind=options.noise,
+                counters=counters._replace(time=counters.time + start),
+                dtype=credit.dtype,
+            )
+            share = credit[steps] / options.sigma
+        else:
+            assert delta_a is not None  # noqa: S101  (for the type checker; callers are validated above)
+            part = delta_a[steps].to(credit.dtype)
+            share, part = _activity_share(credit[steps], part, options.sigma)
+        first = counters.rollout % 2
+        for half in (0, 1):
+            mine = slice((half + first) % 2, None, 2)
+            sums[half, steps] = (share[:, :, None, mine] @ part[:, :, mine]).squeeze(2)
+    return sums
+
+
+def rollout_adjoint(
+    preact: Tensor,
+    hidden: Tensor,
+    weight_hh: Tensor,
+    loss: Loss,
+    seed: Tensor,
+    *,
+    method: str,
+    options: RolloutOptions,
+    counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
+    delta_h0: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run rollouts and sum their adjoint at discount 0, where each step's credit is known at once.
+
+    Nothing of size (T, B, P, H) is stored. Arguments as in `rollout` and `adjoint`.
+
+    Returns:
+        The sums of `adjoint`, (2, T, B, H); delta_loss, (T, B, P); the last delta_h, (B, P, H). Steps of a rollout
+        whose loss difference is not finite add nothing.
+    """
+    time, batch, units = preact.shape
+    sums = preact.new_empty((2, time, batch, units))
+    delta_loss = preact.new_empty((time, batch, options.rollouts))
+    keep = options._replace(store_delta_a=method != "np")
+    block = max(1, NOISE_BLOCK_BYTES // max(1, batch * options.rollouts * units * preact.dtype.itemsize))
+    delta_h = delta_h0
+    for start in range(0, time, block):
+        steps = slice(start, min(start + block, time))
+        here = counters._replace(time=counters.time + start)
+        part = rollout(
+            preact[steps],
+            hidden[steps],
+            weight_hh,
+            loss_of_steps(loss, steps),
+            seed,
+            options=keep,
+            counters=here,
+            delta_h0=delta_h,
+        )
+        assert part.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
+        delta_h, delta_loss[steps] = part.delta_h, part.delta_loss
+        credit = torch.nan_to_num(part.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
+        sums[:, steps] = adjoint(credit, part.delta_a, seed, method=method, units=units, options=options, counters=here)
+    assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
+    return sums, delta_loss, delta_h
+
+
+def _activity_share(credit: Tensor, delta_a: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """Return c H / ||delta_a||^2, (T, B, P), and delta_a with rows that do not count cleared."""
+    if not SAFE_TO_SQUARE[0] < sigma < SAFE_TO_SQUARE[1]:
+        share, scaled = _activity_share(credit, delta_a / sigma, 1.0)
+        return share / sigma, scaled
+    squared = torch.linalg.vector_norm(delta_a, dim=-1).square_()
+    usable = torch.isfinite(squared) & (squared > 0) & (credit != 0)
+    share = torch.where(usable, credit * delta_a.shape[-1] / squared, 0)
+    if delta_a.is_cuda or not bool(torch.isfinite(squared).all()):
+        delta_a = torch.where(torch.isfinite(squared).unsqueeze(-1), delta_a, 0)
+    return share, delta_a

@@ -1,0 +1,263 @@
+"""Perturbed rollouts in deviation form: the difference to the clean run is carried, no two runs are subtracted.
+
+    delta_a_t = W_hh delta_h_{t-1} + xi_t
+    delta_h_t = phi(a_t + delta_a_t) - phi(a_t)         exact for any sigma, computed without cancellation
+      tanh:  th (1 - h^2) / (1 + h th), th = tanh(delta_a);  the plain difference where |delta_a| > 0.5
+      relu:  max(delta_a + min(a, 0), -max(a, 0))
+
+and the loss difference of each step, in the same spirit (e = clean output - target, p = clean softmax):
+
+    linear         delta_loss = g . delta_h
+    squared        delta_loss = weight * mean_o delta_o (2 e + delta_o)
+    cross-entropy  delta_loss = weight * log1p(sum_o p_o expm1(delta_o - delta_o[target]))
+
+with delta_o = W_o delta_h. Source: the update rule these rollouts serve is activity-based node perturbation (Fernandez,
+Keemink, van Gerven 2024, arXiv:2405.08967); the deviation form is derived here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .noise import Counters, noise as make_noise
+
+NOISE_BLOCK_BYTES = 1 << 21
+"""Noise is made for as many steps at a time as fit here, so that it is still in the cache when its step comes."""
+
+PLAIN_DIFFERENCE_ABOVE = 0.5
+"""|delta_a| from which tanh(a + delta_a) - tanh(a) loses less than two bits, and the quotient form nears 0/0."""
+
+
+class LinearLoss(NamedTuple):
+    """Loss that is linear in the hidden state: what autograd sends back."""
+
+    grad: Tensor
+    """dL/dh, (T, B, H)."""
+
+
+class SquaredLoss(NamedTuple):
+    """Mean over outputs of the squared error, times a weight per step and sample."""
+
+    readout: Tensor | None
+    """W_o, (O, H); None where the hidden state is the output."""
+    error: Tensor
+    """Clean output minus target, (T, B, O)."""
+    weight: Tensor
+    """Share of each step in the reported loss, (T, B); zero where a step has no loss."""
+
+
+class CrossEntropyLoss(NamedTuple):
+    """Cross-entropy with class indices, times a weight per step and sample."""
+
+    readout: Tensor | None
+    """W_o, (O, H); None where the hidden state holds the logits."""
+    probs: Tensor
+    """Clean softmax, (T, B, O)."""
+    target: Tensor
+    """Class indices, (T, B) int64, each in [0, O) also where the weight is zero."""
+    weight: Tensor
+    """Share of each step in the reported loss, (T, B); zero where a step has no loss."""
+
+
+class OutputsOnly(NamedTuple):
+    """No loss of ours: the rollout returns delta_o for the caller to measure."""
+
+    readout: Tensor | None
+    """W_o, (O, H); None where the hidden state is the output."""
+
+
+Loss = LinearLoss | SquaredLoss | CrossEntropyLoss | OutputsOnly
+
+
+def loss_of_steps(loss: Loss, steps: slice, samples: slice = slice(None)) -> Loss:
+    """Return the loss restricted to some time steps and samples: every field but the readout is (T, B, ...)."""
+    fields = {name: field[steps, samples] for name, field in loss._asdict().items() if name != "readout"}
+    return loss._replace(**fields)
+
+
+class Rollout(NamedTuple):
+    """What a block of rollouts leaves behind."""
+
+    delta_loss: Tensor | None
+    """(T, B, P), float32 or float64; None without a loss."""
+    delta_a: Tensor | None
+    """(T, B, P, H) where it was asked for; its rows may be padded."""
+    delta_h: Tensor
+    """(B, P, H), the deviation of the state after the last step."""
+    delta_o: Tensor | None
+    """(T, B, P, O) with `OutputsOnly`."""
+
+
+class RolloutOptions(NamedTuple):
+    """The scalars of a block of rollouts."""
+
+    rollouts: int
+    sigma: float
+    noise: str = "rademacher"
+    nonlinearity: str = "tanh"
+    precision: str = "fp32"
+    """Operands of the recurrent product: "bf16", "fp16" (scaled by 1/sigma), "tf32", "fp32"; accumulation is float32.
+    "fp64" with float64 tensors."""
+    store_delta_a: bool = False
+
+
+def rollout(
+    preact: Tensor,
+    hidden: Tensor,
+    weight_hh: Tensor,
+    loss: Loss | None,
+    seed: Tensor,
+    *,
+    options: RolloutOptions,
+    counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
+    delta_h0: Tensor | None = None,
+) -> Rollout:
+    """Run a block of perturbed rollouts through time.
+
+    Args:
+        preact: clean pre-activations a, (T, B, H).
+        hidden: clean hidden states h = phi(a), (T, B, H).
+        weight_hh: recurrent matrix, (H, H).
+        loss: what `delta_loss` measures; None where only the state is wanted.
+        seed: 0-dim int64 tensor, the noise's key.
+        options: number of rollouts P, standard deviation and kind of the noise, nonlinearity, operand precision, and
+            whether delta_a is kept.
+        counters: global indices of the block's first step, rollout and sample.
+        delta_h0: deviation of the state before the first step, (B, P, H); None is zero.
+
+    Returns:
+        `Rollout`; loss differences carry the weight the step has in the reported loss.
+    """
+    time, batch, units = preact.shape
+    rollouts, working = options.rollouts, preact.dtype
+    product = _RecurrentProduct(weight_hh, options)
+    deviation = DEVIATIONS[options.nonlinearity]
+    delta_h = None if delta_h0 is None else delta_h0.to(working)
+    scratch = (preact.new_empty((batch, rollouts, units)), preact.new_empty((batch, rollouts, units)))
+    kept = preact.new_empty((time, batch, rollouts, units)) if options.store_delta_a else None
+    measured = None if isinstance(loss, OutputsOnly) else loss
+    delta_loss = None if measured is None else preact.new_empty((time, batch, rollouts))
+    delta_o = None
+    if isinstance(loss, OutputsOnly):
+        delta_o = preact.new_empty((time, batch, rollouts, units if loss.readout is None else loss.readout.shape[0]))
+
+    block = max(1, NOISE_BLOCK_BYTES // max(1, batch * rollouts * units * working.itemsize))
+    for start in range(0, time, block):
+        stop = min(start + block, time)
+        injected = make_noise(
+            seed,
+            (stop - start, batch, rollouts, units),
+            sigma=options.sigma,
+            kind=options.noise,
+            counters=counters._replace(time=counters.time + start),
+            dtype=working,
+        )
+        for step in range(start, stop):
+            delta_a = injected[step - start] if kept is None else kept[step].copy_(injected[step - start])
+            if delta_h is not None:
+                product.add_to(delta_a, delta_h)
+            delta_h = deviation(delta_a, preact[step].unsqueeze(1), hidden[step].unsqueeze(1), scratch)
+            if measured is not None and delta_loss is not None:
+                delta_loss[step] = loss_difference(measured, step, delta_h)
+            if isinstance(loss, OutputsOnly) and delta_o is not None:
+                delta_o[step] = output_deviation(loss.readout, delta_h)
+    # The scratch tensor is the caller's now; nothing else refers to it.
+    final = preact.new_zeros((batch, rollouts, units)) if delta_h is None else delta_h
+    return Rollout(delta_loss, kept, final, delta_o)
+
+
+class _RecurrentProduct:
+    """delta_a += delta_h W_hh^T with the operands rounded as `precision` says."""
+
+    def __init__(self, weight_hh: Tensor, options: RolloutOptions) -> None:
+        self.precision = options.precision
+        self.scale = options.sigma if options.precision == "fp16" else 1.0
+        self.weight = self._rounded(weight_hh).t()
+
+    def _rounded(self, operand: Tensor) -> Tensor:
+        if self.precision == "bf16":
+            return operand.bfloat16().to(operand.dtype)
+        if self.precision == "fp16":
+            return operand.half().to(operand.dtype)
+        if self.precision == "tf32":
+            # Round to nearest at the 10th mantissa bit.
+            bits = operand.contiguous().view(torch.int32)
+            return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+        return operand
+
+    def add_to(self, delta_a: Tensor, delta_h: Tensor) -> None:
+        """Add to delta_a, (B, P, H), in place."""
+        rows = delta_a.view(-1, delta_a.shape[-1])
+        operand = delta_h.view(-1, delta_h.shape[-1])
+        if self.scale != 1.0:
+            operand = operand / self.scale
+        rows.addmm_(self._rounded(operand), self.weight, alpha=self.scale)
+
+
+def tanh_deviation(delta_a: Tensor, preact: Tensor, hidden: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return tanh(a + delta_a) - tanh(a), (B, P, H), in the first scratch tensor; preact and hidden are (B, 1, H)."""
+    result, denominator = scratch
+    # 1 - h^2 from a: from h, a saturated unit keeps only the rounding of h.
+    tail = torch.exp(-2 * preact.abs())
+    slope = 4 * tail / (1 + tail).square()
+    torch.tanh(delta_a, out=result)
+    torch.mul(result, hidden, out=denominator).add_(1)
+    result.mul_(slope).div_(denominator)
+    if delta_a.is_cuda or not _all_below(delta_a, PLAIN_DIFFERENCE_ABOVE):
+        plain = torch.tanh(preact + delta_a).sub_(torch.tanh(preact))
+        result.copy_(torch.where(delta_a.abs() > PLAIN_DIFFERENCE_ABOVE, plain, result))
+    return result
+
+
+def _all_below(values: Tensor, bound: float) -> bool:
+    """Say whether every |value| is at most `bound`; NaN counts as below, since every form passes it on."""
+    return values.numel() == 0 or not bool(torch.linalg.vector_norm(values, float("inf")) > bound)
+
+
+def relu_deviation(delta_a: Tensor, preact: Tensor, hidden: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return relu(a + delta_a) - relu(a), (B, P, H), in the first scratch tensor; preact and hidden are (B, 1, H)."""
+    result, _ = scratch
+    torch.add(delta_a, preact.clamp(max=0), out=result)
+    return torch.maximum(result, -hidden, out=result)
+
+
+Deviation = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
+DEVIATIONS: dict[str, Deviation] = {"tanh": tanh_deviation, "relu": relu_deviation}
+
+
+def output_deviation(readout: Tensor | None, delta_h: Tensor) -> Tensor:
+    """Return delta_o = W_o delta_h, (B, P, O); the readout's bias cancels."""
+    return delta_h if readout is None else delta_h @ readout.t()
+
+
+def loss_difference(loss: LinearLoss | SquaredLoss | CrossEntropyLoss, step: int, delta_h: Tensor) -> Tensor:
+    """Return delta_loss of one step, (B, P), from delta_h, (B, P, H)."""
+    if isinstance(loss, LinearLoss):
+        return (delta_h @ loss.grad[step].unsqueeze(-1)).squeeze(-1)
+    delta_o = output_deviation(loss.readout, delta_h)
+    weight = loss.weight[step].unsqueeze(-1)
+    if isinstance(loss, SquaredLoss):
+        return squared_difference(delta_o, loss.error[step].unsqueeze(1)) * weight
+    # A step without a loss has none however wild its deviation: 0 * inf would say otherwise.
+    difference = cross_entropy_difference(delta_o, loss.probs[step].unsqueeze(1), loss.target[step].unsqueeze(1))
+    return torch.where(weight == 0, 0, difference * weight)
+
+
+def squared_difference(delta_o: Tensor, error: Tensor) -> Tensor:
+    """Return mean_o delta_o (2 e + delta_o), (B, P), from (B, P, O) and (B, 1, O)."""
+    return (delta_o * (2 * error + delta_o)).mean(-1)
+
+
+def cross_entropy_difference(delta_o: Tensor, probs: Tensor, target: Tensor) -> Tensor:
+    """Return log sum_o p_o exp(d_o), d_o = delta_o - delta_o[target], (B, P), from (B, P, O), (B, 1, O) and (B, 1)."""
+    index = target.unsqueeze(-1).expand(*delta_o.shape[:-1], 1)
+    difference = delta_o - delta_o.gather(-1, index)
+    small = torch.log1p((probs * torch.expm1(difference)).sum(-1))
+    # expm1 overflows, or its sum nears -1, for large deviations; there nothing cancels in the plain form.
+    top = difference.amax(-1, keepdim=True)
+    large = torch.log((probs * torch.exp(difference - top)).sum(-1)) + top.squeeze(-1)
+    return torch.where(difference.abs().amax(-1) > PLAIN_DIFFERENCE_ABOVE, large, small)
