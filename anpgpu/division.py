@@ -58,7 +58,8 @@ def needed_bytes(shape: Shape, division: Division) -> int:
     """Return what a division needs, in bytes: an upper estimate, checked against measured peaks."""
     length = -(-shape.time // division.segments)
     block = division.samples * division.rollouts
-    per_step = block * (shape.hidden * shape.stores_delta_a + 4)
+    # Rows of delta_a are padded to whole words of packed signs.
+    per_step = block * (32 * -(-shape.hidden // 32) * shape.stores_delta_a + 4)
     per_step += division.samples * (6 * shape.hidden + shape.clean_floats)
     tiles = block * (6 * shape.hidden + 2 * shape.outputs)
     whole = shape.time * block * 3 * shape.outputs + (shape.time * division.samples * shape.rollouts) * bool(

@@ -38,6 +38,9 @@ def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Se
         ValueError: it cannot run on the parameters' device or type.
     """
     dtype = working_dtype(weight.dtype)
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= perturbation.sigma <= limits.max:
+        raise ValueError(f"sigma must be in [{limits.tiny}, {limits.max}] for {dtype}, got {perturbation.sigma!r}")
     precision = perturbation.precision
     if dtype == torch.float64:
         if precision != "auto":

@@ -13,8 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .noise import Counters, noise as make_noise
-from .rollout import NOISE_BLOCK_BYTES, Loss, RolloutOptions, loss_of_steps, rollout
+from .noise import Counters, NoiseSteps, padded
+from .rollout import Loss, RolloutOptions, loss_of_steps, rollout
+
+STEPS_AT_A_TIME = 8
+"""Steps of rollouts whose activity is kept until it is summed, where nothing longer needs to be."""
 
 SAFE_TO_SQUARE = (1e-12, 1e12)
 """Range of sigma in which the square of delta_a stays a normal float32."""
@@ -64,28 +67,26 @@ def adjoint(
         over P is the estimate; their angle tells its variance.
     """
     time, batch, rollouts = credit.shape
-    sums = credit.new_zeros((2, time, batch, units))
-    block = max(1, NOISE_BLOCK_BYTES // max(1, batch * rollouts * units * credit.dtype.itemsize))
-    for start in range(0, time, block):
-        steps = slice(start, min(start + block, time))
-        if method == "np":
-            part = make_noise(
-                seed,
-                (steps.stop - start, batch, rollouts, units),
-                sigma=1.0,
-                kind=options.noise,
-                counters=counters._replace(time=counters.time + start),
-                dtype=credit.dtype,
-            )
-            share = credit[steps] / options.sigma
+    sums = credit.new_empty((2, time, batch, units))
+    even = (torch.arange(rollouts, device=credit.device) + counters.rollout) % 2 == 0
+    halves = torch.stack((even, ~even))
+    injected = NoiseSteps(
+        seed,
+        (time, batch, rollouts, units),
+        sigma=1.0,
+        kind=options.noise,
+        counters=counters,
+        dtype=credit.dtype,
+    )
+    room = credit.new_empty((batch, rollouts, padded(units)))
+    # Step by step: what the norm has read is still in the cache when the product comes.
+    for step in range(time):
+        if delta_a is None:
+            part = injected.fill(step, room)
+            share = credit[step] / options.sigma
         else:
-            assert delta_a is not None  # noqa: S101  (for the type checker; callers are validated above)
-            part = delta_a[steps].to(credit.dtype)
-            share, part = _activity_share(credit[steps], part, options.sigma)
-        first = counters.rollout % 2
-        for half in (0, 1):
-            mine = slice((half + first) % 2, None, 2)
-            sums[half, steps] = (share[:, :, None, mine] @ part[:, :, mine]).squeeze(2)
+            share, part = _activity_share(credit[step], delta_a[step].to(credit.dtype), options.sigma)
+        sums[:, step] = (torch.where(halves, share.unsqueeze(1), 0) @ part).transpose(0, 1)
     return sums
 
 
@@ -113,10 +114,9 @@ def rollout_adjoint(
     sums = preact.new_empty((2, time, batch, units))
     delta_loss = preact.new_empty((time, batch, options.rollouts))
     keep = options._replace(store_delta_a=method != "np")
-    block = max(1, NOISE_BLOCK_BYTES // max(1, batch * options.rollouts * units * preact.dtype.itemsize))
     delta_h = delta_h0
-    for start in range(0, time, block):
-        steps = slice(start, min(start + block, time))
+    for start in range(0, time, STEPS_AT_A_TIME):
+        steps = slice(start, min(start + STEPS_AT_A_TIME, time))
         here = counters._replace(time=counters.time + start)
         part = rollout(
             preact[steps],
@@ -137,7 +137,7 @@ def rollout_adjoint(
 
 
 def _activity_share(credit: Tensor, delta_a: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Return c H / ||delta_a||^2, (T, B, P), and delta_a with rows that do not count cleared."""
+    """Return c H / ||delta_a||^2, (B, P), and delta_a with rows that do not count cleared."""
     if not SAFE_TO_SQUARE[0] < sigma < SAFE_TO_SQUARE[1]:
         share, scaled = _activity_share(credit, delta_a / sigma, 1.0)
         return share / sigma, scaled

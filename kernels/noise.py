@@ -24,8 +24,8 @@ lane of a matrix unit that accumulates a unit also makes its noise:
 
 from __future__ import annotations
 
-import functools
 import math
+import struct
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -37,6 +37,16 @@ NOISE_STREAM_VERSION = 1
 
 UNITS_PER_GROUP = {"rademacher": 512, "gaussian": 16}
 """Units served by four consecutive Philox blocks."""
+
+SIGNS_PER_WORD = 32
+SIGN_BITS = {
+    torch.float32: (torch.int32, 32, ("i", "f")),
+    torch.float64: (torch.int64, 64, ("q", "d")),
+}
+"""The integer type that shares a float's bits, its width, and both formats for `struct`."""
+
+COUNTERS_AT_A_TIME = 1 << 16
+"""Philox runs over blocks of about so many counters: its temporaries stay in the cache."""
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -123,43 +133,103 @@ def noise(
     Returns:
         A tensor of that shape. Its rows may be padded: only the last dimension is contiguous.
     """
+    steps = NoiseSteps(seed, shape, sigma=sigma, kind=kind, counters=counters, dtype=dtype)
+    room = seed.new_empty((*shape[:3], padded(shape[3])), dtype=dtype)
+    for step in range(shape[0]):
+        steps.fill(step, room[step])
+    return room[..., : shape[3]]
+
+
+def padded(hidden: int) -> int:
+    """Return the row length that has room for whole words of packed signs."""
+    return SIGNS_PER_WORD * -(-hidden // SIGNS_PER_WORD)
+
+
+class NoiseSteps:
+    """The noise of consecutive steps, made where it is needed: what is kept ahead is 32 signs to a word."""
+
+    def __init__(
+        self,
+        seed: Tensor,
+        shape: tuple[int, int, int, int],
+        *,
+        sigma: float,
+        kind: str,
+        counters: Counters,
+        dtype: torch.dtype,
+    ) -> None:
+        self.seed, self.shape, self.sigma, self.kind, self.dtype = seed, shape, sigma, kind, dtype
+        self.counters = counters
+        words = 4 * -(-shape[3] // UNITS_PER_GROUP[kind])
+        self.length = max(1, COUNTERS_AT_A_TIME // max(1, shape[1] * shape[2] * words))
+        self.start = self.stop = 0
+        self.ahead = torch.empty(0)
+
+    def fill(self, step: int, room: Tensor) -> Tensor:
+        """Write the noise of a step into `room`, (B, P, padded(H)); return its (B, P, H) part."""
+        hidden = self.shape[3]
+        if not self.start <= step < self.stop:
+            self.start, self.stop = step, min(step + self.length, self.shape[0])
+            here = (self.stop - step, *self.shape[1:])
+            counters = self.counters._replace(time=self.counters.time + step)
+            if self.kind == "rademacher":
+                self.ahead = packed_signs(self.seed, here, counters)
+            else:
+                self.ahead = _gaussians(_words(self.seed, here, self.kind, counters), hidden, self.sigma, self.dtype)
+        ahead = self.ahead[step - self.start]
+        if self.kind == "rademacher":
+            return unpack_signs(ahead, room, self.sigma)[..., :hidden]
+        return room[..., :hidden].copy_(ahead)
+
+
+def _words(
+    seed: Tensor, shape: tuple[int, int, int, int], kind: str, counters: Counters
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the four Philox words of every block, (T, B, P, 4 * groups) each."""
     time, batch, rollouts, hidden = shape
-    device = seed.device
-    blocks = 4 * -(-hidden // UNITS_PER_GROUP[kind])
 
     def index(start: int, count: int, axis: int) -> Tensor:
         view = [1, 1, 1, 1]
         view[axis] = count
-        return torch.arange(start, start + count, dtype=torch.int64, device=device).view(view)
+        return torch.arange(start, start + count, dtype=torch.int64, device=seed.device).view(view)
 
-    words = philox(
+    blocks = 4 * -(-hidden // UNITS_PER_GROUP[kind])
+    first, second, third, fourth = philox(
         index(first_word(counters), blocks, 3),
         index(counters.time, time, 0),
         index(counters.rollout, rollouts, 2),
         index((counters.rank << 20) + counters.sample, batch, 1),
         seed,
     )
-    words = torch.broadcast_tensors(*words)  # type: ignore[no-untyped-call]
-    if kind == "rademacher":
-        return _signs(words, hidden, sigma, dtype)
-    return _gaussians(words, hidden, sigma, dtype)
+    whole = (time, batch, rollouts, blocks)
+    return first.expand(whole), second.expand(whole), third.expand(whole), fourth.expand(whole)
 
 
-def _signs(words: tuple[Tensor, ...], hidden: int, sigma: float, dtype: torch.dtype) -> Tensor:
-    """Return +-sigma for `hidden` units from words of shape (T, B, P, 4 * groups)."""
-    time, batch, rollouts, blocks = words[0].shape
+def packed_signs(seed: Tensor, shape: tuple[int, int, int, int], counters: Counters) -> Tensor:
+    """Return a block's signs as bits, (T, B, P, words) int32: bit i of word j is unit 32 j + i, set for -sigma."""
+    hidden = shape[3]
     octets = []
-    for word in words[: -(-hidden // 128)]:
-        quads = word.reshape(time, batch, rollouts, blocks // 4, 4)
+    for word in _words(seed, shape, "rademacher", counters)[: -(-hidden // 128)]:
+        quads = word.reshape(*word.shape[:-1], word.shape[-1] // 4, 4)
         for half in (quads & 0xFFFF, quads >> 16)[: -(-hidden // 64)]:
             octets.append(_interleave(half))
-    # (..., groups, octets) int64 is, byte by byte, the units in order: eight signs a byte, lowest bit first.
-    packed = torch.stack(octets, dim=-1).view(torch.uint8).flatten(-2)
-    # int32, the narrowest index the look-up takes.
-    index = packed[..., : -(-hidden // 8)].to(torch.int32)
-    table = _sign_table(dtype, words[0].device) * sigma
-    signs = torch.nn.functional.embedding(index, table)
-    return signs.flatten(-2)[..., :hidden]
+    # (..., groups, octets) int64 is, bit by bit, the units in order.
+    packed = torch.stack(octets, dim=-1).bitwise_not_().view(torch.int32).flatten(-2)
+    return packed[..., : -(-hidden // SIGNS_PER_WORD)]
+
+
+def unpack_signs(packed: Tensor, room: Tensor, sigma: float) -> Tensor:
+    """Fill `room`, (..., 32 words) contiguous, with +-sigma from packed signs, (..., words); return it."""
+    if room.dtype not in SIGN_BITS:
+        return room.copy_(unpack_signs(packed, room.new_empty(room.shape, dtype=torch.float32), sigma))
+    integer, bits, pattern = SIGN_BITS[room.dtype]
+    shifts = torch.arange(bits - 1, bits - 1 - SIGNS_PER_WORD, -1, dtype=integer, device=room.device)
+    target = room.view(integer).view(*packed.shape, SIGNS_PER_WORD)
+    # Each sign goes to the sign bit; the other bits are sigma's.
+    torch.bitwise_left_shift(packed.to(integer).unsqueeze(-1), shifts, out=target)
+    target.bitwise_and_(-(1 << (bits - 1)))
+    target.bitwise_xor_(struct.unpack(pattern[0], struct.pack(pattern[1], sigma))[0])
+    return room
 
 
 def _interleave(half: Tensor) -> Tensor:
@@ -169,14 +239,6 @@ def _interleave(half: Tensor) -> Tensor:
     spread = (spread | (spread << 6)) & 0x0303030303030303
     first, second, third, fourth = spread.unbind(-1)
     return first | (second << 2) | (third << 4) | (fourth << 6)
-
-
-@functools.cache
-def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the (256, 8) table of the signs that the bits of a byte stand for."""
-    byte = torch.arange(256, device=device).unsqueeze(1)
-    bit = torch.arange(8, device=device)
-    return (((byte >> bit) & 1) * 2 - 1).to(dtype)
 
 
 def _gaussians(words: tuple[Tensor, ...], hidden: int, sigma: float, dtype: torch.dtype) -> Tensor:

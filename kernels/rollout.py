@@ -23,10 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import Counters, noise as make_noise
-
-NOISE_BLOCK_BYTES = 1 << 21
-"""Noise is made for as many steps at a time as fit here, so that it is still in the cache when its step comes."""
+from .noise import Counters, NoiseSteps, padded
 
 PLAIN_DIFFERENCE_ABOVE = 0.5
 """|delta_a| from which tanh(a + delta_a) - tanh(a) loses less than two bits, and the quotient form nears 0/0."""
@@ -138,33 +135,31 @@ def rollout(
     deviation = DEVIATIONS[options.nonlinearity]
     delta_h = None if delta_h0 is None else delta_h0.to(working)
     scratch = (preact.new_empty((batch, rollouts, units)), preact.new_empty((batch, rollouts, units)))
-    kept = preact.new_empty((time, batch, rollouts, units)) if options.store_delta_a else None
+    # One place for the noise of a step, which becomes its delta_a; or one for every step where delta_a is kept.
+    room = preact.new_empty((time if options.store_delta_a else 1, batch, rollouts, padded(units)))
     measured = None if isinstance(loss, OutputsOnly) else loss
     delta_loss = None if measured is None else preact.new_empty((time, batch, rollouts))
     delta_o = None
     if isinstance(loss, OutputsOnly):
         delta_o = preact.new_empty((time, batch, rollouts, units if loss.readout is None else loss.readout.shape[0]))
-
-    block = max(1, NOISE_BLOCK_BYTES // max(1, batch * rollouts * units * working.itemsize))
-    for start in range(0, time, block):
-        stop = min(start + block, time)
-        injected = make_noise(
-            seed,
-            (stop - start, batch, rollouts, units),
-            sigma=options.sigma,
-            kind=options.noise,
-            counters=counters._replace(time=counters.time + start),
-            dtype=working,
-        )
-        for step in range(start, stop):
-            delta_a = injected[step - start] if kept is None else kept[step].copy_(injected[step - start])
-            if delta_h is not None:
-                product.add_to(delta_a, delta_h)
-            delta_h = deviation(delta_a, preact[step].unsqueeze(1), hidden[step].unsqueeze(1), scratch)
-            if measured is not None and delta_loss is not None:
-                delta_loss[step] = loss_difference(measured, step, delta_h)
-            if isinstance(loss, OutputsOnly) and delta_o is not None:
-                delta_o[step] = output_deviation(loss.readout, delta_h)
+    injected = NoiseSteps(
+        seed,
+        (time, batch, rollouts, units),
+        sigma=options.sigma,
+        kind=options.noise,
+        counters=counters,
+        dtype=working,
+    )
+    for step in range(time):
+        delta_a = injected.fill(step, room[step if options.store_delta_a else 0])
+        if delta_h is not None:
+            product.add_to(delta_a, delta_h)
+        delta_h = deviation(delta_a, preact[step].unsqueeze(1), hidden[step].unsqueeze(1), scratch)
+        if measured is not None and delta_loss is not None:
+            delta_loss[step] = loss_difference(measured, step, delta_h)
+        if isinstance(loss, OutputsOnly) and delta_o is not None:
+            delta_o[step] = output_deviation(loss.readout, delta_h)
+    kept = room[..., :units] if options.store_delta_a else None
     # The scratch tensor is the caller's now; nothing else refers to it.
     final = preact.new_zeros((batch, rollouts, units)) if delta_h is None else delta_h
     return Rollout(delta_loss, kept, final, delta_o)
@@ -205,7 +200,7 @@ def tanh_deviation(delta_a: Tensor, preact: Tensor, hidden: Tensor, scratch: tup
     tail = torch.exp(-2 * preact.abs())
     slope = 4 * tail / (1 + tail).square()
     torch.tanh(delta_a, out=result)
-    torch.mul(result, hidden, out=denominator).add_(1)
+    torch.addcmul(preact.new_ones(()), result, hidden, out=denominator)
     result.mul_(slope).div_(denominator)
     if delta_a.is_cuda or not _all_below(delta_a, PLAIN_DIFFERENCE_ABOVE):
         plain = torch.tanh(preact + delta_a).sub_(torch.tanh(preact))
@@ -215,7 +210,10 @@ def tanh_deviation(delta_a: Tensor, preact: Tensor, hidden: Tensor, scratch: tup
 
 def _all_below(values: Tensor, bound: float) -> bool:
     """Say whether every |value| is at most `bound`; NaN counts as below, since every form passes it on."""
-    return values.numel() == 0 or not bool(torch.linalg.vector_norm(values, float("inf")) > bound)
+    # The Euclidean norm is one fast pass, and usually decides.
+    if not values.numel() or bool(torch.linalg.vector_norm(values) <= bound):
+        return True
+    return not bool(values.amax() > bound) and not bool(values.amin() < -bound)
 
 
 def relu_deviation(delta_a: Tensor, preact: Tensor, hidden: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:

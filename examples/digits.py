@@ -1,0 +1,188 @@
+"""Handwritten digits, read row by row: one recurrent network trained by perturbed rollouts and by BPTT.
+
+Both start from the same weights and see the same batches in the same order, with the same optimiser. The 1,797 real
+digits (8 x 8 pixels) come with scikit-learn. `--pixels` reads them pixel by pixel: 64 steps instead of 8.
+
+    python examples/digits.py --output output/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import anpgpu
+
+
+class Digits(NamedTuple):
+    """Sequences (samples, T, I) and labels (samples,), for training and testing."""
+
+    train_inputs: Tensor
+    train_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+
+
+class Classifier(nn.Module):
+    """An RNN that names the digit after the last step."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(features, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        _, h_n = self.rnn(inputs)
+        return self.head(h_n[-1])
+
+
+class Result(NamedTuple):
+    """What one training run came to."""
+
+    method: str
+    seed: int
+    accuracy: list[float]
+    """Test accuracy after each epoch."""
+    loss: list[float]
+    """Mean training loss of each epoch."""
+    updates: int
+    seconds: float
+    """Wall time of the training updates alone."""
+    peak_mib: float
+
+
+def load(device: torch.device, *, pixels: bool) -> Digits:
+    digits = load_digits()
+    images = (digits.images / 8 - 1).astype(np.float32)
+    sequences = images.reshape(len(images), 64, 1) if pixels else images
+    parts = train_test_split(sequences, digits.target, test_size=0.2, random_state=0, stratify=digits.target)
+    train_inputs, test_inputs, train_labels, test_labels = (torch.from_numpy(part).to(device) for part in parts)
+    return Digits(train_inputs, train_labels, test_inputs, test_labels)
+
+
+def train(data: Digits, method: str, seed: int, options: argparse.Namespace) -> Result:
+    device = data.train_inputs.device
+    torch.manual_seed(seed)
+    model = Classifier(data.train_inputs.shape[2], options.hidden).to(device)
+    if method != "bptt":
+        # The one line that replaces backpropagation through time.
+        anpgpu.swap_(model, perturbation(method, options))
+    optimiser = torch.optim.Adam(model.parameters(), lr=options.lr)
+    order = torch.Generator().manual_seed(seed)
+    accuracy, losses, seconds, updates = [], [], 0.0, 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    progress = tqdm(range(options.epochs), desc=f"{method:5s} seed {seed}", unit="epoch", disable=options.quiet)
+    for _ in progress:
+        total = torch.zeros((), device=device)
+        started = time.perf_counter()
+        for batch in torch.randperm(len(data.train_inputs), generator=order).split(options.batch):
+            loss = nn.functional.cross_entropy(model(data.train_inputs[batch]), data.train_labels[batch])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.detach() * len(batch)
+            updates += 1
+        losses.append(float(total) / len(data.train_inputs))
+        seconds += time.perf_counter() - started
+        with torch.no_grad():
+            right = model(data.test_inputs).argmax(1) == data.test_labels
+        accuracy.append(float(right.float().mean()))
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", test=f"{accuracy[-1]:.1%}")
+    return Result(method, seed, accuracy, losses, updates, seconds, peak_mib(device))
+
+
+def perturbation(method: str, options: argparse.Namespace) -> anpgpu.Perturbation:
+    """The library's default, but for what the command line says."""
+    given = {"rollouts": options.rollouts, "discount": options.discount, "sigma": options.sigma}
+    return anpgpu.Perturbation(method=method, **{name: value for name, value in given.items() if value is not None})
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak memory: of the tensors on a GPU, of the whole process so far on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def summary(results: list[Result]) -> str:
+    """Return the final table: means over seeds, with the lowest and highest accuracy."""
+    columns = f"{'method':8s}{'test accuracy':>16s}{'range':>18s}{'loss':>9s}"
+    lines = [columns + f"{'updates':>9s}{'seconds':>9s}{'peak MiB':>10s}"]
+    for method in dict.fromkeys(result.method for result in results):
+        mine = [result for result in results if result.method == method]
+        final = [result.accuracy[-1] for result in mine]
+        lines.append(
+            f"{method:8s}{np.mean(final):16.1%}{f'{min(final):.1%} - {max(final):.1%}':>18s}"
+            f"{np.mean([result.loss[-1] for result in mine]):9.3f}{mine[0].updates:9d}"
+            f"{np.mean([result.seconds for result in mine]):9.1f}{max(result.peak_mib for result in mine):10.0f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: list[Result], path: Path, title: str) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for colour, method in enumerate(dict.fromkeys(result.method for result in results)):
+        mine = [result for result in results if result.method == method]
+        epochs = np.arange(1, len(mine[0].loss) + 1)
+        for axis, values in ((left, [one.loss for one in mine]), (right, [one.accuracy for one in mine])):
+            axis.plot(epochs, np.mean(values, axis=0), color=f"C{colour}", label=f"{method}, {len(mine)} seeds")
+            axis.fill_between(epochs, np.min(values, axis=0), np.max(values, axis=0), color=f"C{colour}", alpha=0.2)
+    left.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
+    right.set(xlabel="epoch", ylabel="test accuracy", ylim=(None, 1))
+    left.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pixels", action="store_true", help="64 steps of one pixel instead of 8 steps of one row")
+    parser.add_argument("--methods", nargs="+", default=["anp", "bptt"], help="anp, np, wp, bptt")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, the same for every method")
+    parser.add_argument("--rollouts", type=int, help="perturbed rollouts per sample (default: the library's)")
+    parser.add_argument("--discount", type=float, help="credit of later losses (default: the library's)")
+    parser.add_argument("--sigma", type=float, help="standard deviation of the noise (default: the library's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot and the figures")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    data = load(device, pixels=options.pixels)
+    steps, features = data.train_inputs.shape[1:]
+    title = f"{steps} steps of {features}, H = {options.hidden}, {len(data.train_inputs)} training digits, {device}"
+    tqdm.write(title)
+    results = [train(data, method, seed, options) for seed in range(options.seeds) for method in options.methods]
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = "digits_pixels" if options.pixels else "digits"
+    plot(results, options.output / f"{name}.png", title)
+    record = {"title": title, "results": [result._asdict() for result in results]}
+    (options.output / f"{name}.json").write_text(json.dumps(record, indent=1))
+    tqdm.write(summary(results))
+    tqdm.write(f"learning curves: {options.output / f'{name}.png'}")
+
+
+if __name__ == "__main__":
+    main()
