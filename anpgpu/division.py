@@ -34,6 +34,8 @@ class Shape(NamedTuple):
     stores_delta_a: bool
     clean_floats: int
     """Floats of clean activity per step and sample that count: 0 where the clean run is kept anyway."""
+    gram_floats: int
+    """Floats per step and sample that a least-squares estimate adds; it takes all rollouts at once. 0 otherwise."""
     layers: int
     """Layers whose rollouts are kept at segment starts at the same time."""
     itemsize: int
@@ -60,7 +62,7 @@ def needed_bytes(shape: Shape, division: Division) -> int:
     block = division.samples * division.rollouts
     # Rows of delta_a are padded to whole words of packed signs.
     per_step = block * (32 * -(-shape.hidden // 32) * shape.stores_delta_a + 4)
-    per_step += division.samples * (6 * shape.hidden + shape.clean_floats)
+    per_step += division.samples * (6 * shape.hidden + shape.clean_floats + shape.gram_floats)
     tiles = block * (6 * shape.hidden + 2 * shape.outputs)
     whole = shape.time * block * 3 * shape.outputs + (shape.time * division.samples * shape.rollouts) * bool(
         shape.outputs
@@ -80,8 +82,8 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
         MemoryError: one rollout of one sample at a time needs more; the message says how much.
     """
     rows_wanted = min(ROWS_WANTED.get(device_type, ROWS_WANTED["cuda"]), shape.batch * shape.rollouts)
-    blocks = [(shape.batch, rollouts) for rollouts in _halved(shape.rollouts)]
-    blocks += [(samples, rollouts) for samples in _halved(shape.batch)[1:] for rollouts in _halved(shape.rollouts)]
+    parts = [shape.rollouts] if shape.gram_floats else _halved(shape.rollouts)
+    blocks = [(samples, rollouts) for samples in _halved(shape.batch) for rollouts in parts]
     full = [block for block in blocks if block[0] * block[1] >= rows_wanted]
     cuts = _doubled(shape.time)
     for candidates, segment_counts in ((full, [1]), (full, cuts), (blocks, [1, *cuts])):
@@ -90,10 +92,10 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
                 division = Division(samples, rollouts, segments)
                 if needed_bytes(shape, division) <= max_memory:
                     return division
-    smallest = min(needed_bytes(shape, Division(1, 1, segments)) for segments in [1, *cuts])
+    smallest = min(needed_bytes(shape, Division(1, parts[-1], segments)) for segments in [1, *cuts])
     raise MemoryError(
         f"max_memory={max_memory} bytes is too little for T={shape.time}, H={shape.hidden}: "
-        f"one rollout of one sample at a time needs {smallest} bytes"
+        f"{parts[-1]} of {shape.rollouts} rollouts of one sample at a time need {smallest} bytes"
     )
 
 
@@ -103,15 +105,9 @@ def segments_of(time: int, division: Division) -> list[slice]:
     return [slice(start, min(start + length, time)) for start in range(0, time, length)]
 
 
-def halve(shape: Shape, division: Division) -> Division | None:
-    """Return the next smaller division after running out of memory; None where there is none."""
-    if division.rollouts > 1:
-        return division._replace(rollouts=-(-division.rollouts // 2))
-    if division.samples > 1:
-        return division._replace(samples=-(-division.samples // 2))
-    if division.segments < shape.time:
-        return division._replace(segments=min(2 * division.segments, shape.time))
-    return None
+def gram_floats(method: str, rollouts: int, hidden: int) -> int:
+    """Return a least-squares estimate's floats per step and sample: delta_a again, the Gram matrix and its factor."""
+    return rollouts * hidden + 2 * min(rollouts, hidden) ** 2 if method == "anp-ls" else 0
 
 
 def _halved(count: int) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .division import Shape, divide
+from .division import Shape, divide, gram_floats
 from .job import BlackBoxChange, Found, Job
 from .kernels.rollout import Loss, OutputsOnly, loss_of_steps
 from .layers import in_processing_order, run_network
@@ -54,6 +54,7 @@ def two_directions(job: Job) -> Found:
                 hidden=units,
                 outputs=problem.outputs_size if measure is not None else 0,
                 stores_delta_a=settings.method != "np",
+                gram_floats=gram_floats(settings.method, settings.options.rollouts, units),
                 clean_floats=0,
                 layers=1,
                 itemsize=problem.inputs.element_size(),

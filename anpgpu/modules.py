@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .division import Division, Shape, default_memory, divide
+from .division import Division, Shape, default_memory, divide, gram_floats
 from .kernels.rollout import LinearLoss, Loss
 from .layers import (
     CleanRun,
@@ -273,6 +273,7 @@ def layer_shape(network: Network, run: LayerRun, settings: Settings) -> Shape:
         hidden=network.hidden_size,
         outputs=0,
         stores_delta_a=settings.method != "np",
+        gram_floats=gram_floats(settings.method, settings.options.rollouts, network.hidden_size),
         clean_floats=0,
         layers=1,
         itemsize=run.states.element_size(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-METHODS = ("anp", "np", "wp", "bptt")
+METHODS = ("anp", "np", "anp-ls", "wp", "bptt")
 NOISES = ("rademacher", "gaussian")
 READOUTS = ("exact", "perturbed")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
@@ -17,14 +17,14 @@ class Perturbation:
     """How gradients are estimated from perturbed rollouts.
 
     Attributes:
-        method: "anp" (activity-based node perturbation), "np" (node perturbation), "wp" (weight perturbation) or "bptt"
-            (exact, by autograd: the baseline).
+        method: "anp" (activity-based node perturbation), "np" (node perturbation), "anp-ls" (least-squares ANP), "wp"
+            (weight perturbation) or "bptt" (exact, by autograd: the baseline).
         rollouts: perturbed rollouts per sample, at least 1. More rollouts, less variance.
         sigma: standard deviation of the injected noise. Rollouts carry deviations, so small values lose no precision.
         noise: "rademacher" (+-sigma) or "gaussian".
         discount: how much of the loss of later steps a perturbation is credited with, in [0, 1]: 0 sees the loss of
             its own step alone, as published; 1 the whole rest of the sequence. "wp" and "bptt" do not use it.
-        ridge: regularisation of the least-squares estimator, relative to the mean squared activity difference.
+        ridge: regularisation of "anp-ls", relative to the mean squared activity difference of a rollout.
         rank: rank of the weight noise of "wp"; None is dense.
         readout: "exact" computes the readout's gradient in closed form, "perturbed" estimates it from perturbed
             outputs. `estimate_grad_` alone uses it.

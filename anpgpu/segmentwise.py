@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .division import Division, Shape, divide, segments_of
+from .division import Division, Shape, divide, gram_floats, segments_of
 from .job import BlackBoxChange, CleanChunk, Found, Job, keep_final
 from .kernels.rollout import LinearLoss, Loss
 from .layers import CleanRun, preactivations
@@ -29,6 +29,7 @@ def one_direction(job: Job) -> Found:
         hidden=problem.network.hidden_size,
         outputs=problem.outputs_size if problem.loss.black_box or job.perturb_readout else 0,
         stores_delta_a=settings.method != "np",
+        gram_floats=gram_floats(settings.method, settings.options.rollouts, problem.network.hidden_size),
         clean_floats=3 * layers * problem.network.hidden_size + 2 * features + 4 * problem.outputs_size,
         layers=layers,
         itemsize=problem.inputs.element_size(),

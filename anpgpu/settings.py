@@ -19,6 +19,7 @@ class Settings(NamedTuple):
 
     method: str
     discount: float
+    ridge: float
     rank: int | None
     options: RolloutOptions
     backend: str
@@ -63,6 +64,7 @@ def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Se
     return Settings(
         method=perturbation.method,
         discount=float(perturbation.discount),
+        ridge=float(perturbation.ridge),
         rank=perturbation.rank,
         options=options,
         backend=choose_backend(perturbation.backend, weight.device, dtype),

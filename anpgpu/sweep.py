@@ -17,6 +17,7 @@ from .division import Division, segments_of
 from .kernels.noise import Counters
 from .kernels.rollout import LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions
 from .layers import GradientSums, LayerRun, LayerWeights, preactivations
+from .least_squares import least_squares
 from .settings import Settings
 
 LossOf = Callable[[slice, slice], Loss]
@@ -134,7 +135,8 @@ class Sweep:
             trust: samples, (B,) bool, whose rollouts count even if not finite, since the incoming gradient is not.
 
         Returns:
-            (2, L, B, H): the parts the even and the odd rollouts contribute to the mean over finite rollouts.
+            (2, L, B, H): the parts the even and the odd rollouts contribute to the mean over finite rollouts; a least
+            squares estimate, which has no such parts, is the first and leaves the second zero.
         """
         settings = self.settings
         length, batch, units = preact.shape
@@ -175,6 +177,9 @@ class Sweep:
                 if trust is not None:
                     self.finite[:, block] |= trust.unsqueeze(1)
             delta_loss = torch.where(self.finite[:, block], delta_loss, 0)
+            if settings.method == "anp-ls" and part.delta_a is not None:
+                sums[0], self.carry = self._regress(delta_loss, part.delta_a, counters)
+                break
             credit = implementation("returns", settings.backend)(
                 delta_loss, settings.discount, carry=self.carry[:, block]
             )
@@ -190,7 +195,23 @@ class Sweep:
             )
         if not self.segmented:
             self.check()
+        if settings.method == "anp-ls":
+            return sums
         return sums.div_(self.finite.sum(1).view(1, 1, -1, 1))
+
+    def _regress(self, delta_loss: Tensor, delta_a: Tensor, counters: Counters) -> tuple[Tensor, Tensor]:
+        """Return a segment's least-squares adjoint and the carry for the one before; all rollouts are one block."""
+        settings = self.settings
+        return least_squares(
+            delta_loss,
+            torch.where(self.finite.unsqueeze(-1), delta_a.to(delta_loss.dtype), 0),
+            self.carry,
+            self.seed,
+            discount=settings.discount,
+            ridge=settings.ridge,
+            options=settings.options,
+            counters=counters,
+        )
 
     @property
     def skipped(self) -> Tensor:

@@ -169,9 +169,11 @@ class NoiseSteps:
         """Write the noise of a step into `room`, (B, P, padded(H)); return its (B, P, H) part."""
         hidden = self.shape[3]
         if not self.start <= step < self.stop:
-            self.start, self.stop = step, min(step + self.length, self.shape[0])
-            here = (self.stop - step, *self.shape[1:])
-            counters = self.counters._replace(time=self.counters.time + step)
+            # Blocks begin at multiples of their length, so that steps may also be asked for last to first.
+            self.start = step - step % self.length
+            self.stop = min(self.start + self.length, self.shape[0])
+            here = (self.stop - self.start, *self.shape[1:])
+            counters = self.counters._replace(time=self.counters.time + self.start)
             if self.kind == "rademacher":
                 self.ahead = packed_signs(self.seed, here, counters)
             else:
