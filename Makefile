@@ -5,6 +5,7 @@ BIN := .venv/bin/
 
 ifeq ($(BIN),.venv/bin/)
 READY := .venv/.ready
+TESTABLE := .venv/.testable
 endif
 
 PYTEST := env -u TRITON_INTERPRET $(BIN)pytest
@@ -17,40 +18,47 @@ PYTEST := env -u TRITON_INTERPRET $(BIN)pytest
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
-.venv/.ready: .ci/setup pyproject.toml constraints.txt anpgpu/_version.py
-	.ci/setup $(PYTHON)
+SOURCES := .ci/setup pyproject.toml constraints.txt anpgpu/_version.py
+
+.venv/.ready: $(SOURCES)
+	.ci/setup examples,plot $(PYTHON)
 	@touch $@
 
-setup: $(READY) ## make .venv (the other targets do this when needed)
+# Linters, pytest and NVRTC, a compiler the tests of the CuPy kernels use: what only a developer needs.
+.venv/.testable: $(SOURCES)
+	.ci/setup examples,plot,test,dev $(PYTHON)
+	@touch .venv/.ready $@
+
+setup: $(TESTABLE) ## make .venv (the other targets do this when needed)
 
 demo: $(READY) ## train on handwritten digits without backpropagation, write plots to output/
 	$(BIN)python examples/digits.py --output output/
 
 test: lint test-reference test-interpreter test-compile ## what CI runs: lint and the three CPU legs
 
-lint: $(READY) ## ruff and mypy
+lint: $(TESTABLE) ## ruff and mypy
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
 	$(BIN)mypy
 
-format: $(READY) ## apply ruff's fixes and formatting
+format: $(TESTABLE) ## apply ruff's fixes and formatting
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
 
 # Each leg is a process of its own, and pytest's exit status 5 (nothing to run) fails it.
-test-reference: $(READY) ## torch on the CPU
+test-reference: $(TESTABLE) ## torch on the CPU
 	$(PYTEST) tests -m "not slow and not gpu and not interpreter and not compile"
 
-test-interpreter: $(READY) ## Triton's interpreter against the reference
+test-interpreter: $(TESTABLE) ## Triton's interpreter against the reference
 	env TRITON_INTERPRET=1 $(BIN)pytest tests -m "interpreter and not slow"
 
-test-compile: $(READY) ## compile every kernel, no GPU needed
+test-compile: $(TESTABLE) ## compile every kernel, no GPU needed
 	$(PYTEST) tests -m "compile and not slow"
 
-test-slow: $(READY) ## the thorough tests
+test-slow: $(TESTABLE) ## the thorough tests
 	env HYPOTHESIS_PROFILE=slow $(PYTEST) tests -m "slow and not gpu"
 
-test-gpu: $(READY) ## the tests that need a CUDA device
+test-gpu: $(TESTABLE) ## the tests that need a CUDA device
 	$(PYTEST) tests -m gpu
 
 bench: $(READY) ## time the kernels

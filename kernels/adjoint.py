@@ -81,7 +81,7 @@ def adjoint(
     room = credit.new_empty((batch, rollouts, padded(units)))
     # Step by step: what the norm has read is still in the cache when the product comes.
     for step in range(time):
-        if delta_a is None:
+        if method == "np" or delta_a is None:
             part = injected.fill(step, room)
             share = credit[step] / options.sigma
         else:

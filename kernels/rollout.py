@@ -239,9 +239,10 @@ def loss_difference(loss: LinearLoss | SquaredLoss | CrossEntropyLoss, step: int
     delta_o = output_deviation(loss.readout, delta_h)
     weight = loss.weight[step].unsqueeze(-1)
     if isinstance(loss, SquaredLoss):
-        return squared_difference(delta_o, loss.error[step].unsqueeze(1)) * weight
+        difference = squared_difference(delta_o, loss.error[step].unsqueeze(1))
+    else:
+        difference = cross_entropy_difference(delta_o, loss.probs[step].unsqueeze(1), loss.target[step].unsqueeze(1))
     # A step without a loss has none however wild its deviation: 0 * inf would say otherwise.
-    difference = cross_entropy_difference(delta_o, loss.probs[step].unsqueeze(1), loss.target[step].unsqueeze(1))
     return torch.where(weight == 0, 0, difference * weight)
 
 

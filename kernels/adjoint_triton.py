@@ -1,0 +1,456 @@
+"""Discounted returns and sums over rollouts in Triton: one read of delta_a, or none at all.
+
+Contract and equations: `adjoint.py`. Everything accumulates in float32 and in a fixed order. Where time steps and
+samples are too few to fill a GPU, the rollouts are split over programs as well; each split leaves partial sums and a
+second pass adds them in order. The number of splits follows from the shapes alone: no result depends on the device.
+
+Which number a thread owns decides the cost. With stored activity, a tile of rows is loaded, its norms are taken and the
+rows are added to a tile of sums, all in registers; rollouts meet only once, at the end. With regenerated noise a thread
+owns the 128 signs (or 4 Gaussians) of one Philox call and goes through the rollouts one by one: no two threads meet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .noise import UNITS_PER_GROUP, Counters
+from .noise_triton import counter_words, noise_tile, unpack_counters
+from .rollout import Loss, RolloutOptions, loss_of_steps
+from .rollout_triton import rollout
+from .tiles import INTERPRETED
+
+STORED_BYTES = 1 << 28
+"""Activity that `rollout_adjoint` keeps at a time."""
+
+RETURNS_BLOCK = 128
+SUM_BLOCK = 1024
+WARPS_WANTED = 2112
+"""Warps that keep a large GPU busy: sixteen for each of 132 multiprocessors."""
+
+WARP_ELEMENTS = 2048
+"""Tile elements of a warp: 64 sums for each thread leave room for as many loaded values."""
+
+STRIDES = ("stride_step", "stride_sample", "stride_rollout")
+
+WIDEST_TILE = 8192
+"""Hidden units up to which a row fits a tile; wider rows are read twice, once for their norm."""
+
+
+@dataclass(frozen=True)
+class ActivityLaunch:
+    """How the sum over stored activity is divided."""
+
+    block_rollouts: int
+    block_units: int
+    unit_blocks: int
+    warps: int
+    splits: int
+    blocks: int
+    """Rollout blocks of one split."""
+
+
+def activity_launch(rows: int, rollouts: int, units: int) -> ActivityLaunch:
+    """Return the division for `rows` pairs of time step and sample."""
+    block_units = min(triton.next_power_of_2(units), WIDEST_TILE)
+    # Even, so that a tile's row has the same parity in every block.
+    block_rollouts = min(max(WARP_ELEMENTS // block_units, 2), 32)
+    unit_blocks = triton.cdiv(units, block_units)
+    warps = max(block_rollouts * block_units // WARP_ELEMENTS, 1)
+    all_blocks = triton.cdiv(rollouts, block_rollouts)
+    splits, blocks = _split(all_blocks, rows * unit_blocks * warps, at_least=4)
+    return ActivityLaunch(block_rollouts, block_units, unit_blocks, warps, splits, blocks)
+
+
+@dataclass(frozen=True)
+class NoiseSumLaunch:
+    """How the sum over regenerated noise is divided."""
+
+    column_units: int
+    """Units of one thread: those that one Philox call serves, less what lies beyond the last unit for certain."""
+    lanes: int
+    programs: int
+    splits: int
+    pairs: int
+    """Pairs of rollouts, one even and one odd, of one split."""
+
+
+def noise_sum_launch(rows: int, rollouts: int, units: int, kind: str) -> NoiseSumLaunch:
+    """Return the division for `rows` pairs of time step and sample; a program is one warp."""
+    column_units = 4 if kind == "gaussian" else 32 * min(triton.next_power_of_2(triton.cdiv(units, 128)), 4)
+    columns = rows * 4 * triton.cdiv(units, UNITS_PER_GROUP[kind])
+    programs = triton.cdiv(columns, 32)
+    splits, pairs = _split(triton.cdiv(rollouts, 2), 2 * programs, at_least=8)
+    return NoiseSumLaunch(column_units, 32, programs, splits, pairs)
+
+
+def _split(items: int, warps: int, *, at_least: int) -> tuple[int, int]:
+    """Return (splits, items of each) so that there are warps enough and every split has its share of work."""
+    splits = max(1, min(WARPS_WANTED // warps, items // at_least))
+    each = triton.cdiv(items, splits)
+    return triton.cdiv(items, each), each
+
+
+@triton.jit(do_not_specialize=["time", "columns", "discount"])
+def _returns_kernel(
+    credit_ptr,  # (time, columns), contiguous, float32
+    delta_loss_ptr,  # (time, columns), contiguous, float32
+    carry_ptr,  # (columns), contiguous, float32
+    discount,
+    time,
+    columns: tl.int64,
+    HAS_CARRY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the credit: a program owns BLOCK columns, each a (sample, rollout), and walks back through time."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    following = tl.zeros((BLOCK,), tl.float32)
+    if HAS_CARRY:
+        following = tl.load(carry_ptr + column, inside)
+    # Four steps at a time: their loads are in flight together.
+    for back in range(0, time, 4):
+        step = time - 1 - back
+        here = tl.cast(step, tl.int64) * columns + column
+        own = tl.load(delta_loss_ptr + here, inside)
+        own1 = tl.load(delta_loss_ptr + here - columns, inside & (step >= 1))
+        own2 = tl.load(delta_loss_ptr + here - 2 * columns, inside & (step >= 2))
+        own3 = tl.load(delta_loss_ptr + here - 3 * columns, inside & (step >= 3))
+        following = own + discount * following
+        tl.store(credit_ptr + here, following, inside)
+        following = own1 + discount * following
+        tl.store(credit_ptr + here - columns, following, inside & (step >= 1))
+        following = own2 + discount * following
+        tl.store(credit_ptr + here - 2 * columns, following, inside & (step >= 2))
+        following = own3 + discount * following
+        tl.store(credit_ptr + here - 3 * columns, following, inside & (step >= 3))
+
+
+def returns(delta_loss: Tensor, discount: float, *, carry: Tensor | None = None) -> Tensor:
+    """Return the credit c_t = delta_loss_t + discount c_{t+1}, (T, B, P); see `adjoint.returns`."""
+    delta_loss = delta_loss.contiguous()
+    if not discount or delta_loss.numel() == 0:
+        return delta_loss.clone()
+    time, columns = delta_loss.shape[0], delta_loss[0].numel()
+    credit = torch.empty_like(delta_loss)
+    _returns_kernel[(triton.cdiv(columns, RETURNS_BLOCK),)](
+        credit,
+        delta_loss,
+        delta_loss if carry is None else carry.contiguous(),
+        float(discount),
+        time,
+        columns,
+        HAS_CARRY=carry is not None,
+        BLOCK=RETURNS_BLOCK,
+        num_warps=RETURNS_BLOCK // 32,
+    )
+    return credit
+
+
+@triton.jit(do_not_specialize=["rows", "batch", "rollouts", "hidden", *STRIDES])
+def _share_kernel(
+    share_ptr,  # (time * batch, rollouts), contiguous, float32
+    credit_ptr,  # (time * batch, rollouts), contiguous, float32
+    delta_a_ptr,  # (time, batch, rollouts, hidden), any strides but a contiguous last dimension
+    rows: tl.int64,
+    batch,
+    rollouts,
+    hidden,
+    stride_step: tl.int64,
+    stride_sample: tl.int64,
+    stride_rollout: tl.int64,
+    inverse_sigma,
+    BLOCK_ROLLOUTS: tl.constexpr,
+    BLOCK_UNITS: tl.constexpr,
+):
+    """Write c H / (sigma ||delta_a / sigma||^2): a program owns BLOCK_ROLLOUTS rows and all their units."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROLLOUTS + tl.arange(0, BLOCK_ROLLOUTS)
+    inside = row < rows
+    group = row // rollouts
+    origin = group // batch * stride_step + group % batch * stride_sample + row % rollouts * stride_rollout
+    squared = tl.zeros((BLOCK_ROLLOUTS,), tl.float32)
+    for start in range(0, hidden, BLOCK_UNITS):
+        unit = start + tl.arange(0, BLOCK_UNITS)
+        pointer = delta_a_ptr + origin[:, None] + unit[None, :]
+        scaled = tl.load(pointer, inside[:, None] & (unit < hidden)[None, :], other=0.0).to(tl.float32) * inverse_sigma
+        squared += tl.sum(scaled * scaled, 1)
+    credit = tl.load(credit_ptr + row, inside, other=0.0)
+    tl.store(share_ptr + row, _share(credit, squared, hidden, inverse_sigma), inside)
+
+
+@triton.jit
+def _share(credit, squared, hidden, inverse_sigma):
+    """Return c H / (sigma ||delta_a / sigma||^2), or 0 where the rollout does not count."""
+    usable = (squared > 0.0) & (squared < float("inf"))
+    return tl.where(usable, credit * hidden * inverse_sigma / tl.where(usable, squared, 1.0), 0.0)
+
+
+@triton.jit(do_not_specialize=["batch", "rollouts", "hidden", *STRIDES, "blocks", "first"])
+def _activity_sum_kernel(
+    sums_ptr,  # (splits, 2, time * batch, hidden), contiguous, float32
+    credit_ptr,  # (time * batch, rollouts), contiguous, float32; the shares where FUSED is False
+    delta_a_ptr,  # (time, batch, rollouts, hidden), any strides but a contiguous last dimension
+    batch,
+    rollouts,
+    hidden,
+    stride_step: tl.int64,
+    stride_sample: tl.int64,
+    stride_rollout: tl.int64,
+    inverse_sigma,
+    blocks,
+    first,
+    FUSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_ROLLOUTS: tl.constexpr,
+    BLOCK_UNITS: tl.constexpr,
+):
+    """Sum activity over rollouts: a program owns one (time, sample), `blocks` blocks of rollouts and BLOCK_UNITS units.
+
+    FUSED: the units are the whole row, and its norm is taken on the way.
+    ALIGNED: power of two that divides hidden and all strides.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(2) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
+    # The same number, now with a factor that the compiler sees: wide loads and stores need it.
+    width = hidden // ALIGNED * ALIGNED
+    in_row = unit < width
+    origin = tl.multiple_of(group // batch * stride_step + group % batch * stride_sample, ALIGNED)
+    row_pointer = delta_a_ptr + origin + unit
+    sums = tl.zeros((BLOCK_ROLLOUTS, BLOCK_UNITS), tl.float32)
+    start = tl.program_id(1) * blocks * BLOCK_ROLLOUTS
+    for block in range(blocks):
+        rollout = start + block * BLOCK_ROLLOUTS + tl.arange(0, BLOCK_ROLLOUTS)
+        offset = tl.multiple_of(rollout.to(tl.int64) * stride_rollout, ALIGNED)
+        mask = (rollout < rollouts)[:, None] & in_row[None, :]
+        scaled = tl.load(row_pointer[None, :] + offset[:, None], mask, other=0.0).to(tl.float32) * inverse_sigma
+        share = tl.load(credit_ptr + group * rollouts + rollout, rollout < rollouts, other=0.0)
+        if FUSED:
+            share = _share(share, tl.sum(scaled * scaled, 1), hidden, inverse_sigma)
+        # A row that does not count may hold what is not finite: 0 times it would count.
+        sums += tl.where((share != 0.0)[:, None], scaled, 0.0) * share[:, None]
+    halves = tl.sum(tl.reshape(sums, (BLOCK_ROLLOUTS // 2, 2, BLOCK_UNITS)), 0)
+    parity = (tl.arange(0, 2) + first) % 2
+    target = (tl.program_id(1) * 2 + parity).to(tl.int64) * tl.num_programs(0) + group
+    tl.store(sums_ptr + target[:, None] * width + unit[None, :], halves, in_row[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "batch", "rollouts", "hidden", "pairs", "counters_low", "counters_high"])
+def _noise_sum_kernel(
+    sums_ptr,  # (splits, 2, time * batch, hidden), contiguous, float32
+    credit_ptr,  # (time * batch, rollouts), contiguous, float32
+    seed_ptr,  # ()
+    rows: tl.int64,
+    batch,
+    rollouts,
+    hidden,
+    pairs,
+    inverse_sigma,
+    counters_low: tl.int64,
+    counters_high: tl.int64,
+    KIND: tl.constexpr,
+    FAST: tl.constexpr,
+    COLUMN_UNITS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Sum noise over rollouts: a program owns LANES columns, one parity and one split of `pairs` pairs of rollouts.
+
+    A column is the COLUMN_UNITS units that one Philox block serves at one (time, sample): with columns last, a thread
+    has a column to itself and the compiler makes one Philox call of it.
+    """
+    UNITS: tl.constexpr = 512 if KIND == "rademacher" else 16
+    column = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[None, :]
+    quarter = (column % 4).to(tl.uint32)
+    groups = (hidden + UNITS - 1) // UNITS
+    group = (column // 4 % groups).to(tl.uint32)
+    row = column // 4 // groups
+    index = tl.arange(0, COLUMN_UNITS)[:, None].to(tl.uint32)
+    if KIND == "rademacher":
+        within = 128 * (index // 32) + 8 * (index // 2 % 16) + index % 2
+    else:
+        within = 8 * (index // 2) + index % 2
+    unit = UNITS * group + 2 * quarter + within
+    c0, c1, c2, c3 = unpack_counters(counters_low, counters_high)
+    parity = tl.program_id(1)
+    own = (parity + (c2 % 2).to(tl.int32)) % 2
+    c1, c3 = c1 + (row // batch).to(tl.uint32), c3 + (row % batch).to(tl.uint32)
+    seed = tl.load(seed_ptr)
+    one = tl.full((), 1.0, tl.float32)
+    sums = tl.zeros((COLUMN_UNITS, LANES), tl.float32)
+    for pair in range(tl.program_id(2) * pairs, (tl.program_id(2) + 1) * pairs):
+        rollout = 2 * pair + own
+        credit = tl.load(credit_ptr + row * rollouts + rollout, (row < rows) & (rollout < rollouts), other=0.0)
+        sums += credit * noise_tile(seed, c0, c1, c2 + rollout.to(tl.uint32), c3, unit, one, KIND, FAST)
+    target = (tl.program_id(2) * 2 + parity).to(tl.int64) * rows + row
+    inside = (row < rows) & (unit < hidden)
+    tl.store(sums_ptr + target * hidden + unit, sums * inverse_sigma, inside)
+
+
+@triton.jit(do_not_specialize=["splits", "elements"])
+def _add_partials_kernel(
+    sums_ptr,  # (elements), float32
+    partials_ptr,  # (splits, elements), contiguous, float32
+    splits,
+    elements: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """Add the splits in order: a program owns BLOCK elements."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        sums += tl.load(partials_ptr + tl.cast(split, tl.int64) * elements + element, element < elements, other=0.0)
+    tl.store(sums_ptr + element, sums, element < elements)
+
+
+def adjoint(
+    credit: Tensor,
+    delta_a: Tensor | None,
+    seed: Tensor,
+    *,
+    method: str,
+    units: int,
+    options: RolloutOptions,
+    counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
+) -> Tensor:
+    """Sum over a block of rollouts what each says of dL/da, (2, T, B, H); see `adjoint.adjoint`."""
+    time, batch = credit.shape[:2]
+    rows, credit = time * batch, credit.contiguous()
+    if credit.numel() == 0 or units == 0:
+        return credit.new_zeros((2, time, batch, units))
+    if method == "np":
+        partials = _noise_sums(credit, seed, units, options, counters)
+    else:
+        assert delta_a is not None  # noqa: S101  (for the type checker; callers are validated above)
+        partials = _activity_sums(credit, delta_a, options.sigma, counters.rollout % 2)
+    splits = len(partials)
+    if splits == 1:
+        return partials[0].view(2, time, batch, units)
+    sums = credit.new_empty((2, time, batch, units))
+    elements = 2 * rows * units
+    _add_partials_kernel[(triton.cdiv(elements, SUM_BLOCK),)](
+        sums, partials, splits, elements, BLOCK=SUM_BLOCK, num_warps=4
+    )
+    return sums
+
+
+def _noise_sums(credit: Tensor, seed: Tensor, units: int, options: RolloutOptions, counters: Counters) -> Tensor:
+    """Return the partial sums of "np", (splits, 2, T B, H)."""
+    time, batch, rollouts = credit.shape
+    rows = time * batch
+    launch = noise_sum_launch(rows, rollouts, units, options.noise)
+    partials = credit.new_empty((launch.splits, 2, rows, units))
+    low, high = counter_words(counters)
+    _noise_sum_kernel[(launch.programs, 2, launch.splits)](
+        partials,
+        credit,
+        seed,
+        rows,
+        batch,
+        rollouts,
+        units,
+        launch.pairs,
+        1.0 / options.sigma,
+        low,
+        high,
+        KIND=options.noise,
+        FAST=not INTERPRETED,
+        COLUMN_UNITS=launch.column_units,
+        LANES=launch.lanes,
+        num_warps=1,
+    )
+    return partials
+
+
+def _activity_sums(credit: Tensor, delta_a: Tensor, sigma: float, first: int) -> Tensor:
+    """Return the partial sums of "anp", (splits, 2, T B, H); first: parity of the first rollout."""
+    time, batch, rollouts = credit.shape
+    rows, units = time * batch, delta_a.shape[-1]
+    if delta_a.stride(-1) != 1:
+        delta_a = delta_a.contiguous()
+    strides = delta_a.stride()[:3]
+    launch = activity_launch(rows, rollouts, units)
+    fused = launch.unit_blocks == 1
+    if not fused:
+        share = torch.empty_like(credit)
+        _share_kernel[(triton.cdiv(credit.numel(), 4),)](
+            share,
+            credit,
+            delta_a,
+            credit.numel(),
+            batch,
+            rollouts,
+            units,
+            *strides,
+            1.0 / sigma,
+            BLOCK_ROLLOUTS=4,
+            BLOCK_UNITS=WARP_ELEMENTS,
+            num_warps=4,
+        )
+        credit = share
+    partials = credit.new_empty((launch.splits, 2, rows, units))
+    _activity_sum_kernel[(rows, launch.splits, launch.unit_blocks)](
+        partials,
+        credit,
+        delta_a,
+        batch,
+        rollouts,
+        units,
+        *strides,
+        1.0 / sigma,
+        launch.blocks,
+        first,
+        FUSED=fused,
+        ALIGNED=math.gcd(16, units, *strides),
+        BLOCK_ROLLOUTS=launch.block_rollouts,
+        BLOCK_UNITS=launch.block_units,
+        num_warps=launch.warps,
+    )
+    return partials
+
+
+def rollout_adjoint(
+    preact: Tensor,
+    hidden: Tensor,
+    weight_hh: Tensor,
+    loss: Loss,
+    seed: Tensor,
+    *,
+    method: str,
+    options: RolloutOptions,
+    counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
+    delta_h0: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run rollouts and sum their adjoint at discount 0; see `adjoint.rollout_adjoint`.
+
+    "np" stores no activity. "anp" stores that of a few steps at a time and reads it back at once.
+    """
+    time, batch, units = preact.shape
+    sums = preact.new_empty((2, time, batch, units), dtype=torch.float32)
+    delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
+    keep = options._replace(store_delta_a=method != "np")
+    of_step = max(1, 4 * batch * options.rollouts * units)
+    block = max(1, STORED_BYTES // of_step) if keep.store_delta_a else max(1, time)
+    delta_h = delta_h0
+    for start in range(0, time, block):
+        steps = slice(start, min(start + block, time))
+        here = counters._replace(time=counters.time + start)
+        part = rollout(
+            preact[steps],
+            hidden[steps],
+            weight_hh,
+            loss_of_steps(loss, steps),
+            seed,
+            options=keep,
+            counters=here,
+            delta_h0=delta_h,
+        )
+        assert part.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
+        delta_h, delta_loss[steps] = part.delta_h, part.delta_loss
+        credit = torch.nan_to_num(part.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
+        sums[:, steps] = adjoint(credit, part.delta_a, seed, method=method, units=units, options=options, counters=here)
+    assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
+    return sums, delta_loss, delta_h
