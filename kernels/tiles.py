@@ -1,0 +1,237 @@
+"""Launch configurations from shapes, operand type and architecture: pure Python, no device is asked.
+
+Where a bound below has no reason beside it, it follows from the compile table (`tests/compiled.json`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter; Triton reads the variable when it is imported."""
+
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Shared memory that one program can have, by compute capability; an unknown one counts as the nearest below."""
+
+OPERAND_BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
+
+RESIDENT_MAX_UNITS = 256
+RESIDENT_MAX_OUTPUTS = 64
+RESIDENT_MAX_UNITS_IEEE = 64
+"""Beyond, products without a matrix unit hold too much in registers."""
+
+MANY_ROWS = 132 * 128
+"""Rows that give each of 132 multiprocessors a tile of 128."""
+
+NARROW_SIGMA = 1e-2
+"""Standard deviation up to which tanh needs no plain difference (see `cell_triton.tanh_deviation`)."""
+
+
+@dataclass(frozen=True)
+class NoiseLaunch:
+    """How the noise kernel is divided."""
+
+    block_rows: int
+    block_units: int
+    warps: int
+
+
+NOISE_LAUNCH = NoiseLaunch(block_rows=32, block_units=128, warps=4)
+
+
+@dataclass(frozen=True)
+class RolloutLaunch:
+    """How a rollout kernel is divided."""
+
+    form: str
+    """"resident": one launch for all steps; "stepwise": one launch per step."""
+    block_rows: int
+    """Rollouts of a program."""
+    block_units: int
+    """Hidden units of a program; resident: all of them, padded to a power of two."""
+    block_inner: int
+    """Stepwise: units of one step of the product's inner loop."""
+    block_outputs: int
+    """Outputs of a tile behind the readout; 0 where there is no such tile."""
+    warps: int
+    stages: int
+    shared_bytes: int
+    """Estimate of a program's shared memory."""
+    samples: int
+    """Samples of a program: 1, or as many as have room; stepwise: 0 where programs take rows as they come."""
+    reason: str
+    """Why this form."""
+
+
+def next_power_of_two(count: int) -> int:
+    """Return the least power of two that is at least `count`."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def shared_limit(arch: int) -> int:
+    """Return the shared memory one program can have on compute capability `arch` (10 major + minor)."""
+    known = [capability for capability in SHARED_BYTES if capability <= arch]
+    return SHARED_BYTES[max(known)] if known else SHARED_BYTES[86]
+
+
+def rollout_launch(
+    *,
+    units: int,
+    outputs: int,
+    loss: str,
+    has_readout: bool,
+    batch: int,
+    rollouts: int,
+    precision: str,
+    arch: int,
+    form: str = "auto",
+) -> RolloutLaunch:
+    """Choose the form and tile sizes of a block of rollouts.
+
+    Args:
+        units: H.
+        outputs: O; what the hidden state has where there is no readout.
+        loss: "linear", "squared", "cross_entropy", "outputs" or "none".
+        has_readout: whether a readout lies between the hidden state and the loss.
+        batch: B; as P, it decides no more than the rows of a tile.
+        rollouts: P.
+        precision: operand type, "bf16", "fp16", "tf32" or "fp32".
+        arch: compute capability, 10 major + minor.
+        form: "auto", or "resident" or "stepwise" to force one.
+
+    Raises:
+        ValueError: the forced form cannot hold these shapes; the message says why.
+    """
+    resident = _resident_launch(
+        units=units,
+        outputs=outputs if has_readout else 0,
+        batch=batch,
+        rollouts=rollouts,
+        precision=precision,
+        arch=arch,
+    )
+    obstacle = _resident_obstacle(resident, units=units, outputs=outputs, loss=loss, has_readout=has_readout, arch=arch)
+    if form == "resident":
+        if obstacle:
+            raise ValueError(f"the resident form cannot run these rollouts: {obstacle}")
+        return replace(resident, reason="asked for")
+    if form not in {"auto", "stepwise"}:
+        raise ValueError(f"form {form!r} is none of 'auto', 'resident', 'stepwise'")
+    drawback = obstacle or _resident_drawback(units, precision, arch)
+    if form == "auto" and not drawback:
+        return resident
+    stepwise = _stepwise_launch(outputs, loss, has_readout, rollouts, precision, arch)
+    return replace(stepwise, reason=drawback if form == "auto" else "asked for")
+
+
+def _resident_launch(
+    *,
+    units: int,
+    outputs: int,
+    batch: int,
+    rollouts: int,
+    precision: str,
+    arch: int,
+) -> RolloutLaunch:
+    """Return the resident form's tile, whether or not it fits."""
+    size = OPERAND_BYTES[precision]
+    block_units = max(16, next_power_of_two(units))
+    block_outputs = max(16, next_power_of_two(outputs)) if outputs else 0
+    if precision == "fp32":
+        block_rows, warps = 32, 4
+    elif arch // 10 in {9, 10} and _fills_wide_tiles(batch, rollouts):
+        # Two groups of four warps, each with 64 rows of the matrix unit.
+        block_rows, warps = 128, 8
+    else:
+        block_rows, warps = 64, 4
+    if arch // 10 not in {9, 10}:
+        # The state passes through shared memory there; small tiles keep two programs on a multiprocessor.
+        warps = 8 if block_units >= 256 else 4
+    # A tile has room for a power of two of rollouts of each sample.
+    samples = max(1, block_rows // next_power_of_two(rollouts))
+    weights = (block_units * block_units + block_outputs * block_units) * size
+    # At some point a tile of states passes through shared memory: the start, a stored delta_a, or (not on Hopper) the
+    # operand of every step.
+    shared = weights + block_rows * max(block_units, 2 * block_outputs) * size + 1024
+    return RolloutLaunch(
+        form="resident",
+        block_rows=block_rows,
+        block_units=block_units,
+        block_inner=0,
+        block_outputs=block_outputs,
+        warps=warps,
+        stages=1,
+        shared_bytes=shared,
+        samples=samples,
+        reason=f"W_hh fits in shared memory ({weights} bytes)",
+    )
+
+
+def _fills_wide_tiles(batch: int, rollouts: int) -> bool:
+    """Return whether tiles of 128 rows are enough for a large GPU, and no emptier than tiles of 64."""
+    waste = -rollouts % 128 - -rollouts % 64 if rollouts > 64 else 0
+    return batch * rollouts >= MANY_ROWS and waste <= rollouts // 8
+
+
+def _resident_obstacle(
+    launch: RolloutLaunch, *, units: int, outputs: int, loss: str, has_readout: bool, arch: int
+) -> str:
+    """Return why the resident form cannot run, or an empty string."""
+    if units > RESIDENT_MAX_UNITS:
+        return f"{units} hidden units are more than {RESIDENT_MAX_UNITS}"
+    if has_readout and outputs > RESIDENT_MAX_OUTPUTS:
+        return f"{outputs} outputs are more than {RESIDENT_MAX_OUTPUTS}"
+    if loss == "outputs" and not has_readout and units > RESIDENT_MAX_OUTPUTS:
+        return f"{units} outputs (the hidden state) are more than {RESIDENT_MAX_OUTPUTS}"
+    limit = shared_limit(arch)
+    if launch.shared_bytes > limit:
+        return f"it needs {launch.shared_bytes} bytes of shared memory, compute capability {arch} has {limit}"
+    return ""
+
+
+def _resident_drawback(units: int, precision: str, arch: int) -> str:
+    """Return why the stepwise form is expected to be faster, or an empty string."""
+    if precision == "fp32" and units > RESIDENT_MAX_UNITS_IEEE:
+        return f"fp32 products of {units} units hold too much in registers"
+    if arch // 10 not in {9, 10} and units > 128:
+        return f"compute capability {arch} moves the state of {units} units through shared memory"
+    return ""
+
+
+def _stepwise_launch(
+    outputs: int, loss: str, has_readout: bool, rollouts: int, precision: str, arch: int
+) -> RolloutLaunch:
+    """Return the stepwise form's tiles."""
+    if precision == "fp32":
+        block_rows, block_units, block_inner, warps, stages = 64, 64, 32, 4, 2
+    elif precision == "tf32":
+        block_rows, block_units, block_inner, warps, stages = 128, 128, 32, 8, 3
+    elif arch // 10 in {9, 10}:
+        block_rows, block_units, block_inner, warps, stages = 128, 256, 64, 8, 3
+    else:
+        block_rows, block_units, block_inner, warps, stages = 128, 128, 32, 8, 3
+    one_sample = rollouts >= block_rows
+    if not one_sample:
+        # Clean values are then a whole tile: a wider one spills.
+        block_units = min(block_units, 128)
+    if INTERPRETED:
+        block_rows, block_units, block_inner = 32, 32, 16
+        one_sample = rollouts >= block_rows
+    block_outputs = 0
+    if loss in {"squared", "cross_entropy", "outputs"}:
+        block_outputs = min(64, max(16, next_power_of_two(outputs)))
+    size = OPERAND_BYTES[precision]
+    pipeline = stages * (block_rows + block_units) * block_inner * size
+    return RolloutLaunch(
+        form="stepwise",
+        block_rows=block_rows,
+        block_units=block_units,
+        block_inner=block_inner,
+        block_outputs=block_outputs,
+        warps=warps,
+        stages=stages,
+        shared_bytes=pipeline,
+        samples=int(one_sample),
+        reason="",
+    )

@@ -1,0 +1,248 @@
+"""Compile every kernel for every architecture without a GPU, and compare with the checked-in table.
+
+    python tests/compile_kernels.py              compile, print what differs from tests/compiled.json
+    python tests/compile_kernels.py --write      the same, then rewrite the table
+    python tests/compile_kernels.py --only PART  only the cases whose name contains PART
+
+Cases come from the modules `compile_cases_*.py` beside this file: `cases()` returns {name: (kernel, signature,
+constexprs, options)}. In a signature, "i32:16" is an integer known to be divisible by 16, a tuple is a tuple argument,
+and ("=", value) inside a tuple is a constant. Pointers count as aligned to 16 bytes. A case whose name begins with
+"sm_90:" is compiled for that architecture alone.
+
+A failed assertion of the compiler kills its process: cases run in worker processes. Triton's cache is temporary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TABLE = HERE / "compiled.json"
+ARCHES = (80, 89, 90, 100)
+WORKERS = 2
+
+SLACK = {"registers": 8, "stack": 32, "shared": 0, "local_in_loop": 0, "barriers": 0, "issued": 0.15}
+"""How far a figure may exceed the table's before the test fails: ptxas's choices move a little with every edit."""
+
+MATRIX_OPS = re.compile(r"(HGMMA|QGMMA|IGMMA|UTC\w*MMA|HMMA)")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
+
+
+def found_cases():
+    """Return {(name, arch): case} of all modules of cases."""
+    result = {}
+    for path in sorted(HERE.glob("compile_cases_*.py")):
+        for name, case in importlib.import_module(path.stem).cases().items():
+            match = re.match(r"sm_(\d+):(.*)", name)
+            if match:
+                result[match[2], int(match[1])] = case
+            else:
+                result.update(dict.fromkeys(((name, arch) for arch in ARCHES), case))
+    return result
+
+
+def ast_source(kernel, signature, constexprs):
+    """Return triton's source object, constants and divisibility taken out of the signature."""
+    from triton.compiler import ASTSource
+
+    constants = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
+    attributes = {}
+
+    def plain(kind, path):
+        if isinstance(kind, tuple) and kind[:1] == ("=",):
+            constants[path] = kind[1]
+            return "constexpr"
+        if isinstance(kind, tuple):
+            return tuple(plain(item, (*path, index)) for index, item in enumerate(kind))
+        kind, _, divisor = kind.partition(":")
+        if divisor or kind.startswith("*"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    types = {name: plain(signature[name], (index,)) for index, name in enumerate(kernel.arg_names)}
+    return ASTSource(kernel, types, constants, attributes)
+
+
+def measure(kernel, signature, constexprs, options, arch):
+    """Compile a case and return its row of the table."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source = ast_source(kernel, signature, constexprs)
+    settings = {"enable_fp_fusion": True, **options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=settings)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = _output(tools / "nvdisasm", "-c", file.name)
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+    loop = Counter(longest_loop(text))
+    issued = sum(loop.values())
+    elements = constexprs.get("BLOCK_ROWS", 0) * constexprs.get("BLOCK_UNITS", 0) / (32 * options["num_warps"])
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        "loop": issued,
+        "issued": round(issued / elements, 2) if elements else 0,
+        "barriers": _count(loop, "BAR"),
+        "local_in_loop": _count(loop, "LDL", "STL"),
+        "shared_in_loop": _count(loop, "LDS", "STS", "LDSM", "STSM"),
+        "matrix_in_loop": sorted({match[1] for name in loop if (match := MATRIX_OPS.match(name))}),
+    }
+
+
+def _output(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _count(instructions, *stems):
+    return sum(count for name, count in instructions.items() if name.split(".")[0] in stems)
+
+
+def longest_loop(text):
+    """Return the instructions of the longest loop of a disassembly: from a label to the branch back to it.
+
+    A branch back across the program's end is no loop: it ends a piece of code that was moved out of the way.
+    """
+    labels, instructions = {}, []
+    for line in text.splitlines():
+        label = re.match(r"^(\.L_x_\d+):", line.strip())
+        if label:
+            labels[label[1]] = len(instructions)
+        match = INSTRUCTION.match(line)
+        if match:
+            instructions.append((match[2], match[1], match[3]))
+    longest = []
+    for place, (name, _, operands) in enumerate(instructions):
+        target = re.search(r"\.L_x_\d+", operands) if name.startswith("BRA") else None
+        body = instructions[labels.get(target[0], place) : place + 1] if target else []
+        if len(body) > len(longest) and not any(step == "EXIT" and not guard for step, guard, _ in body):
+            longest = body
+    return [name for name, _, _ in longest]
+
+
+def key_of(name, arch):
+    return f"sm_{arch}:{name}"
+
+
+def work():
+    """Compile the cases named on standard input, one line of JSON for each."""
+    cases = {key_of(*place): (case, place[1]) for place, case in found_cases().items()}
+    for line in sys.stdin:
+        case, arch = cases[line.strip()]
+        try:
+            row = measure(*case, arch)
+        except Exception as error:  # noqa: BLE001  (whatever it is, it belongs in the table)
+            row = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+
+
+def compile_all(only=""):
+    """Return {name: row} of all cases whose name contains `only`."""
+    names = [key_of(*place) for place in found_cases()]
+    names = [name for name in names if only in name]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        parts = list(pool.map(_compile_part, [names[start::WORKERS] for start in range(WORKERS)]))
+    rows = {name: row for part in parts for name, row in part.items()}
+    return {name: rows[name] for name in sorted(rows)}
+
+
+def _compile_part(names):
+    """Return the rows of some cases; a worker that dies takes one case with it."""
+    rows = {}
+    left = list(names)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+        environment.pop("TRITON_INTERPRET", None)
+        while left:
+            command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+            pipe = subprocess.PIPE
+            with subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
+            ) as worker:
+                while left:
+                    name = left.pop(0)
+                    try:
+                        worker.stdin.write(name + "\n")
+                        worker.stdin.flush()
+                        line = worker.stdout.readline()
+                    except BrokenPipeError:
+                        line = ""
+                    rows[name] = json.loads(line) if line.startswith("{") else {"error": "the compiler died"}
+                    if not line:
+                        break
+                worker.stdin.close()
+    return rows
+
+
+def differences(table, rows):
+    """Return a line for each row that is new, gone or different."""
+    lines = []
+    for name in sorted(table.keys() | rows.keys()):
+        old, new = table.get(name), rows.get(name)
+        if old is None:
+            lines.append(f"+ {name}: {new}")
+        elif new is None:
+            lines.append(f"- {name}")
+        elif old != new:
+            changes = [
+                f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
+            ]
+            lines.append(f"  {name}: {', '.join(changes)}")
+    return lines
+
+
+def regressions(table, rows):
+    """Return a line for each figure that exceeds the table's by more than `SLACK`, and for each missing row."""
+    lines = [f"{name}: in one of table and cases only" for name in sorted(table.keys() ^ rows.keys())]
+    for name in sorted(table.keys() & rows.keys()):
+        old, new = table[name], rows[name]
+        if "error" in new:
+            lines.append(f"{name}: {new['error']}")
+            continue
+        lines += [
+            f"{name}: {key} {old[key]} -> {new[key]}" for key, slack in SLACK.items() if new[key] > old[key] + slack
+        ]
+        lines += [f"{name}: no {op} any more" for op in old["matrix_in_loop"] if op not in new["matrix_in_loop"]]
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="rewrite the table")
+    parser.add_argument("--only", default="", help="part of the names of the cases to compile")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work()
+        return
+    import triton
+
+    stored = json.loads(TABLE.read_text()) if TABLE.exists() else {"rows": {}}
+    rows = compile_all(arguments.only)
+    table = {name: row for name, row in stored["rows"].items() if arguments.only in name}
+    sys.stdout.write("\n".join(differences(table, rows)) + "\n")
+    if arguments.write:
+        kept = {name: row for name, row in stored["rows"].items() if arguments.only not in name}
+        merged = {**kept, **rows}
+        body = ",\n".join(f"    {json.dumps(name)}: {json.dumps(merged[name])}" for name in sorted(merged))
+        TABLE.write_text(f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "rows": {{\n{body}\n  }}\n}}\n')
+
+
+if __name__ == "__main__":
+    sys.path.append(str(HERE.parent))
+    main()

@@ -1,0 +1,73 @@
+"""Every kernel compiles for every architecture, within limits and within the checked-in table.
+
+`python tests/compile_kernels.py --write` rewrites the table and prints what changed.
+"""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton")
+
+import compile_kernels
+import triton
+
+from anpgpu.kernels.tiles import SHARED_BYTES
+
+pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
+
+STORED = json.loads(compile_kernels.TABLE.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return compile_kernels.compile_all()
+
+
+def arch_of(name):
+    return int(name.split(":")[0].removeprefix("sm_"))
+
+
+def test_every_kernel_compiles(rows):
+    assert rows
+    assert {name: row["error"] for name, row in rows.items() if "error" in row} == {}
+
+
+def test_shared_memory_within_limits(rows):
+    beyond = {name: row["shared"] for name, row in rows.items() if row["shared"] > SHARED_BYTES[arch_of(name)]}
+    assert beyond == {}
+
+
+def test_no_worse_than_the_table(rows):
+    """Figures belong to one version of Triton; under another the bounds of the other tests still hold."""
+    if triton.__version__ == STORED["triton"]:
+        assert compile_kernels.regressions(STORED["rows"], rows) == []
+    else:
+        assert rows.keys() == STORED["rows"].keys()
+
+
+@pytest.mark.parametrize("units", [64, 128, 256])
+@pytest.mark.parametrize("variant", ["no_loss", "loss", "loss-stored"])
+def test_warpgroup_products_on_hopper(rows, units, variant):
+    assert "HGMMA" in rows[f"sm_90:resident-{units}-bf16-{variant}"]["matrix_in_loop"]
+
+
+@pytest.mark.parametrize(("variant", "issued"), [("loss", 14.5), ("loss-stored", 16)])
+def test_resident_step_of_128_units(rows, variant, issued):
+    row = rows[f"sm_90:resident-128-bf16-{variant}"]
+    assert row["issued"] <= issued
+    assert row["stack"] == 0
+
+
+def test_the_state_stays_in_registers(rows):
+    """Two barriers, and of shared memory only the loss differences of a tile."""
+    for units in (128, 256):
+        row = rows[f"sm_90:resident-{units}-bf16-loss"]
+        assert row["barriers"] == 2
+        assert row["shared_in_loop"] <= 2
+
+
+@pytest.mark.parametrize("units", [128, 256])
+@pytest.mark.parametrize("variant", ["no_loss", "loss", "loss-stored"])
+def test_no_spills_in_the_time_loop(rows, units, variant):
+    assert rows[f"sm_90:resident-{units}-bf16-{variant}"]["local_in_loop"] == 0

@@ -1,0 +1,110 @@
+"""Launch configurations: pure functions, no device."""
+
+import itertools
+
+import pytest
+from hypothesis import given, strategies as st
+
+from anpgpu.kernels import tiles
+from anpgpu.kernels.tiles import next_power_of_two, rollout_launch, shared_limit
+
+ARCHES = (80, 86, 89, 90, 100, 120)
+
+
+def launch(**changes):
+    named = {
+        "units": 128,
+        "outputs": 10,
+        "loss": "linear",
+        "has_readout": False,
+        "batch": 64,
+        "rollouts": 1024,
+        "precision": "bf16",
+        "arch": 90,
+    }
+    return rollout_launch(**{**named, **changes})
+
+
+@pytest.mark.parametrize(
+    ("count", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128), (255, 256), (256, 256), (257, 512)]
+)
+def test_next_power_of_two(count, power):
+    assert next_power_of_two(count) == power
+
+
+def test_shared_limit_of_an_unknown_architecture_is_the_nearest_below():
+    assert shared_limit(90) == 232448
+    assert shared_limit(103) == shared_limit(100)
+    assert shared_limit(75) == shared_limit(86)
+
+
+@pytest.mark.parametrize("units", [1, 17, 64, 128, 250, 256])
+def test_small_networks_are_resident_on_hopper(units):
+    chosen = launch(units=units)
+    assert chosen.form == "resident"
+    assert chosen.block_units >= max(units, 16)
+    assert "fits" in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"units": 257}, "257 hidden units"),
+        ({"loss": "cross_entropy", "has_readout": True, "outputs": 1000}, "1000 outputs"),
+        ({"loss": "outputs", "units": 65, "outputs": 65}, "65 outputs"),
+        ({"units": 256, "precision": "tf32"}, "shared memory"),
+        ({"units": 256, "arch": 89}, "shared memory"),
+    ],
+)
+def test_what_cannot_be_resident_goes_stepwise_and_says_why(changes, reason):
+    chosen = launch(**changes)
+    assert chosen.form == "stepwise"
+    assert reason in chosen.reason
+    with pytest.raises(ValueError, match=reason):
+        launch(**changes, form="resident")
+
+
+def test_a_form_can_be_asked_for():
+    assert launch(form="stepwise").form == "stepwise"
+    assert launch(units=256, arch=80, form="resident").form == "resident"
+    with pytest.raises(ValueError, match="'neither'"):
+        launch(form="neither")
+
+
+@given(
+    units=st.integers(1, 5000),
+    outputs=st.integers(1, 5000),
+    loss=st.sampled_from(["linear", "squared", "cross_entropy", "outputs", "none"]),
+    has_readout=st.booleans(),
+    batch=st.integers(1, 10**5),
+    rollouts=st.integers(1, 10**6),
+    precision=st.sampled_from(sorted(tiles.OPERAND_BYTES)),
+    arch=st.sampled_from(ARCHES),
+)
+def test_every_shape_has_a_launch_that_fits(**named):
+    chosen = rollout_launch(**named)
+    assert chosen.shared_bytes <= shared_limit(named["arch"])
+    assert chosen.reason
+    for size in (chosen.block_rows, chosen.block_units):
+        assert size >= 16
+        assert size == next_power_of_two(size)
+    if chosen.form == "resident":
+        assert chosen.block_units >= named["units"]
+        assert not named["has_readout"] or chosen.block_outputs >= named["outputs"]
+        assert chosen.samples * min(next_power_of_two(named["rollouts"]), chosen.block_rows) == chosen.block_rows
+    else:
+        assert chosen.samples == int(named["rollouts"] >= chosen.block_rows)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rollouts", "rows", "samples"),
+    [(1024, 32, 128, 4), (1024, 48, 128, 2), (1024, 3, 64, 16), (1, 32, 64, 2), (256, 130, 64, 1), (256, 128, 128, 1)],
+)
+def test_tiles_are_filled_from_several_samples(batch, rollouts, rows, samples):
+    chosen = launch(batch=batch, rollouts=rollouts)
+    assert (chosen.block_rows, chosen.samples) == (rows, samples)
+
+
+def test_the_choice_is_the_same_every_time():
+    for arch, precision in itertools.product(ARCHES, tiles.OPERAND_BYTES):
+        assert launch(arch=arch, precision=precision) == launch(arch=arch, precision=precision)
