@@ -143,7 +143,7 @@ class Sweep:
         sums = preact.new_zeros((2, length, batch, units))
         for block in self.blocks:
             counters = self._counters(block, steps.start)
-            fused = settings.discount == 0 and settings.backend == "triton"
+            fused = settings.discount == 0 and settings.backend == "triton" and settings.method in {"np", "anp"}
             if fused and measured is None and not isinstance(loss, OutputsOnly):
                 halves, delta_loss, delta_h = implementation("rollout_adjoint", settings.backend)(
                     preact,

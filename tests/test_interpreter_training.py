@@ -1,0 +1,42 @@
+"""The torch face on the Triton kernels, in the interpreter: the same gradients as on the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import anpgpu
+from anpgpu.kernels.tiles import INTERPRETED
+
+pytestmark = pytest.mark.interpreter
+
+
+def test_this_leg_interprets() -> None:
+    assert INTERPRETED
+
+
+def gradients(perturbation: anpgpu.Perturbation, *, measured: bool, **network: object) -> list[Tensor]:
+    torch.manual_seed(3)
+    rnn = anpgpu.RNN(3, 9, perturbation=perturbation, **network)
+    readout = nn.Linear(9 * (1 + rnn.bidirectional), 4)
+    inputs, labels = torch.randn(4, 2, 3), torch.randint(4, (4, 2))
+    if measured:
+        anpgpu.estimate_grad_(rnn, readout, inputs, labels, "cross_entropy", lengths=[4, 3])
+    else:
+        nn.functional.cross_entropy(readout(rnn(inputs)[0]).flatten(0, 1), labels.flatten()).backward()
+    return [parameter.grad for parameter in (*rnn.parameters(), *readout.parameters())]
+
+
+@pytest.mark.parametrize("method", ["np", "anp", "anp-ls"])
+@pytest.mark.parametrize("discount", [0.0, 0.9])
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("network", [{}, {"num_layers": 2, "nonlinearity": "relu"}, {"bidirectional": True}])
+def test_gradients_are_those_of_the_reference(
+    method: str, discount: float, measured: bool, network: dict[str, object]
+) -> None:
+    perturbation = anpgpu.Perturbation(method, rollouts=5, discount=discount, backend="torch")
+    expected = gradients(perturbation, measured=measured, **network)
+    found = gradients(replace(perturbation, backend="triton"), measured=measured, **network)
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
