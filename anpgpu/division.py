@@ -95,7 +95,7 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
     smallest = min(needed_bytes(shape, Division(1, parts[-1], segments)) for segments in [1, *cuts])
     raise MemoryError(
         f"max_memory={max_memory} bytes is too little for T={shape.time}, H={shape.hidden}: "
-        f"{parts[-1]} of {shape.rollouts} rollouts of one sample at a time need {smallest} bytes"
+        f"{parts[-1]} of {shape.rollouts} rollouts of one sample at a time needs {smallest} bytes"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .dispatch import implementation
 from .division import Division, segments_of
 from .kernels.noise import Counters
-from .kernels.rollout import LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions
+from .kernels.rollout import LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, give_back
 from .layers import GradientSums, LayerRun, LayerWeights, preactivations
 from .least_squares import least_squares
 from .settings import Settings
@@ -179,6 +179,7 @@ class Sweep:
             delta_loss = torch.where(self.finite[:, block], delta_loss, 0)
             if settings.method == "anp-ls" and part.delta_a is not None:
                 sums[0], self.carry = self._regress(delta_loss, part.delta_a, counters)
+                give_back(part.delta_a)
                 break
             credit = implementation("returns", settings.backend)(
                 delta_loss, settings.discount, carry=self.carry[:, block]
@@ -193,6 +194,7 @@ class Sweep:
                 options=self._options(block, store=False),
                 counters=counters,
             )
+            give_back(part.delta_a)
         if not self.segmented:
             self.check()
         if settings.method == "anp-ls":

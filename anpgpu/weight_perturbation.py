@@ -281,7 +281,7 @@ class _Run:
         length, batch, _ = run.inputs.shape
         count = rollouts.stop - rollouts.start
         preact = preactivations(weights, run.inputs, run.states)
-        deviation = DEVIATIONS[self.network.nonlinearity]
+        deviation = DEVIATIONS[self.network.nonlinearity](preact, run.states[1:])
         result = preact.new_empty((length, batch, count, preact.shape[-1]))
         delta_h = self.deviations.get((number, side))
         if delta_h is None:
@@ -296,7 +296,7 @@ class _Run:
             delta_a = delta_h @ weights.weight_hh.t() + self.settings.options.sigma * weight_noise.times(presynaptic)
             if delta_x is not None:
                 delta_a += delta_x[step] @ weights.weight_ih.t()
-            result[step] = deviation(delta_a, preact[step].unsqueeze(1), run.states[step + 1].unsqueeze(1), scratch)
+            result[step] = deviation.step(step, delta_a, scratch)
             delta_h = result[step]
         self.deviations[number, side] = delta_h
         return result
