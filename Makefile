@@ -8,7 +8,9 @@ READY := .venv/.ready
 TESTABLE := .venv/.testable
 endif
 
-PYTEST := env -u TRITON_INTERPRET $(BIN)pytest
+# The tests' tensors are small: a second thread brings little, and where cores are shared its spinning costs a lot.
+ONE_THREAD := env OMP_NUM_THREADS=1
+PYTEST := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(BIN)pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -50,13 +52,13 @@ test-reference: $(TESTABLE) ## torch on the CPU
 	$(PYTEST) tests -m "not slow and not gpu and not interpreter and not compile"
 
 test-interpreter: $(TESTABLE) ## Triton's interpreter against the reference
-	env TRITON_INTERPRET=1 $(BIN)pytest tests -m "interpreter and not slow"
+	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)pytest tests -m "interpreter and not slow"
 
 test-compile: $(TESTABLE) ## compile every kernel, no GPU needed
 	$(PYTEST) tests -m "compile and not slow"
 
 test-slow: $(TESTABLE) ## the thorough tests
-	env HYPOTHESIS_PROFILE=slow $(PYTEST) tests -m "slow and not gpu"
+	HYPOTHESIS_PROFILE=slow $(PYTEST) tests -m "slow and not gpu"
 
 test-gpu: $(TESTABLE) ## the tests that need a CUDA device
 	$(PYTEST) tests -m gpu

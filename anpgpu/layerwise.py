@@ -83,6 +83,7 @@ def _measure_side(problem: Problem, outputs: Tensor, reverse: bool) -> Callable[
         lengths = None if problem.lengths is None else problem.lengths[samples]
         change = BlackBoxChange(problem, outputs[:, samples], samples)
         delta_loss = change.of(in_processing_order(delta_o, reverse, lengths))
-        return in_processing_order(delta_loss, reverse, lengths)
+        # One value per sequence is credited at the last valid step in either order: all before has part in it.
+        return delta_loss if problem.loss.per_sequence else in_processing_order(delta_loss, reverse, lengths)
 
     return measure

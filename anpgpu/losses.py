@@ -59,7 +59,7 @@ class MeasuredLoss:
         count = counted.sum()
         if batch and counted.device.type == "cpu" and not count:
             raise ValueError(f"no step has a loss: every target is ignore_index ({IGNORE_INDEX}) or beyond its length")
-        self.weight = counted / count
+        self.weight = counted.to(torch.float64) / count
         self.dense = values
 
     @property

@@ -16,7 +16,7 @@ from .division import FIXED_BYTES
 from .job import BlackBoxChange
 from .kernels.adjoint import returns
 from .kernels.noise import Counters, Purpose, noise
-from .kernels.rollout import OutputsOnly, loss_difference
+from .kernels.rollout import OutputsOnly, loss_differences
 from .problem import Problem
 from .settings import Settings
 from .sweep import raise_if_lost
@@ -48,7 +48,7 @@ def perturb_readout(
         if change is not None:
             delta_loss = change.of(delta_o)
         elif not isinstance(spec, OutputsOnly):
-            delta_loss = torch.stack([loss_difference(spec, number, move) for number, move in enumerate(delta_o)])
+            delta_loss = loss_differences(spec, whole, delta_o)
         usable = torch.isfinite(delta_loss).all(0)
         finite[:, first : first + count] = usable
         credit = returns(torch.where(usable, delta_loss, 0), 1.0 if loss.black_box and loss.per_sequence else 0.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .division import FIXED_BYTES
 from .kernels.noise import Counters, Purpose, noise
-from .kernels.rollout import DEVIATIONS, Loss, OutputsOnly, loss_difference, output_deviation
+from .kernels.rollout import DEVIATIONS, LinearLoss, Loss, OutputsOnly, loss_differences, output_deviation
 from .layers import GradientSums, LayerRun, LayerWeights, Network, in_processing_order, preactivations
 from .settings import Settings
 from .sweep import raise_if_lost
@@ -254,7 +254,8 @@ class _Run:
         loss = segment.loss
         if isinstance(loss, OutputsOnly):
             return output_deviation(loss.readout, below)
-        each = torch.stack([loss_difference(loss, step, delta_h) for step, delta_h in enumerate(below)])
+        deviation = below if isinstance(loss, LinearLoss) else output_deviation(loss.readout, below)
+        each = loss_differences(loss, slice(0, len(below)), deviation)
         if change is not None:
             each[-1] += change
         return each

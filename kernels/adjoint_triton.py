@@ -19,17 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fused_triton import added, fused_rollouts, preferred_launch
 from .noise import UNITS_PER_GROUP, Counters
 from .noise_triton import counter_words, noise_tile, unpack_counters
 from .rollout import Loss, RolloutOptions, loss_of_steps
 from .rollout_triton import rollout
-from .tiles import INTERPRETED
+from .tiles import INTERPRETED, RolloutLaunch
 
 STORED_BYTES = 1 << 28
-"""Activity that `rollout_adjoint` keeps at a time."""
+"""Activity, or partial sums, that `rollout_adjoint` keeps at a time."""
 
 RETURNS_BLOCK = 128
-SUM_BLOCK = 1024
 WARPS_WANTED = 2112
 """Warps that keep a large GPU busy: sixteen for each of 132 multiprocessors."""
 
@@ -290,22 +290,6 @@ def _noise_sum_kernel(
     tl.store(sums_ptr + target * hidden + unit, sums * inverse_sigma, inside)
 
 
-@triton.jit(do_not_specialize=["splits", "elements"])
-def _add_partials_kernel(
-    sums_ptr,  # (elements), float32
-    partials_ptr,  # (splits, elements), contiguous, float32
-    splits,
-    elements: tl.int64,
-    BLOCK: tl.constexpr,
-):
-    """Add the splits in order: a program owns BLOCK elements."""
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        sums += tl.load(partials_ptr + tl.cast(split, tl.int64) * elements + element, element < elements, other=0.0)
-    tl.store(sums_ptr + element, sums, element < elements)
-
-
 def adjoint(
     credit: Tensor,
     delta_a: Tensor | None,
@@ -318,7 +302,7 @@ def adjoint(
 ) -> Tensor:
     """Sum over a block of rollouts what each says of dL/da, (2, T, B, H); see `adjoint.adjoint`."""
     time, batch = credit.shape[:2]
-    rows, credit = time * batch, credit.contiguous()
+    credit = credit.contiguous()
     if credit.numel() == 0 or units == 0:
         return credit.new_zeros((2, time, batch, units))
     if method == "np":
@@ -326,15 +310,7 @@ def adjoint(
     else:
         assert delta_a is not None  # noqa: S101  (for the type checker; callers are validated above)
         partials = _activity_sums(credit, delta_a, options.sigma, counters.rollout % 2)
-    splits = len(partials)
-    if splits == 1:
-        return partials[0].view(2, time, batch, units)
-    sums = credit.new_empty((2, time, batch, units))
-    elements = 2 * rows * units
-    _add_partials_kernel[(triton.cdiv(elements, SUM_BLOCK),)](
-        sums, partials, splits, elements, BLOCK=SUM_BLOCK, num_warps=4
-    )
-    return sums
+    return added(partials).view(2, time, batch, units)
 
 
 def _noise_sums(credit: Tensor, seed: Tensor, units: int, options: RolloutOptions, counters: Counters) -> Tensor:
@@ -426,8 +402,23 @@ def rollout_adjoint(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run rollouts and sum their adjoint at discount 0; see `adjoint.rollout_adjoint`.
 
-    "np" stores no activity. "anp" stores that of a few steps at a time and reads it back at once.
+    In one kernel where a program can hold whole rollouts. Elsewhere "np" stores no activity, and "anp" stores that of a
+    few steps at a time and reads it back at once.
     """
+    launch = preferred_launch(preact, weight_hh, loss, method, options)
+    if launch is not None:
+        return _fused_adjoint(
+            launch,
+            preact,
+            hidden,
+            weight_hh,
+            loss,
+            seed,
+            method=method,
+            options=options,
+            counters=counters,
+            delta_h0=delta_h0,
+        )
     time, batch, units = preact.shape
     sums = preact.new_empty((2, time, batch, units), dtype=torch.float32)
     delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
@@ -454,3 +445,42 @@ def rollout_adjoint(
         sums[:, steps] = adjoint(credit, part.delta_a, seed, method=method, units=units, options=options, counters=here)
     assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
     return sums, delta_loss, delta_h
+
+
+def _fused_adjoint(
+    launch: RolloutLaunch,
+    preact: Tensor,
+    hidden: Tensor,
+    weight_hh: Tensor,
+    loss: Loss,
+    seed: Tensor,
+    *,
+    method: str,
+    options: RolloutOptions,
+    counters: Counters,
+    delta_h0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `rollout_adjoint` does by the fused kernel."""
+    time, batch, units = preact.shape
+    delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
+    tiles = triton.cdiv(options.rollouts, launch.block_rows)
+    block = time if tiles == 1 else max(1, STORED_BYTES // (8 * tiles * batch * units))
+    sums, delta_h = [], delta_h0
+    for start in range(0, time, block):
+        steps = slice(start, min(start + block, time))
+        partials, delta_h = fused_rollouts(
+            launch,
+            preact[steps],
+            hidden[steps],
+            weight_hh,
+            loss_of_steps(loss, steps),
+            seed,
+            method=method,
+            options=options,
+            counters=counters._replace(time=counters.time + start),
+            delta_h0=delta_h,
+            delta_loss=delta_loss[steps],
+        )
+        sums.append(added(partials))
+    assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
+    return sums[0] if len(sums) == 1 else torch.cat(sums, 1), delta_loss, delta_h.to(preact.dtype)

@@ -45,6 +45,16 @@ SIGN_BITS = {
 }
 """The integer type that shares a float's bits, its width, and both formats for `struct`."""
 
+
+def _index_swap(high: int, low: int) -> tuple[int, int]:
+    """Return mask and shift that exchange two bits of the index of every bit of a 64-bit integer."""
+    mask = sum(1 << place for place in range(64) if not place >> high & 1 and place >> low & 1)
+    return (mask - (1 << 64) if mask >> 63 else mask), (1 << high) - (1 << low)
+
+
+BIT_SWAPS = [_index_swap(high, low) for high, low in ((5, 3), (4, 2), (3, 1), (2, 1))]
+"""Take bit 16 q + 2 a + b of an integer to bit 8 a + 2 q + b."""
+
 COUNTERS_AT_A_TIME = 1 << 16
 """Philox runs over blocks of about so many counters: its temporaries stay in the cache."""
 
@@ -209,14 +219,19 @@ def _words(
 
 def packed_signs(seed: Tensor, shape: tuple[int, int, int, int], counters: Counters) -> Tensor:
     """Return a block's signs as bits, (T, B, P, words) int32: bit i of word j is unit 32 j + i, set for -sigma."""
-    hidden = shape[3]
-    octets = []
-    for word in _words(seed, shape, "rademacher", counters)[: -(-hidden // 128)]:
-        quads = word.reshape(*word.shape[:-1], word.shape[-1] // 4, 4)
-        for half in (quads & 0xFFFF, quads >> 16)[: -(-hidden // 64)]:
-            octets.append(_interleave(half))
-    # (..., groups, octets) int64 is, bit by bit, the units in order.
-    packed = torch.stack(octets, dim=-1).bitwise_not_().view(torch.int32).flatten(-2)
+    time, batch, rollouts, hidden = shape
+    if not batch:
+        return seed.new_empty((time, 0, rollouts, -(-hidden // SIGNS_PER_WORD)), dtype=torch.int32)
+    words = torch.stack(_words(seed, shape, "rademacher", counters)[: -(-hidden // 128)], dim=-2)
+    # (..., w, g, q, half) 16-bit halves of words, to one 64-bit integer of the four q for each (g, w, half).
+    groups = words.shape[-1] // 4
+    halves = words.to(torch.int32).view(torch.int16).view(time, batch, rollouts, words.shape[-2], groups, 4, 2)
+    bits = halves.permute(0, 1, 2, 4, 3, 6, 5).contiguous().view(torch.int64).squeeze(-1)
+    # From (q, a, b) order of bits within each to (a, q, b), which is the order of units.
+    for mask, shift in BIT_SWAPS:
+        moved = (bits >> shift).bitwise_xor_(bits).bitwise_and_(mask)
+        bits = bits.bitwise_xor_(moved).bitwise_xor_(moved.bitwise_left_shift_(shift))
+    packed = bits.bitwise_not_().view(torch.int32).flatten(3)
     return packed[..., : -(-hidden // SIGNS_PER_WORD)]
 
 
@@ -232,15 +247,6 @@ def unpack_signs(packed: Tensor, room: Tensor, sigma: float) -> Tensor:
     target.bitwise_and_(-(1 << (bits - 1)))
     target.bitwise_xor_(struct.unpack(pattern[0], struct.pack(pattern[1], sigma))[0])
     return room
-
-
-def _interleave(half: Tensor) -> Tensor:
-    """Spread 16 bits of each of 4 blocks, (..., 4) int64, to 64 bits: byte a holds bits 2 a, 2 a + 1 of blocks 0-3."""
-    spread = (half | (half << 24)) & 0x000000FF000000FF
-    spread = (spread | (spread << 12)) & 0x000F000F000F000F
-    spread = (spread | (spread << 6)) & 0x0303030303030303
-    first, second, third, fourth = spread.unbind(-1)
-    return first | (second << 2) | (third << 4) | (fourth << 6)
 
 
 def _gaussians(words: tuple[Tensor, ...], hidden: int, sigma: float, dtype: torch.dtype) -> Tensor:

@@ -109,12 +109,16 @@ def _measure(
     FULL: tl.constexpr,
     SAMPLES: tl.constexpr,
 ):
-    """Store the loss difference of one step, or delta_o itself. SCALED: delta_o comes divided by scale."""
+    """Store and return the loss difference of one step, or store delta_o itself and return 0.
+
+    SCALED: delta_o comes divided by scale.
+    """
     BLOCK: tl.constexpr = delta_o.shape[1]
     _, _, local, exists, first_row, rows_of_step, _ = place
     first_row += tl.cast(step, tl.int64) * rows_of_step
     output = tl.arange(0, BLOCK)[None, :]
     inside = output < size
+    delta_loss = 0.0
     if SCALED and LOSS != "linear":
         delta_o = delta_o * scale
     if LOSS == "outputs":
@@ -140,6 +144,7 @@ def _measure(
                 change, top, total, biggest = exponential_sums(difference, signal, none, none, none, none)
                 delta_loss = cross_entropy_difference(change, top, total, biggest, share)
         tl.store(result_ptr + first_row + local, delta_loss, exists)
+    return delta_loss
 
 
 @triton.jit
@@ -162,7 +167,7 @@ def _observe(
     FULL: tl.constexpr,
     SAMPLES: tl.constexpr,
 ):
-    """Return delta_h / scale of one step, having written what is wanted of the step.
+    """Return delta_h / scale and the loss difference of one step, having written what is wanted of the step.
 
     place: (the tile's first sample, each row's sample, each row's place behind the first, whether it exists, the first
     row's place in a (time, batch, rollouts) tensor, rows of one step in it, batch).
@@ -183,17 +188,18 @@ def _observe(
         delta_h = tanh_deviation(delta_a, preact, hidden, inverse, FAST, PRECISION == "fp32", WIDE)
     else:
         delta_h = relu_deviation(delta_a, preact, inverse, SCALED)
+    delta_loss = 0.0
     if LOSS != "none":
         if readout is None:
-            _measure(
+            delta_loss = _measure(
                 delta_h, loss, results[0], strides, step, place, sizes[0], scale, LOSS, SCALED, FULL, SAMPLES
             )  # fmt: skip
         else:
             delta_o = tl.dot(delta_h.to(readout.dtype), readout, input_precision="tf32" if FAST else "ieee")
-            _measure(
+            delta_loss = _measure(
                 delta_o, loss, results[0], strides, step, place, sizes[1], scale, LOSS, SCALED, False, SAMPLES
             )  # fmt: skip
-    return delta_h
+    return delta_h, delta_loss
 
 
 @triton.jit
@@ -285,13 +291,13 @@ def resident_kernel(
         delta_h = _observe(
             delta_a, readout, clean, loss, results, strides, step, place, sizes, scale,
             NONLINEARITY, LOSS, PRECISION, FAST, WIDE, FULL, SAMPLES,
-        )  # fmt: skip
+        )[0]  # fmt: skip
         noise = _noise_of_step(seed, low, high, step + 1, column, rollout, delta_a, deviation, NOISE, FAST)
         delta_a = tl.dot(delta_h.to(weight.dtype), weight, noise, input_precision=DOT)
     delta_h = _observe(
         delta_a, readout, clean, loss, results, strides, time - 1, place, sizes, scale,
         NONLINEARITY, LOSS, PRECISION, FAST, WIDE, FULL, SAMPLES,
-    )  # fmt: skip
+    )[0]  # fmt: skip
     if SCALED:
         delta_h = delta_h * scale
     tl.store(results[3] + state_place, delta_h.to(results[3].dtype.element_ty), state_mask)

@@ -25,6 +25,9 @@ from torch import Tensor
 
 from .noise import Counters, NoiseSteps, padded
 
+WAITING_BYTES = 1 << 19
+"""Output deviations that wait for their loss differences."""
+
 SPARE_BYTES = 256 << 20
 """Memory that may stay allocated between updates."""
 
@@ -143,11 +146,7 @@ def rollout(
     scratch = (preact.new_empty((batch, rollouts, units)), preact.new_empty((batch, rollouts, units)))
     # One place for the noise of a step, which becomes its delta_a; or one for every step where delta_a is kept.
     room = _spare_room(preact, (time if options.store_delta_a else 1, batch, rollouts, padded(units)))
-    measured = None if isinstance(loss, OutputsOnly) else loss
-    delta_loss = None if measured is None else preact.new_empty((time, batch, rollouts))
-    delta_o = None
-    if isinstance(loss, OutputsOnly):
-        delta_o = preact.new_empty((time, batch, rollouts, units if loss.readout is None else loss.readout.shape[0]))
+    measure = _Measure(loss, preact, rollouts)
     injected = NoiseSteps(
         seed,
         (time, batch, rollouts, units),
@@ -161,14 +160,11 @@ def rollout(
         if delta_h is not None:
             product.add_to(delta_a, delta_h)
         delta_h = deviation.step(step, delta_a, scratch)
-        if measured is not None and delta_loss is not None:
-            delta_loss[step] = loss_difference(measured, step, delta_h)
-        if isinstance(loss, OutputsOnly) and delta_o is not None:
-            delta_o[step] = output_deviation(loss.readout, delta_h)
+        measure.step(step, delta_h)
     kept = room[..., :units] if options.store_delta_a else None
     # The scratch tensor is the caller's now; nothing else refers to it.
     final = preact.new_zeros((batch, rollouts, units)) if delta_h is None else delta_h
-    return Rollout(delta_loss, kept, final, delta_o)
+    return Rollout(measure.delta_loss, kept, final, measure.delta_o)
 
 
 _spare: dict[torch.dtype, Tensor] = {}
@@ -219,7 +215,7 @@ class _RecurrentProduct:
     def add_to(self, delta_a: Tensor, delta_h: Tensor) -> None:
         """Add to delta_a, (B, P, H), in place."""
         rows = delta_a.view(-1, delta_a.shape[-1])
-        operand = delta_h.view(-1, delta_h.shape[-1])
+        operand = delta_h.reshape(-1, delta_h.shape[-1])
         if self.scale != 1.0:
             operand = operand / self.scale
         rows.addmm_(self._rounded(operand), self.weight, alpha=self.scale)
@@ -274,32 +270,77 @@ class ReluDeviation:
 DEVIATIONS: dict[str, type[TanhDeviation] | type[ReluDeviation]] = {"tanh": TanhDeviation, "relu": ReluDeviation}
 
 
+class _Measure:
+    """Collects what the states of each step do to the outputs and the loss.
+
+    Output deviations wait for a block of steps, whose loss differences are then found at once.
+    """
+
+    def __init__(self, loss: Loss | None, preact: Tensor, rollouts: int) -> None:
+        time, batch, units = preact.shape
+        self.loss, self.time = loss, time
+        self.delta_loss: Tensor | None = None
+        self.delta_o: Tensor | None = None
+        if loss is not None and not isinstance(loss, OutputsOnly):
+            self.delta_loss = preact.new_empty((time, batch, rollouts))
+        if loss is None or isinstance(loss, LinearLoss):
+            return
+        outputs = units if loss.readout is None else loss.readout.shape[0]
+        step_bytes = max(1, batch * rollouts * outputs * preact.itemsize)
+        self.length = time if isinstance(loss, OutputsOnly) else min(time, max(1, WAITING_BYTES // step_bytes))
+        self.waiting = preact.new_empty((self.length, batch, rollouts, outputs))
+        if isinstance(loss, OutputsOnly):
+            self.delta_o = self.waiting
+
+    def step(self, step: int, delta_h: Tensor) -> None:
+        """Take the deviation of a state, (B, P, H)."""
+        if self.loss is None:
+            return
+        if isinstance(self.loss, LinearLoss):
+            if self.delta_loss is not None:
+                torch.matmul(delta_h, self.loss.grad[step].unsqueeze(-1), out=self.delta_loss[step].unsqueeze(-1))
+            return
+        place = step % self.length
+        if self.loss.readout is None:
+            self.waiting[place] = delta_h
+        else:
+            torch.matmul(delta_h, self.loss.readout.t(), out=self.waiting[place])
+        if self.delta_loss is not None and (place + 1 == self.length or step + 1 == self.time):
+            steps = slice(step - place, step + 1)
+            self.delta_loss[steps] = loss_differences(self.loss, steps, self.waiting[: place + 1])
+
+
 def output_deviation(readout: Tensor | None, delta_h: Tensor) -> Tensor:
-    """Return delta_o = W_o delta_h, (B, P, O); the readout's bias cancels."""
+    """Return delta_o = W_o delta_h, (..., O); the readout's bias cancels."""
     return delta_h if readout is None else delta_h @ readout.t()
 
 
-def loss_difference(loss: LinearLoss | SquaredLoss | CrossEntropyLoss, step: int, delta_h: Tensor) -> Tensor:
-    """Return delta_loss of one step, (B, P), from delta_h, (B, P, H)."""
+def loss_differences(loss: Loss, steps: slice, deviation: Tensor) -> Tensor:
+    """Return delta_loss of some steps, (L, B, P), from delta_h of a linear loss or delta_o of another, (L, B, P, .)."""
     if isinstance(loss, LinearLoss):
-        return (delta_h @ loss.grad[step].unsqueeze(-1)).squeeze(-1)
-    delta_o = output_deviation(loss.readout, delta_h)
-    weight = loss.weight[step].unsqueeze(-1)
+        return (deviation @ loss.grad[steps].unsqueeze(-1)).squeeze(-1)
     if isinstance(loss, SquaredLoss):
-        difference = squared_difference(delta_o, loss.error[step].unsqueeze(1))
+        difference = squared_difference(deviation, loss.error[steps].unsqueeze(2))
+    elif isinstance(loss, CrossEntropyLoss):
+        probs, target = loss.probs[steps].unsqueeze(2), loss.target[steps].unsqueeze(2)
+        difference = cross_entropy_difference(deviation, probs, target)
     else:
-        difference = cross_entropy_difference(delta_o, loss.probs[step].unsqueeze(1), loss.target[step].unsqueeze(1))
+        raise TypeError(f"only the caller can measure {type(loss).__name__}")
+    weight = loss.weight[steps].unsqueeze(-1)
     # A step without a loss has none however wild its deviation: 0 * inf would say otherwise.
     return torch.where(weight == 0, 0, difference * weight)
 
 
 def squared_difference(delta_o: Tensor, error: Tensor) -> Tensor:
-    """Return mean_o delta_o (2 e + delta_o), (B, P), from (B, P, O) and (B, 1, O)."""
+    """Return mean_o delta_o (2 e + delta_o), (..., P), from (..., P, O) and (..., 1, O)."""
     return (delta_o * (2 * error + delta_o)).mean(-1)
 
 
 def cross_entropy_difference(delta_o: Tensor, probs: Tensor, target: Tensor) -> Tensor:
-    """Return log sum_o p_o exp(d_o), d_o = delta_o - delta_o[target], (B, P), from (B, P, O), (B, 1, O) and (B, 1)."""
+    """Return log sum_o p_o exp(d_o), d_o = delta_o - delta_o[target], (..., P).
+
+    delta_o is (..., P, O), probs (..., 1, O), target (..., 1).
+    """
     index = target.unsqueeze(-1).expand(*delta_o.shape[:-1], 1)
     difference = delta_o - delta_o.gather(-1, index)
     small = torch.log1p((probs * torch.expm1(difference)).sum(-1))

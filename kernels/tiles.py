@@ -62,6 +62,10 @@ class RolloutLaunch:
     """Samples of a program: 1, or as many as have room; stepwise: 0 where programs take rows as they come."""
     reason: str
     """Why this form."""
+    product: bool = False
+    """Fused: whether rollouts are added up by the matrix unit."""
+    registers: int | None = None
+    """Fused: bound on a thread's registers."""
 
 
 def next_power_of_two(count: int) -> int:
@@ -166,6 +170,41 @@ def _resident_launch(
         samples=samples,
         reason=f"W_hh fits in shared memory ({weights} bytes)",
     )
+
+
+def fused_launch(launch: RolloutLaunch, *, rollouts: int, precision: str, arch: int) -> RolloutLaunch:
+    """Return the tile of rollouts that sum their own adjoint, from that of resident rollouts: of one sample."""
+    warpgroups = arch // 10 in {9, 10} and precision != "fp32"
+    block_rows, warps, registers = launch.block_rows, launch.warps, None
+    product = precision in {"bf16", "fp16"}
+    if arch // 10 == 9 and launch.block_units == 128 and product:
+        # Three programs on a multiprocessor; a wide tile would be alone there.
+        block_rows, warps, registers = 64, 4, 168
+    block_rows = min(block_rows, max(64 if warpgroups else 16, next_power_of_two(rollouts)))
+    if block_rows == 64 and warpgroups:
+        warps = 4
+    size = OPERAND_BYTES[precision]
+    summed = block_rows * launch.block_units * size
+    return replace(
+        launch,
+        block_rows=block_rows,
+        warps=warps,
+        samples=1,
+        shared_bytes=launch.shared_bytes + summed - (launch.block_rows - block_rows) * launch.block_units * size,
+        product=product,
+        registers=registers,
+    )
+
+
+def fused_drawback(launch: RolloutLaunch, fused: RolloutLaunch, arch: int) -> str:
+    """Return why rollouts in tiles of `launch`, summed afterwards, are preferable to `fused`, or an empty string."""
+    if launch.form != "resident":
+        return launch.reason
+    if fused.block_rows * launch.samples > launch.block_rows:
+        return f"tiles of {launch.block_rows} rows that hold {launch.samples} samples are better filled"
+    if fused.shared_bytes > shared_limit(arch):
+        return f"it needs {fused.shared_bytes} bytes of shared memory, compute capability {arch} has less"
+    return ""
 
 
 def _fills_wide_tiles(batch: int, rollouts: int) -> bool:

@@ -3,7 +3,7 @@
 The constexprs and the number of warps are those that the launchers choose.
 """
 
-from anpgpu.kernels import adjoint_triton
+from anpgpu.kernels import adjoint_triton, fused_triton
 
 WIDTHS = (64, 256, 512, 2048)
 """Hidden units; 512 stands for every width that fills the signs of a Philox block."""
@@ -55,6 +55,6 @@ def cases():
     for has_carry in (False, True):
         sizes = {"HAS_CARRY": has_carry, "BLOCK": adjoint_triton.RETURNS_BLOCK}
         found[f"returns-{has_carry}"] = _case(adjoint_triton._returns_kernel, "ptr ptr ptr float int long", sizes, 4)
-    sizes = {"BLOCK": adjoint_triton.SUM_BLOCK}
-    found["add_partials"] = _case(adjoint_triton._add_partials_kernel, "ptr ptr int long", sizes, 4)
+    sizes = {"BLOCK": fused_triton.SUM_BLOCK}
+    found["add_partials"] = _case(fused_triton._add_partials_kernel, "ptr ptr int long", sizes, 4)
     return found

@@ -304,9 +304,10 @@ def test_no_host_synchronisation(name):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        op(seed)
+        result = op(seed)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert result is not None
 
 
 GUARD_BYTES = 1024

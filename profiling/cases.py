@@ -1,0 +1,76 @@
+"""The shapes that are timed, and what is counted: 2 H^2 floating-point operations per rollout and step, never noise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """One shape, named as in `torch.nn.RNN`."""
+
+    time: int
+    batch: int
+    rollouts: int
+    hidden: int
+    inputs: int = 10
+    outputs: int = 10
+
+    @property
+    def rows(self) -> int:
+        """Rollouts of all samples, which run side by side."""
+        return self.batch * self.rollouts
+
+    @property
+    def rollout_steps(self) -> int:
+        """Steps of all rollouts."""
+        return self.time * self.rows
+
+    @property
+    def flops(self) -> int:
+        """Operations of the recurrent products alone."""
+        return 2 * self.hidden**2 * self.rollout_steps
+
+
+OPS = ("noise", "rollout", "adjoint", "update")
+"""What `time_ops.py` times: one row of its table per op and case."""
+
+PUBLISHED = (Case(time=210, batch=1, rollouts=256, hidden=500), Case(time=210, batch=32, rollouts=32, hidden=500))
+"""The published copy task: 2 x 100 steps and a delay of 10, 10 bits, 500 hidden units."""
+
+PUBLISHED_QUICK = (Case(time=40, batch=1, rollouts=64, hidden=64),)
+
+MIB = 1 << 20
+
+MEMORY = {
+    256 * MIB: tuple(
+        Case(time, batch, rollouts, hidden)
+        for batch, rollouts, hidden in ((4, 64, 256), (1, 256, 500))
+        for time in (2_000, 20_000)
+    )
+}
+"""max_memory in bytes, and the cases measured under it."""
+
+MEMORY_QUICK = {32 * MIB: (Case(400, 2, 32, 96), Case(1_600, 2, 32, 96))}
+
+HIDDEN = (64, 128, 256, 500, 512, 1024, 2048)
+ROWS = (4_096, 16_384, 65_536)
+BATCH = 16
+BASELINE_ROWS = 16_384
+"""The baselines are timed at this many rows only: compiling them takes longer than timing everything else."""
+
+DELTA_A_BYTES = 24 << 30
+"""The number of steps is chosen so that delta_a in float32 stays below this."""
+
+CPU = tuple(Case(time=50, batch=4, rollouts=64, hidden=hidden) for hidden in (64, 128, 256, 500))
+CPU_QUICK = tuple(Case(time=10, batch=2, rollouts=32, hidden=hidden) for hidden in (64, 100))
+CUDA_QUICK = tuple(Case(time=32, batch=BATCH, rollouts=256, hidden=hidden) for hidden in (128, 500))
+
+
+def gpu_cases(hidden: tuple[int, ...] = HIDDEN, rows: tuple[int, ...] = ROWS) -> list[Case]:
+    """Return the cases of the GPU table: long enough that one call takes a millisecond or more, where memory allows."""
+    found = []
+    for units in hidden:
+        for count in rows:
+            time = max(16, min(128, DELTA_A_BYTES // (4 * count * units)))
+            found.append(Case(time=time, batch=BATCH, rollouts=count // BATCH, hidden=units))
+    return found

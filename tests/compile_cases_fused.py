@@ -1,0 +1,46 @@
+"""The fused kernel as the compile-only leg compiles it, with the launch configurations of `tiles.py`."""
+
+import compile_cases_rollout
+
+from anpgpu.kernels import fused_triton
+from anpgpu.kernels.tiles import fused_launch
+
+MANY = compile_cases_rollout.MANY
+
+
+def fused_case(arch, units, method, precision="bf16", rollouts=MANY, **variant):
+    """Return the resident kernel's case with what differs."""
+    _, signature, constexprs, _ = compile_cases_rollout.resident_case(
+        arch, units, precision, rollouts=rollouts, **variant
+    )
+    behind = constexprs["LOSS"] != "linear"
+    launch = fused_launch(
+        compile_cases_rollout._launch(units, constexprs["LOSS"], behind, precision, arch, "resident", rollouts),
+        rollouts=rollouts,
+        precision=precision,
+        arch=arch,
+    )
+    constexprs = {name: value for name, value in constexprs.items() if name != "SAMPLES"}
+    constexprs |= {"METHOD": method, "PRODUCT": launch.product, "BLOCK_ROWS": launch.block_rows}
+    signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    signature["results"] = (*signature["results"], "*fp32")
+    kernel, signature, constexprs, settings = compile_cases_rollout._case(
+        fused_triton.fused_kernel, signature, constexprs, launch
+    )
+    return kernel, signature, constexprs, {**settings, "maxnreg": launch.registers}
+
+
+def cases():
+    """Return {name: (kernel, signature, constexprs, options)}."""
+    found = {}
+    for method in ("anp", "np"):
+        for units in (128, 256):
+            found[f"sm_90:fused-{units}-bf16-{method}"] = fused_case(90, units, method)
+        found[f"sm_90:fused-128-tf32-{method}"] = fused_case(90, 128, method, "tf32")
+    found["sm_90:fused-64-fp16-anp"] = fused_case(90, 64, "anp", "fp16")
+    found["sm_90:fused-64-fp32-anp"] = fused_case(90, 64, "anp", "fp32")
+    found["sm_90:fused-1-bf16-anp"] = fused_case(90, 1, "anp")
+    found["sm_90:fused-100-bf16-anp-cross_entropy"] = fused_case(90, 100, "anp", loss="cross_entropy", start=True)
+    for arch in (80, 89, 100):
+        found[f"sm_{arch}:fused-128-bf16-anp"] = fused_case(arch, 128, "anp")
+    return found

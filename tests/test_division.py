@@ -1,0 +1,191 @@
+"""The result does not depend on how the work is divided: bitwise at equal division, to rounding between divisions."""
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import nn
+
+import anpgpu
+from anpgpu import Perturbation
+from anpgpu.division import Division, Shape, divide, needed_bytes, segments_of
+
+T, B, I, H, O, P = 7, 3, 3, 6, 3, 5  # noqa: E741  (the design's names)
+METHODS = ("anp", "np", "anp-ls", "wp")
+DIVISIONS = [
+    Division(B, 2, 1),
+    Division(2, P, 1),
+    Division(B, P, 3),
+    Division(B, 2, 3),
+    Division(1, P, T),
+    Division(1, 1, T),
+]
+
+
+def absolute(outputs, targets):
+    return (outputs - targets).abs().sum(-1)
+
+
+def sequence_error(outputs, targets):
+    return (outputs - targets).abs().sum(-1).mean(0)
+
+
+def divisions_of(method):
+    """Least squares never divides rollouts."""
+    return [one for one in DIVISIONS if one.rollouts == P or method != "anp-ls"]
+
+
+def force(monkeypatch, division):
+    """Every layer is divided like that, whatever memory there is."""
+    for module in ("modules", "segmentwise", "layerwise"):
+        monkeypatch.setattr(f"anpgpu.{module}.divide", lambda *_: division)
+    for module in ("modules", "baselines"):
+        # What weight perturbation calls instead.
+        block = (division.samples, division.rollouts)
+        monkeypatch.setattr(f"anpgpu.{module}.divide_weights", lambda *_, block=block, **__: block)
+
+
+def gradients(*modules):
+    return torch.cat([parameter.grad.flatten() for module in modules for parameter in module.parameters()])
+
+
+def networks(**options):
+    torch.manual_seed(2)
+    rnn = anpgpu.RNN(I, H, dtype=torch.float64, **options)
+    return rnn, nn.Linear(H * (2 if rnn.bidirectional else 1), O, dtype=torch.float64)
+
+
+def halves(how, seen):
+    """The split-half cosine, which least squares, having no halves, does not know."""
+    assert bool(seen.split_half.isnan()) == (how.method == "anp-ls")
+    return seen.split_half.nan_to_num()
+
+
+def estimate(how, loss, *, lengths=None, **options):
+    """Everything `estimate_grad_` finds, as one vector."""
+    rnn, head = networks(**options)
+    inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    hx = torch.randn(len(rnn.all_weights), B, H, dtype=torch.float64, requires_grad=True)
+    targets = torch.randn(T, B, O, dtype=torch.float64)
+    if loss == "cross_entropy":
+        targets = torch.randint(O, (T, B))
+    seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how, hx=hx, lengths=lengths)
+    parts = [gradients(rnn, head), seen.loss, seen.outputs, seen.h_n, halves(how, seen)]
+    if how.method != "wp":
+        parts += [inputs.grad, hx.grad]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def backward(how, **options):
+    """Everything a backward pass gives, as one vector."""
+    rnn, _ = networks(perturbation=how, **options)
+    inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=how.method != "wp")
+    outputs, h_n = rnn(inputs)
+    (outputs.sin().sum() + h_n.square().sum()).backward()
+    parts = [gradients(rnn), halves(how, rnn.last_estimate)]
+    if inputs.requires_grad:
+        parts.append(inputs.grad)
+    return torch.cat([part.flatten() for part in parts])
+
+
+NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
+LOSSES = {"mse": "mse", "cross_entropy": "cross_entropy", "per step": absolute, "per sequence": sequence_error}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_backward_does_not_depend_on_division(monkeypatch, method, network):
+    how = Perturbation(method, rollouts=P, sigma=1e-3, discount=0.9)
+    whole = backward(how, **NETWORKS[network])
+    for division in divisions_of(method):
+        force(monkeypatch, division)
+        found = backward(how, **NETWORKS[network])
+        assert_close(found, whole, "float64")
+        assert torch.equal(backward(how, **NETWORKS[network]), found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_estimate_grad_does_not_depend_on_division(monkeypatch, method, network, loss):
+    how = Perturbation(method, rollouts=P, sigma=1e-3, discount=0.9)
+    whole = estimate(how, LOSSES[loss], **NETWORKS[network])
+    for division in divisions_of(method):
+        force(monkeypatch, division)
+        found = estimate(how, LOSSES[loss], **NETWORKS[network])
+        assert_close(found, whole, "float64")
+        assert torch.equal(estimate(how, LOSSES[loss], **NETWORKS[network]), found)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+def test_unequal_lengths_and_other_discounts(monkeypatch, network, discount):
+    how = Perturbation("anp", rollouts=P, sigma=1e-3, discount=discount, readout="perturbed", noise="gaussian")
+    options = {"lengths": [5, 7, 1]} | NETWORKS[network]
+    whole = estimate(how, "mse", **options)
+    for division in DIVISIONS:
+        force(monkeypatch, division)
+        assert_close(estimate(how, "mse", **options), whole, "float64")
+
+
+@pytest.mark.parametrize("method", ["anp", "np", "wp"])
+def test_max_memory_is_what_divides(method):
+    # The public way to the same: from all at once down to the least that works.
+    how = Perturbation(method, rollouts=2000, sigma=1e-3)
+    whole = estimate(how, "mse")
+    for mebibytes in (17, 18, 24):
+        less = Perturbation(method, rollouts=2000, sigma=1e-3, max_memory=mebibytes << 20)
+        found = estimate(less, "mse")
+        assert_close(found, whole, "float64")
+        assert torch.equal(estimate(less, "mse"), found)
+
+
+def test_dropout_masks_are_the_same_when_a_segment_is_run_again(monkeypatch):
+    # The readout's exact gradient is made of the outputs, found in the first pass, and of the states of the second.
+    how = Perturbation("anp", rollouts=P, sigma=1e-3)
+    rnn, head = networks(num_layers=2, dropout=0.5)
+    inputs, targets = torch.randn(T, B, I).double(), torch.randn(T, B, O).double()
+    nn.init.eye_(head.weight)
+    nn.init.zeros_(head.bias)
+    force(monkeypatch, Division(B, P, 3))
+    seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, perturbation=how)
+    assert not torch.equal(seen.outputs, rnn.eval()(inputs)[0][..., :O])
+    error = 2 * (seen.outputs - targets) / targets.numel()
+    # The first O states are the outputs themselves.
+    expected = torch.einsum("tbo,tbh->oh", error, seen.outputs)
+    assert_close(head.weight.grad[:, :O], expected, "float64")
+
+
+SHAPE = Shape(
+    time=100,
+    batch=8,
+    rollouts=64,
+    hidden=32,
+    outputs=0,
+    stores_delta_a=True,
+    clean_floats=0,
+    gram_floats=0,
+    layers=1,
+    itemsize=4,
+)
+
+
+@pytest.mark.parametrize("mebibytes", [17, 20, 32, 64, 1024])
+@pytest.mark.parametrize("outputs", [0, 5])
+def test_a_division_fits_the_limit_it_was_made_for(mebibytes, outputs):
+    shape = SHAPE._replace(outputs=outputs)
+    division = divide(shape, mebibytes << 20, "cpu")
+    assert needed_bytes(shape, division) <= mebibytes << 20
+    assert 1 <= division.samples <= 8
+    assert 1 <= division.rollouts <= 64
+    assert 1 <= division.segments <= 100
+
+
+def test_with_room_enough_nothing_is_divided():
+    assert divide(SHAPE, 1 << 40, "cpu") == Division(8, 64, 1)
+
+
+@pytest.mark.parametrize("time", [1, 2, 7, 100])
+@pytest.mark.parametrize("segments", [1, 2, 3, 8, 100])
+def test_segments_cover_every_step_once(time, segments):
+    steps = [step for part in segments_of(time, Division(1, 1, segments)) for step in range(time)[part]]
+    assert steps == list(range(time))

@@ -1,0 +1,95 @@
+"""`max_memory` bounds what an update needs beside its inputs, targets and outputs, however long the sequence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tolerances import TOLERANCES
+
+import anpgpu
+
+SCRIPT = """
+import json, sys
+import torch, anpgpu
+from torch import nn
+
+case = json.loads(sys.argv[1])
+T, B, I, H, O = case["time"], case["batch"], 8, case["hidden"], 4
+torch.manual_seed(0)
+rnn, head = nn.RNN(I, H), nn.Linear(H, O)
+
+
+def absolute(outputs, targets):
+    return (outputs - targets).abs().sum(-1)
+
+
+def estimate(inputs, targets, **options):
+    how = anpgpu.Perturbation(case["method"], discount=0.9, **options)
+    loss = absolute if case["loss"] == "callable" else case["loss"]
+    return anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how)
+
+
+def peak():
+    # Of this process alone; what getrusage says includes what its parent had.
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+inputs, targets = torch.randn(T, B, I), torch.randn(T, B, O)
+estimate(inputs[:2], targets[:2], rollouts=2)
+if case["run"]:
+    estimate(inputs, targets, rollouts=case["rollouts"], max_memory=case["mebibytes"] << 20)
+else:
+    outputs = torch.ones(T, B, O)
+print(json.dumps(peak()))
+"""
+
+
+def peak_bytes(**case):
+    env = {**os.environ, "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent)}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(case)]
+    # Not from the checkout's root, which would come before PYTHONPATH.
+    here = Path(__file__).parent
+    run = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def assert_bounded(**case):
+    used = peak_bytes(**case, run=True) - peak_bytes(**case, run=False)
+    ratio = used / (case["mebibytes"] << 20)
+    assert ratio <= TOLERANCES["memory"].bound, f"{used / 2**20:.0f} MiB, {ratio:.2f} of max_memory"
+    return ratio
+
+
+SMALL = {"batch": 4, "hidden": 128, "rollouts": 64, "mebibytes": 64}
+
+
+@pytest.mark.parametrize("time", [500, 4000])
+def test_memory_does_not_grow_with_the_sequence(time):
+    # Stored whole, delta_a would be 64 and 512 MiB.
+    assert_bounded(method="anp", loss="mse", time=time, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "time"),
+    [("np", "mse", 2000), ("anp-ls", "mse", 500), ("wp", "mse", 500), ("anp", "callable", 1000)],
+)
+def test_memory_of_every_method(method, loss, time):
+    assert_bounded(method=method, loss=loss, time=time, **SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [2000, 20_000])
+def test_memory_at_full_size(time):
+    assert_bounded(method="anp", loss="mse", time=time, batch=8, hidden=256, rollouts=128, mebibytes=256)
+
+
+def test_the_bound_is_one_that_undivided_work_breaks():
+    # The same work with room for everything: what the tests above would see if max_memory were ignored.
+    case = {**SMALL, "method": "anp", "loss": "mse", "time": 1000}
+    used = peak_bytes(**{**case, "mebibytes": 4096}, run=True) - peak_bytes(**case, run=False)
+    assert used > 1.5 * (case["mebibytes"] << 20)

@@ -1,0 +1,142 @@
+"""The package imports quickly and safely, and its files are where an installed copy expects them."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import anpgpu
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONAL = ("triton", "cupy", "matplotlib", "sklearn")
+
+
+def run_python(source: str) -> str:
+    """The standard output of `source` in a fresh interpreter that imports the same anpgpu as this one."""
+    env = {**os.environ, "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent)}
+    run = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_import_is_quick_and_loads_nothing_optional() -> None:
+    source = f"""
+import json, sys, time
+start = time.perf_counter()
+import torch
+torch_s = time.perf_counter() - start
+before = set(sys.modules)
+start = time.perf_counter()
+import anpgpu
+anpgpu_s = time.perf_counter() - start
+top_level = {{name.split(".")[0] for name in set(sys.modules) - before}}
+print(json.dumps([torch_s, anpgpu_s, sorted(top_level & set({OPTIONAL!r}))]))
+"""
+    # The quickest of three, since a busy machine delays any single start. torch's own import sets the scale: on a slow
+    # disk both are slow.
+    runs = [json.loads(run_python(source)) for _ in range(3)]
+    assert all(loaded == [] for _, _, loaded in runs)
+    torch_s = min(run[0] for run in runs)
+    anpgpu_s = min(run[1] for run in runs)
+    assert anpgpu_s < max(0.5, torch_s)
+
+
+def test_import_and_training_work_without_the_optional_packages() -> None:
+    source = f"""
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.split(".")[0] in {OPTIONAL!r}:
+            raise ImportError(fullname + " is blocked")
+
+sys.meta_path.insert(0, Absent())
+import torch
+import anpgpu
+
+rnn = anpgpu.RNN(2, 3)
+output, _ = rnn(torch.ones(4, 1, 2))
+output.square().mean().backward()
+assert all(p.grad is not None and p.grad.isfinite().all() for p in rnn.parameters())
+print(sum(float(p.grad.abs().sum()) for p in rnn.parameters()) > 0)
+"""
+    assert run_python(source).strip() == "True"
+
+
+def test_kernels_are_a_relative_symlink() -> None:
+    link = ROOT / "anpgpu" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == os.path.join("..", "kernels")
+    assert (link / "__init__.py").is_file()
+
+
+def test_kernels_folder_is_flat_and_never_imports_itself_by_its_bare_name() -> None:
+    entries = [path for path in (ROOT / "kernels").iterdir() if path.name != "__pycache__"]
+    assert {path.suffix for path in entries} == {".py"}
+    for path in entries:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module or ""]
+            assert "kernels" not in {module.split(".")[0] for module in modules}, path
+
+
+@pytest.mark.parametrize("folder", ["profiling", "tests", "examples"])
+def test_script_folders_are_not_packages(folder: str) -> None:
+    assert (ROOT / folder).is_dir()
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_no_file_shadows_a_dependency() -> None:
+    folders = ["anpgpu", "kernels", "tests", "profiling", "examples"]
+    names = {path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert names
+    assert not names & {"triton", "cupy", "torch"}
+
+
+def test_version_is_written_once() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", anpgpu.__version__)
+    files = [ROOT / "pyproject.toml", ROOT / "CITATION.cff", *ROOT.glob("anpgpu/*.py"), *ROOT.glob("kernels/*.py")]
+    literal = re.compile(rf"[\"' ]{re.escape(anpgpu.__version__)}\b")
+    holders = [path.name for path in files if literal.search(path.read_text(encoding="utf-8"))]
+    assert holders == ["_version.py"]
+
+
+def test_requirements_are_the_plain_list() -> None:
+    listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert listed == ["cupy-cuda12x", "triton", "torch", "numpy", "pytest", "nvtx"]
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project = declared[declared.index("dependencies = [") : declared.index("[tool.setuptools]")]
+    names = {re.match(r"[A-Za-z0-9-]+", text).group() for text in re.findall(r'"([^"]+)"', project)}  # type: ignore[union-attr]
+    pins = set(re.findall(r"^([A-Za-z0-9-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"torch", "numpy", "triton", "pytest", "ruff"} <= names
+    assert names <= pins
+
+
+def test_wheel_built_from_the_sdist_holds_the_kernels_inside_the_package(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    keep_out = shutil.ignore_patterns(".*", "output", "build", "dist", "*.egg-info", "__pycache__", "results")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=keep_out)
+    # Without isolation nothing is fetched. `build` makes the wheel from the unpacked sdist, as an installer would.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(tree)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name == f"anpgpu-{anpgpu.__version__}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {f"anpgpu/{path.name}" for path in ROOT.glob("anpgpu/*.py")}
+    kernels = {f"anpgpu/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
+    assert {"anpgpu/_version.py", "anpgpu/kernels/noise.py"} <= sources | kernels
+    info = f"anpgpu-{anpgpu.__version__}.dist-info"
+    assert {name for name in names if not name.startswith(info)} == sources | kernels | {"anpgpu/py.typed"}
+    assert f"{info}/licenses/LICENSE" in names

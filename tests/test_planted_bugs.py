@@ -1,0 +1,171 @@
+"""The tests have teeth: each planted bug, in a copy of the package, makes a named test fail.
+
+A bug replaces one line of source. The line must occur exactly once, so that a refactoring cannot quietly plant nothing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import anpgpu
+
+TESTS = Path(__file__).resolve().parent
+PACKAGE = Path(anpgpu.__file__).resolve().parent
+
+
+class Bug(NamedTuple):
+    file: str
+    """In the package."""
+    right: str
+    wrong: str
+    detector: str
+    """The test that must fail."""
+
+
+NP_BACKWARD = "test_estimators.py::test_np_through_backward_is_unbiased[one layer-rademacher]"
+NP_MEASURED = "test_estimators.py::test_np_of_measured_losses_is_unbiased[one layer-mse]"
+
+BUGS = {
+    "noise shared across rollouts": Bug(
+        "kernels/noise.py",
+        "index(counters.rollout, rollouts, 2),",
+        "index(counters.rollout, rollouts, 2) * 0,",
+        "test_noise.py::test_no_pair_is_correlated[rollouts-rademacher]",
+    ),
+    "noise shared across steps": Bug(
+        "kernels/noise.py",
+        "index(counters.time, time, 0),",
+        "index(counters.time, time, 0) // 2,",
+        NP_BACKWARD,
+    ),
+    "noise of layers shared": Bug(
+        "kernels/noise.py",
+        "(int(counters.purpose) << 28) | (counters.layer << 20)",
+        "(int(counters.purpose) << 28)",
+        "test_noise.py::test_every_field_changes_the_noise[layer]",
+    ),
+    "wrong sign": Bug(
+        "kernels/adjoint.py",
+        "share = credit[step] / options.sigma",
+        "share = -credit[step] / options.sigma",
+        "test_adjoint.py::test_two_units_by_hand",
+    ),
+    "presynaptic activity a step late": Bug(
+        "segmentwise.py", "one.inputs, one.states[:-1])", "one.inputs, one.states[1:])", NP_MEASURED
+    ),
+    "credit a step late": Bug(
+        "kernels/adjoint.py",
+        "following = credit[step]",
+        "following = delta_loss[step]",
+        "test_adjoint.py::test_returns_by_hand",
+    ),
+    "discount forgotten": Bug(
+        "kernels/adjoint.py",
+        "add_(following, alpha=discount)",
+        "add_(following, alpha=1)",
+        "test_adjoint.py::test_returns_by_hand",
+    ),
+    "mean over rollouts forgotten": Bug(
+        "sweep.py", "return sums.div_(self.finite.sum(1).view(1, 1, -1, 1))", "return sums", NP_BACKWARD
+    ),
+    "bias gradient dropped": Bug("layers.py", "self.bias += halves.sum((1, 2))", "self.bias += 0", NP_BACKWARD),
+    "recurrent matrix transposed": Bug(
+        "kernels/rollout.py",
+        "self._rounded(weight_hh).t()",
+        "self._rounded(weight_hh)",
+        "test_rollout.py::test_two_units_by_hand",
+    ),
+    "h_0's gradient transposed": Bug(
+        "sweep.py",
+        "d_h_0[samples] = adjoint[0] @ weights.weight_hh",
+        "d_h_0[samples] = adjoint[0] @ weights.weight_hh.t()",
+        NP_BACKWARD,
+    ),
+    "carry lost between segments": Bug(
+        "sweep.py",
+        "carry=self.carry[:, block]",
+        "carry=None",
+        "test_division.py::test_backward_does_not_depend_on_division[one layer-np]",
+    ),
+    "a rollout that is not finite counts": Bug(
+        "sweep.py",
+        "delta_loss = torch.where(self.finite[:, block], delta_loss, 0)",
+        "delta_loss = delta_loss",
+        "test_robustness.py::test_rollouts_whose_loss_is_not_finite_are_left_out_and_counted[nan-np-False]",
+    ),
+}
+
+
+def copy_package(folder):
+    """A copy of the package, the kernels inside it."""
+    shutil.copytree(PACKAGE, folder / "anpgpu", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "anpgpu"
+
+
+def run_tests(folder, detectors):
+    """pytest's exit status over some tests of this folder on the package in `folder`, and its failures by test."""
+    report = folder / "report.xml"
+    # One thread: several of these run side by side.
+    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    config = ["-c", str(TESTS.parent / "pyproject.toml"), "-p", "no:cacheprovider", f"--junitxml={report}"]
+    names = [str(TESTS / detector) for detector in detectors]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *config, *names],
+        cwd=folder, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    cases = ET.parse(report).getroot().iter("testcase") if report.exists() else ()
+    failures = {
+        case.get("name"): case.find("failure").get("message") for case in cases if case.find("failure") is not None
+    }
+    return run.returncode, failures, run.stdout[-2000:]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What pytest said of every bug, and of a copy without one."""
+
+    def planted(name):
+        bug = BUGS[name]
+        folder = tmp_path_factory.mktemp("planted", numbered=True)
+        path = copy_package(folder) / bug.file
+        source = path.read_text(encoding="utf-8")
+        if source.count(bug.right) != 1:
+            return source.count(bug.right), {}, f"{bug.file} does not hold this once: {bug.right}"
+        path.write_text(source.replace(bug.right, bug.wrong), encoding="utf-8")
+        return run_tests(folder, [bug.detector])
+
+    def unharmed():
+        folder = tmp_path_factory.mktemp("unharmed")
+        copy_package(folder)
+        return run_tests(folder, sorted({bug.detector for bug in BUGS.values()}))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        control = pool.submit(unharmed)
+        futures = {name: pool.submit(planted, name) for name in BUGS}
+        return {name: future.result() for name, future in futures.items()} | {"none": control.result()}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_found(outcomes, name):
+    bug = BUGS[name]
+    source = (PACKAGE / bug.file).read_text(encoding="utf-8")
+    assert source.count(bug.right) == 1, f"{bug.file} does not hold this once: {bug.right}"
+    status, failures, said = outcomes[name]
+    assert status == pytest.ExitCode.TESTS_FAILED, said
+    ((failed, message),) = failures.items()
+    assert failed == bug.detector.split("::")[1]
+    # By what it asserts, not by a name that is gone.
+    assert "assert" in message.lower(), message
+
+
+def test_without_a_bug_they_pass(outcomes):
+    status, failures, said = outcomes["none"]
+    assert status == pytest.ExitCode.OK, said
+    assert failures == {}

@@ -1,0 +1,160 @@
+"""The profiling scripts check before they time and write complete results; of the speeds only the order is tested."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import anpgpu
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "profiling"
+
+# The interface of the published code, and its amount of work: one clean and one perturbed run, then T weight updates.
+STAND_IN_MODELS = """
+import torch
+
+
+class RNN(torch.nn.Module):
+    def __init__(self, net_structure, batch_size, act_func, act_func_out, decor_input=True, seed=42, device=None):
+        super().__init__()
+        inputs, hidden, outputs = net_structure
+        self.sizes, self.act_func, self.act_func_out = (batch_size, hidden), act_func, act_func_out
+        self.fwd = torch.nn.Linear(inputs, hidden, bias=False)
+        self.rec = torch.nn.Linear(hidden, hidden, bias=False)
+        self.out = torch.nn.Linear(hidden, outputs, bias=False)
+
+    def run(self, input_sequence, targets, loss, noise_std):
+        state = torch.zeros(self.sizes)
+        states, before, losses = [state], [], []
+        for t in range(len(input_sequence)):
+            preact = self.fwd(input_sequence[t]) + self.rec(state)
+            preact = preact + torch.randn_like(preact) * noise_std
+            state = self.act_func(preact)
+            before.append(preact)
+            states.append(state)
+            losses.append(loss(targets[t], self.act_func_out(self.out(state))))
+        return states, before, losses
+
+    @torch.no_grad()
+    def node_perturbation_activity(self, input_sequence, targets, loss, lr, noise_std=1e-5, decorrelation_prof=False):
+        states, clean, losses = self.run(input_sequence, targets, loss, 0.0)
+        _, noisy, noisy_losses = self.run(input_sequence, targets, loss, noise_std)
+        for t in range(len(clean)):
+            delta_a = noisy[t] - clean[t]
+            credit = lr * (noisy_losses[t] - losses[t]) / delta_a.square().sum()
+            self.rec.weight.data = self.rec.weight.data - (credit * delta_a).t() @ states[t]
+            self.fwd.weight.data = self.fwd.weight.data - (credit * delta_a).t() @ input_sequence[t]
+"""
+STAND_IN_UTILS = """
+import torch
+import yaml
+
+
+def tanh():
+    return torch.tanh
+
+
+def linear():
+    return lambda values: values
+"""
+
+
+def run_script(name, *arguments):
+    """Run a script of profiling/ on one thread, without a GPU, and return what it printed."""
+    here = str(Path(anpgpu.__file__).resolve().parent.parent)
+    env = {**os.environ, "PYTHONPATH": here, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def read(path, printed):
+    """Return a result file, having checked its machine line, its checks, and the text beside it."""
+    record = json.loads(path.read_text())
+    assert {"cpu", "cores", "threads", "gpu", "versions", "date", "commit"} <= record["machine"].keys()
+    assert {"python", "torch", "numpy"} <= record["machine"]["versions"].keys()
+    assert record["checks"]
+    text = path.with_suffix(".txt").read_text()
+    assert str(record["machine"]["cpu"]) in text.splitlines()[0]
+    assert text.splitlines()[0] in printed
+    assert os.uname().nodename not in path.read_text() + text
+    assert str(ROOT) not in path.read_text() + text
+    return record
+
+
+def test_published_compares_with_a_stand_in(tmp_path):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "models.py").write_text(STAND_IN_MODELS)
+    (checkout / "utils.py").write_text(STAND_IN_UTILS)
+    output = tmp_path / "published.json"
+    # Processor time of one thread, so that whatever else the machine runs does not change the order.
+    how = ("--quick", "--threads", 1, "--clock", "cpu", "--repeats", 3)
+    printed = run_script("published.py", checkout, *how, "--output", output)
+    (result,) = read(output, printed)["results"]
+    works = {"published", "estimate_grad_", "loss.backward()", "matmuls"}
+    assert result["milliseconds"].keys() == works
+    assert result["rollout_steps_per_second"].keys() == works
+    for low, median, high in (*result["milliseconds"].values(), result["ratio"], result["matmul_share"]):
+        assert 0 < low <= median <= high
+    speeds = {name: median for name, (_, median, _) in result["rollout_steps_per_second"].items()}
+    assert speeds["published"] < speeds["estimate_grad_"] < speeds["matmuls"]
+    assert result["ratio_met"] == (result["ratio"][1] >= result["ratio_goal"])
+
+
+def test_published_says_what_is_missing(tmp_path):
+    with pytest.raises(AssertionError, match=r"models\.py does not exist"):
+        run_script("published.py", tmp_path, "--quick")
+
+
+def test_memory_keeps_its_bound_at_any_length(tmp_path):
+    output = tmp_path / "memory.json"
+    rows = read(output, run_script("memory.py", "--quick", "--threads", 1, "--output", output))["results"]
+    assert len({row["T"] for row in rows}) == len(rows) > 1
+    for row in rows:
+        assert 0 < row["used MiB"] <= row["bound"] * row["max_memory MiB"]
+        assert row["kept"]
+    # The longest would not have fitted whole.
+    assert rows[-1]["delta_a whole MiB"] > rows[-1]["max_memory MiB"]
+
+
+def test_time_ops_writes_every_row(tmp_path):
+    output = tmp_path / "time_ops.json"
+    printed = run_script("time_ops.py", "--quick", "--output", output)
+    assert "no GPU was found" in printed
+    record = read(output, printed)
+    assert record["form"] == "cpu"
+    assert record["not_run"] == []
+    for hidden in {row["H"] for row in record["results"]}:
+        rows = {row["op"]: row for row in record["results"] if row["H"] == hidden}
+        assert {"noise", "rollout", "adjoint", "update", "eager torch", "BPTT of the same B"} <= rows.keys()
+        for row in rows.values():
+            assert 0 < row["lower"] <= row["ms"] <= row["upper"]
+        for name in ("rollout", "update", "eager torch"):
+            row = rows[name]
+            steps = row["T"] * row["B"] * row["P"]
+            assert row["rollout-steps/s"] == pytest.approx(steps / row["ms"] * 1e3)
+            assert row["TFLOP/s"] == pytest.approx(2 * hidden**2 * steps / row["ms"] / 1e9)
+            assert row["of ceiling"] == pytest.approx(row["TFLOP/s"] / record["ceiling"]["tflops"][1])
+
+
+@pytest.mark.parametrize("figure", ["0.5", "float('nan')"])
+def test_a_failed_check_stops_before_anything_is_timed(figure):
+    source = f"import gate; gate.require([gate.Check('cosine', {figure}, 0.9, True)]); print('timed')"
+    paths = os.pathsep.join([str(Path(anpgpu.__file__).resolve().parent.parent), str(SCRIPTS)])
+    run = subprocess.run(
+        [sys.executable, "-c", source],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "timed" not in run.stdout
+    assert "cosine is" in run.stderr

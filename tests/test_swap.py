@@ -1,0 +1,137 @@
+"""`swap_` and `unswap_` put perturbation learning into an existing model and take it out again."""
+
+import copy
+import pickle
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import anpgpu
+from anpgpu import Perturbation
+
+HOW = Perturbation("anp", rollouts=4, sigma=1e-3)
+
+
+def grads(module):
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Nested(nn.Module):
+    """A model with recurrent networks at several depths, one of them shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.RNN(4, 5)
+        self.block = nn.ModuleDict({"deep": nn.Sequential(nn.RNN(5, 5, num_layers=2)), "gru": nn.GRU(5, 5)})
+        self.again = self.first
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, inputs):
+        hidden, _ = self.first(inputs)
+        hidden, _ = self.block["deep"](hidden)
+        return self.head(self.block["gru"](hidden)[0])
+
+
+def test_swap_counts_and_keeps_parameters_names_and_outputs():
+    torch.manual_seed(2)
+    model = Nested()
+    inputs = torch.randn(6, 3, 4)
+    expected = model(inputs).detach()
+    before = dict(model.named_parameters())
+    names, state = [name for name, _ in model.named_modules()], list(model.state_dict())
+    assert anpgpu.swap_(model, HOW) == 2
+    after = dict(model.named_parameters())
+    assert list(before) == list(after)
+    assert all(after[name] is before[name] for name in before)
+    assert [name for name, _ in model.named_modules()] == names
+    assert list(model.state_dict()) == state
+    assert isinstance(model.first, anpgpu.RNN)
+    assert model.again is model.first
+    assert isinstance(model.block["deep"][0], anpgpu.RNN)
+    assert type(model.block["gru"]) is nn.GRU
+    assert torch.equal(model(inputs), expected)
+
+
+def test_an_optimiser_made_before_the_swap_goes_on():
+    torch.manual_seed(2)
+    model = Nested()
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    inputs = torch.randn(6, 3, 4)
+    for swap in (None, anpgpu.swap_, anpgpu.unswap_):
+        if swap is not None:
+            assert swap(model) == 2
+        before = model.first.weight_hh_l0.detach().clone()
+        optimiser.zero_grad()
+        model(inputs).square().sum().backward()
+        optimiser.step()
+        assert not torch.equal(model.first.weight_hh_l0, before)
+    assert len(optimiser.state) == len(list(model.parameters()))
+
+
+def test_unswap_gives_torchs_gradients_back():
+    torch.manual_seed(2)
+    model = Nested()
+    inputs = torch.randn(6, 3, 4)
+    expected = step_of_model(model, inputs)
+    anpgpu.swap_(model, HOW)
+    estimated = step_of_model(model, inputs)
+    assert not torch.equal(estimated["first.weight_hh_l0"], expected["first.weight_hh_l0"])
+    assert torch.equal(estimated["head.weight"], expected["head.weight"])
+    assert anpgpu.unswap_(model) == 2
+    assert type(model.first) is nn.RNN
+    assert_same(step_of_model(model, inputs), expected)
+    assert anpgpu.unswap_(model) == 0
+    pickle.loads(pickle.dumps(model))
+
+
+def step_of_model(model, inputs):
+    model.zero_grad()
+    torch.manual_seed(1)
+    model(inputs).square().sum().backward()
+    return {name: grad.clone() for name, grad in grads(model).items()}
+
+
+def test_swapping_again_changes_the_perturbation():
+    model = Nested()
+    anpgpu.swap_(model, HOW)
+    other = Perturbation("np")
+    assert anpgpu.swap_(model, other) == 2
+    assert model.first.perturbation == model.block["deep"][0].perturbation == other
+
+
+def test_swap_of_a_bare_rnn_and_of_none():
+    rnn = nn.RNN(4, 5)
+    assert anpgpu.swap_(rnn) == 1
+    assert isinstance(rnn, anpgpu.RNN)
+    assert rnn.perturbation == Perturbation()
+    assert anpgpu.swap_(nn.Linear(2, 2)) == 0
+
+
+def test_a_swapped_model_survives_deepcopy_and_pickle():
+    model = Nested()
+    anpgpu.swap_(model, HOW)
+    inputs = torch.randn(6, 3, 4)
+    expected = step_of_model(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(step_of_model(other, inputs), expected)
+
+
+class Hooked(NamedTuple):
+    forward: list
+    gradient: list
+
+
+def test_hooks_stay():
+    rnn = nn.RNN(4, 5)
+    seen = Hooked([], [])
+    rnn.register_forward_hook(lambda module, args, outputs: seen.forward.append(type(module)))
+    rnn.weight_hh_l0.register_hook(lambda grad: seen.gradient.append(grad.shape))
+    anpgpu.swap_(rnn, HOW)
+    rnn(torch.randn(6, 3, 4))[0].sum().backward()
+    assert seen == Hooked([anpgpu.RNN], [(5, 5)])
