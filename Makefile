@@ -15,7 +15,7 @@ PYTEST := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(BIN)pytest
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format test-reference test-interpreter test-compile test-slow test-gpu bench clean
+.PHONY: help setup demo test lint format test-reference test-interpreter test-compile test-slow test-gpu bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,8 @@ test-gpu: $(TESTABLE) ## the tests that need a CUDA device
 
 bench: $(READY) ## time the kernels
 	$(BIN)python profiling/time_ops.py
+
+gpu: test-gpu bench ## everything that needs a CUDA device: equality and sanitizer first, then the timings
 
 clean: ## remove .venv, caches and outputs
 	rm -rf .venv output build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

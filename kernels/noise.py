@@ -220,8 +220,8 @@ def _words(
 def packed_signs(seed: Tensor, shape: tuple[int, int, int, int], counters: Counters) -> Tensor:
     """Return a block's signs as bits, (T, B, P, words) int32: bit i of word j is unit 32 j + i, set for -sigma."""
     time, batch, rollouts, hidden = shape
-    if not batch:
-        return seed.new_empty((time, 0, rollouts, -(-hidden // SIGNS_PER_WORD)), dtype=torch.int32)
+    if 0 in shape:
+        return seed.new_empty((time, batch, rollouts, -(-hidden // SIGNS_PER_WORD)), dtype=torch.int32)
     words = torch.stack(_words(seed, shape, "rademacher", counters)[: -(-hidden // 128)], dim=-2)
     # (..., w, g, q, half) 16-bit halves of words, to one 64-bit integer of the four q for each (g, w, half).
     groups = words.shape[-1] // 4
