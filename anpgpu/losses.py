@@ -50,8 +50,7 @@ class MeasuredLoss:
         time, batch = counted.shape
         assert values is not None  # noqa: S101  (for the type checker; named losses have targets)
         if self.per_sequence:
-            counted = torch.zeros_like(counted)
-            counted[self.last_step, torch.arange(batch, device=counted.device)] = True
+            counted = torch.arange(time, device=counted.device).unsqueeze(1) == self.last_step
             # Expanded, not copied: only the last step's is looked at.
             values = values.unsqueeze(0).expand(time, *values.shape)
         if self.loss == "cross_entropy":
