@@ -20,7 +20,6 @@ def all_weights(job: Job) -> Found:
     problem, loss = job.problem, job.problem.loss
     found = Found(problem)
     time, batch, _ = problem.inputs.shape
-    outputs = problem.outputs_size if loss.black_box else 0
     both = problem.network.directions == 2
     count = 1
     while True:
@@ -30,7 +29,8 @@ def all_weights(job: Job) -> Found:
             job.settings,
             batch=batch,
             steps=steps_each,
-            outputs=outputs * count,
+            # A black box sees the outputs of all steps at once; ours take two copies of a segment's.
+            outputs=problem.outputs_size * (count if loss.black_box else 2),
             max_memory=job.max_memory,
         )
         rows = min(64, max(batch, 1) * job.settings.options.rollouts)

@@ -1,8 +1,10 @@
 """The package imports quickly and safely, and its files are where an installed copy expects them."""
 
 import ast
+import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -140,3 +142,9 @@ def test_wheel_built_from_the_sdist_holds_the_kernels_inside_the_package(tmp_pat
     info = f"anpgpu-{anpgpu.__version__}.dist-info"
     assert {name for name in names if not name.startswith(info)} == sources | kernels | {"anpgpu/py.typed"}
     assert f"{info}/licenses/LICENSE" in names
+
+
+def test_triton_is_here_where_it_is_a_dependency() -> None:
+    # Else the tests of the kernels, which pass a machine without Triton by, would hide that they did not run.
+    needed = sys.platform == "linux" and platform.machine() == "x86_64"
+    assert not needed or importlib.util.find_spec("triton") is not None
