@@ -11,6 +11,7 @@ from torch import Tensor
 from .layers import CleanRun, GradientSums, run_network
 from .problem import Problem
 from .settings import Settings
+from .sharding import Share
 
 
 class Job(NamedTuple):
@@ -22,14 +23,26 @@ class Job(NamedTuple):
     max_memory: int
     perturb_readout: bool
 
+    def agreed(self, *masks: Tensor) -> Job:
+        """Return the job with the one seed of all processes that share its rollouts.
+
+        Raises:
+            RuntimeError: they do not hold the same batch, weights and dropout masks.
+        """
+        problem = self.problem
+        weights = [one for layer in problem.network.layers for side in layer for one in side if one is not None]
+        given = [one for one in (problem.weight_o, problem.bias_o, problem.loss.targets.values) if one is not None]
+        seed = self.settings.share.agree(self.seed, problem.inputs, problem.h_0, *weights, *given, *masks)
+        return self._replace(seed=seed)
+
 
 class Found:
     """What a method finds, filled in piece by piece: clean results and gradients, in canonical form."""
 
     def __init__(self, problem: Problem) -> None:
         time, batch, _ = problem.inputs.shape
-        self.outputs = problem.inputs.new_empty((time, batch, problem.outputs_size))
-        self.h_n = torch.empty_like(problem.h_0)
+        self.outputs = problem.inputs.new_zeros((time, batch, problem.outputs_size))
+        self.h_n = torch.zeros_like(problem.h_0)
         self.loss = problem.inputs.new_zeros(())
         self.layers = [GradientSums(weights) for layer in problem.network.layers for weights in layer]
         self.weight_o = None if problem.weight_o is None else torch.zeros_like(problem.weight_o)
@@ -37,6 +50,17 @@ class Found:
         self.inputs = torch.zeros_like(problem.inputs)
         self.h_0 = torch.zeros_like(problem.h_0)
         self.skipped = torch.zeros((), dtype=torch.int64, device=problem.inputs.device)
+        self.ridge_grown = torch.zeros_like(self.skipped)
+
+    def sum_(self, share: Share) -> None:
+        """Add up what the processes that share the rollouts have found."""
+        weights = [part for one in self.layers for part in (one.weight_ih, one.weight_hh, one.bias)]
+        share.sum_(*weights, self.inputs, self.h_0)
+        share.sum_(self.skipped, self.ridge_grown)
+        if share.by_samples:
+            # Nobody has run all samples, not even the clean network.
+            readout = [part for part in (self.weight_o, self.bias_o) if part is not None]
+            share.sum_(self.outputs, self.h_n, self.loss, *readout)
 
     def add_readout(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add the readout's gradient from dL/do, (L, b, O), and the states it read, (L, b, D * H)."""
@@ -49,12 +73,11 @@ class Found:
 class CleanChunk:
     """Clean activity of one chunk of samples of a one-directional network, segment by segment from checkpoints."""
 
-    def __init__(self, problem: Problem, samples: slice, segments: int) -> None:
-        self.problem, self.samples = problem, samples
+    def __init__(self, problem: Problem, samples: slice, segments: int, masks: tuple[Tensor, ...] = ()) -> None:
+        self.problem, self.samples, self.masks = problem, samples, masks
         self.starts = {0: problem.h_0[:, samples]}
         self.keep = segments == 1
         self.kept: CleanRun | None = None
-        self.masks: dict[int, list[Tensor]] = {}
 
     def run(self, steps: slice) -> CleanRun:
         """Return the clean run of a segment whose start has been reached before."""
@@ -64,27 +87,23 @@ class CleanChunk:
             self.problem.network,
             self.problem.inputs[steps, self.samples],
             self.starts[steps.start],
-            dropout=self._dropout(steps.start),
+            dropout=self._dropout(steps),
         )
         self.starts[steps.stop] = run.h_n
         self.kept = run if self.keep else None
         return run
 
-    def _dropout(self, start: int) -> Callable[[Tensor], Tensor] | None:
-        """Return a dropout that repeats its masks whenever a segment is run again."""
-        draw = self.problem.dropout
-        if draw is None:
-            return None
-        if start not in self.masks:
-            drawn = self.masks[start] = []
+    def _dropout(self, steps: slice) -> Callable[[Tensor], Tensor] | None:
+        each = iter(self.masks)
+        return (lambda _: next(each)[steps, self.samples]) if self.masks else None
 
-            def first(values: Tensor) -> Tensor:
-                drawn.append(draw(values))
-                return drawn[-1]
 
-            return first
-        again = iter(self.masks[start])
-        return lambda values: next(again)
+def draw_masks(problem: Problem) -> tuple[Tensor, ...]:
+    """Draw the dropout of every layer but the first, (T, B, H): once, however the work is divided then."""
+    if problem.dropout is None:
+        return ()
+    values = problem.inputs.new_empty((*problem.inputs.shape[:2], problem.width))
+    return tuple(problem.dropout(values) for _ in problem.network.layers[1:])
 
 
 def keep_final(h_n: Tensor, run: CleanRun, steps: slice, last_step: Tensor) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
+from .ranges import within
+
 
 class LayerWeights(NamedTuple):
     """Parameters of one layer and direction, as in `torch.nn.RNN`."""
@@ -101,13 +103,21 @@ def in_processing_order(values: Tensor, reverse: bool, lengths: Tensor | None) -
     return values.gather(0, source.view(*source.shape, *[1] * (values.dim() - 2)).expand_as(values))
 
 
-def run_layer(weights: LayerWeights, inputs: Tensor, h_0: Tensor, nonlinearity: str) -> Tensor:
-    """Return the clean states of one layer, (T + 1, B, H), by the function `torch.nn.RNN` itself calls."""
+def run_layer(layer: Sequence[LayerWeights], inputs: Tensor, h_0: Tensor, nonlinearity: str) -> list[Tensor]:
+    """Return the clean states of each direction of one layer, (T + 1, B, H) in processing order.
+
+    By the function `torch.nn.RNN` itself calls, and as there both directions at once: it projects the inputs before it
+    reverses them, and a row's place in a matrix product may change its rounding.
+    """
     run = torch._VF.rnn_tanh if nonlinearity == "tanh" else torch._VF.rnn_relu
-    flat = [weight for weight in weights if weight is not None]
-    biases = weights.bias_ih is not None
-    outputs, _ = run(inputs, h_0.unsqueeze(0), flat, biases, 1, 0.0, False, False, False)
-    return torch.cat((h_0.unsqueeze(0).to(outputs.dtype), outputs))
+    flat = [weight for weights in layer for weight in weights if weight is not None]
+    biases, both = layer[0].bias_ih is not None, len(layer) == 2
+    outputs, _ = run(inputs, h_0, flat, biases, 1, 0.0, False, both, False)
+    sides = outputs.chunk(len(layer), -1)
+    return [
+        torch.cat((start.unsqueeze(0).to(side.dtype), in_processing_order(side, bool(number), None)))
+        for number, (start, side) in enumerate(zip(h_0, sides, strict=True))
+    ]
 
 
 def preactivations(weights: LayerWeights, inputs: Tensor, states: Tensor) -> Tensor:
@@ -125,6 +135,7 @@ def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
     return states.gather(0, index).squeeze(0)
 
 
+@within("clean_run")
 def run_network(
     network: Network,
     inputs: Tensor,
@@ -145,12 +156,17 @@ def run_network(
         if mask is not None:
             values = values * mask
         masks.append(mask)
-        here = []
-        for direction, weights in enumerate(layer):
-            ordered = in_processing_order(values, bool(direction), lengths)
-            states = run_layer(weights, ordered, h_0[number * network.directions + direction], network.nonlinearity)
-            here.append(LayerRun(ordered, states))
-            last.append(last_states(states, lengths))
+        first = number * network.directions
+        ordered = [in_processing_order(values, bool(side), lengths) for side in range(network.directions)]
+        if lengths is None:
+            states = run_layer(layer, values, h_0[first : first + network.directions], network.nonlinearity)
+        else:
+            states = [
+                run_layer((weights,), ordered[side], h_0[first + side : first + side + 1], network.nonlinearity)[0]
+                for side, weights in enumerate(layer)
+            ]
+        here = [LayerRun(*one) for one in zip(ordered, states, strict=True)]
+        last += [last_states(one, lengths) for one in states]
         runs.append(tuple(here))
         sides = [in_processing_order(run.states[1:], bool(side), lengths) for side, run in enumerate(here)]
         values = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
@@ -165,25 +181,30 @@ def valid_steps(time: int, lengths: Tensor, device: torch.device) -> Tensor:
 
 
 class GradientSums:
-    """Gradients of one layer's weights, even and odd rollouts apart: (2, ...) each, their sum the estimate."""
+    """Gradients of one layer's weights in parts that add up to the estimate, (3, ...) each.
+
+    The first two are what the even and the odd rollouts say; the third is what only all of them together can.
+    """
 
     def __init__(self, weights: LayerWeights) -> None:
-        self.weight_ih = weights.weight_ih.new_zeros((2, *weights.weight_ih.shape))
-        self.weight_hh = weights.weight_hh.new_zeros((2, *weights.weight_hh.shape))
-        self.bias = weights.weight_hh.new_zeros((2, weights.weight_hh.shape[0]))
+        self.weight_ih = weights.weight_ih.new_zeros((3, *weights.weight_ih.shape))
+        self.weight_hh = weights.weight_hh.new_zeros((3, *weights.weight_hh.shape))
+        self.bias = weights.weight_hh.new_zeros((3, weights.weight_hh.shape[0]))
 
-    def add(self, halves: Tensor, inputs: Tensor, previous: Tensor) -> None:
+    @within("weight_gradients")
+    def add(self, adjoint: Tensor, inputs: Tensor, previous: Tensor) -> None:
         """Add sum_t lam_t (x_t, h_{t-1}, 1)^T.
 
         Args:
-            halves: adjoint estimates of either half, (2, T, B, H).
+            adjoint: parts of the adjoint estimate, (2, T, B, H) or (3, T, B, H).
             inputs: presynaptic inputs, (T, B, I).
             previous: presynaptic states h_{t-1}, (T, B, H).
         """
-        rows = halves.flatten(1, 2).transpose(1, 2)
-        self.weight_ih += rows @ inputs.flatten(0, 1)
-        self.weight_hh += rows @ previous.flatten(0, 1)
-        self.bias += halves.sum((1, 2))
+        parts = len(adjoint)
+        rows = adjoint.flatten(1, 2).transpose(1, 2)
+        self.weight_ih[:parts] += rows @ inputs.flatten(0, 1)
+        self.weight_hh[:parts] += rows @ previous.flatten(0, 1)
+        self.bias[:parts] += adjoint.sum((1, 2))
 
     def totals(self, *, biases: bool) -> tuple[Tensor, ...]:
         """Return the gradients in the order of the layer's parameters; both biases have the same."""
@@ -194,11 +215,11 @@ class GradientSums:
 def split_half(sums: Sequence[GradientSums]) -> Tensor:
     """Return the cosine between the two halves' gradients over all weights and biases, a 0-dim tensor.
 
-    It shows the estimate's variance, not its bias; NaN where a half has no rollout.
+    It shows the estimate's variance, not its bias; NaN where a half is zero, as with one rollout.
     """
     every = [part for one in sums for part in (one.weight_ih, one.weight_hh, one.bias)]
     dot, first, second = (
         torch.stack([(part[left] * part[right]).sum() for part in every]).sum()
         for left, right in ((0, 1), (0, 0), (1, 1))
     )
-    return dot / torch.sqrt(first * second)
+    return dot / (first.sqrt() * second.sqrt())

@@ -66,13 +66,15 @@ class Sweep:
         self.segmented = division.segments > 1
         self.starts: dict[int, Tensor] = {}
         self.finite = torch.ones((chunk.size, total), dtype=torch.bool, device=weight_hh.device)
+        self.counts = self.finite.sum(1)
         self.carry = weight_hh.new_zeros((chunk.size, total))
+        self.ridge_grown = torch.zeros((), dtype=torch.int64, device=weight_hh.device)
 
     def _counters(self, block: slice, time: int) -> Counters:
         return Counters(
             layer=self.chunk.layer,
             time=time,
-            rollout=block.start,
+            rollout=self.settings.share.own.start + block.start,
             sample=self.chunk.samples.start,
             rank=self.settings.process_rank,
         )
@@ -109,8 +111,9 @@ class Sweep:
             self.finite[:, block] &= torch.isfinite(part.delta_loss).all(0)
 
     def check(self) -> None:
-        """Raise where no rollout of a sample is left."""
-        raise_if_lost(self.finite, self.chunk.samples.start, self.settings.options.sigma)
+        """Count the finite rollouts of every sample, over all processes; raise where none is left."""
+        self.counts = self.settings.share.counted(self.finite)
+        raise_if_lost(self.counts.unsqueeze(1) > 0, self.chunk.samples.start, self.settings.options.sigma)
 
     def credit(
         self,
@@ -135,16 +138,18 @@ class Sweep:
             trust: samples, (B,) bool, whose rollouts count even if not finite, since the incoming gradient is not.
 
         Returns:
-            (2, L, B, H): the parts the even and the odd rollouts contribute to the mean over finite rollouts; a least
-            squares estimate, which has no such parts, is the first and leaves the second zero.
+            Parts of the estimate, which is their sum over the first dimension: (2, L, B, H), what the even and the odd
+            rollouts contribute to the mean over finite rollouts; or (3, L, B, H) as `least_squares` has them.
         """
         settings = self.settings
         length, batch, units = preact.shape
         sums = preact.new_zeros((2, length, batch, units))
+        unit_credit = torch.zeros_like(sums) if settings.baseline else sums
+        total = preact.new_zeros((length, batch))
         for block in self.blocks:
             counters = self._counters(block, steps.start)
             fused = settings.discount == 0 and settings.backend == "triton" and settings.method in {"np", "anp"}
-            if fused and measured is None and not isinstance(loss, OutputsOnly):
+            if fused and not settings.baseline and measured is None and not isinstance(loss, OutputsOnly):
                 halves, delta_loss, delta_h = implementation("rollout_adjoint", settings.backend)(
                     preact,
                     hidden,
@@ -178,42 +183,53 @@ class Sweep:
                     self.finite[:, block] |= trust.unsqueeze(1)
             delta_loss = torch.where(self.finite[:, block], delta_loss, 0)
             if settings.method == "anp-ls" and part.delta_a is not None:
-                sums[0], self.carry = self._regress(delta_loss, part.delta_a, counters)
+                sums, self.carry, grown = least_squares(
+                    delta_loss,
+                    part.delta_a,
+                    self.carry,
+                    self.seed,
+                    finite=self.finite,
+                    discount=settings.discount,
+                    ridge=settings.ridge,
+                    baseline=settings.baseline,
+                    options=settings.options,
+                    counters=counters,
+                )
+                self.ridge_grown += grown
                 give_back(part.delta_a)
                 break
             credit = implementation("returns", settings.backend)(
                 delta_loss, settings.discount, carry=self.carry[:, block]
             )
             self.carry[:, block] = credit[0]
-            sums += implementation("adjoint", settings.backend)(
-                credit,
-                part.delta_a,
-                self.seed,
-                method=settings.method,
-                units=units,
-                options=self._options(block, store=False),
-                counters=counters,
-            )
+            sums += self._adjoint(credit, part.delta_a, block, counters)
+            if settings.baseline:
+                total += credit.sum(-1)
+                counted = self.finite[:, block].to(credit.dtype).expand_as(credit)
+                unit_credit += self._adjoint(counted, part.delta_a, block, counters)
             give_back(part.delta_a)
         if not self.segmented:
             self.check()
         if settings.method == "anp-ls":
             return sums
-        return sums.div_(self.finite.sum(1).view(1, 1, -1, 1))
+        if settings.baseline:
+            # sum_p (c_p - mean of the other c) f_p / n = (sum_p c_p f_p - mean c sum_p f_p) / (n - 1): rollouts may
+            # come in blocks.
+            sums -= (total / self.counts).unsqueeze(-1) * unit_credit
+            return sums.div_((self.counts - 1).clamp(min=1).view(1, 1, -1, 1))
+        return sums.div_(self.counts.view(1, 1, -1, 1))
 
-    def _regress(self, delta_loss: Tensor, delta_a: Tensor, counters: Counters) -> tuple[Tensor, Tensor]:
-        """Return a segment's least-squares adjoint and the carry for the one before; all rollouts are one block."""
-        settings = self.settings
-        return least_squares(
-            delta_loss,
-            torch.where(self.finite.unsqueeze(-1), delta_a.to(delta_loss.dtype), 0),
-            self.carry,
+    def _adjoint(self, credit: Tensor, delta_a: Tensor | None, block: slice, counters: Counters) -> Tensor:
+        sums: Tensor = implementation("adjoint", self.settings.backend)(
+            credit,
+            delta_a,
             self.seed,
-            discount=settings.discount,
-            ridge=settings.ridge,
-            options=settings.options,
+            method=self.settings.method,
+            units=self.weight_hh.shape[0],
+            options=self._options(block, store=False),
             counters=counters,
         )
+        return sums
 
     @property
     def skipped(self) -> Tensor:
@@ -230,6 +246,7 @@ class LayerEstimate(NamedTuple):
     h_0: Tensor
     """dL/dh_0, (B, H)."""
     skipped: Tensor
+    ridge_grown: Tensor
 
 
 def estimate_layer(
@@ -243,7 +260,7 @@ def estimate_layer(
     layer: int,
     measure: Callable[[Tensor, slice], Tensor] | None = None,
 ) -> LayerEstimate:
-    """Estimate one layer's gradients from its whole clean run.
+    """Estimate one layer's gradients from its whole clean run; processes that share rollouts all get their sum.
 
     Args:
         weights: the layer's parameters, in the working type.
@@ -258,12 +275,14 @@ def estimate_layer(
     """
     time, batch, _ = run.inputs.shape
     sums = GradientSums(weights)
-    d_inputs = torch.empty_like(run.inputs)
-    d_h_0 = torch.empty_like(run.states[0])
+    d_inputs = torch.zeros_like(run.inputs)
+    d_h_0 = torch.zeros_like(run.states[0])
     skipped = torch.zeros((), dtype=torch.int64, device=seed.device)
+    ridge_grown = torch.zeros_like(skipped)
     segments = segments_of(time, division)
-    for first in range(0, batch, max(division.samples, 1)):
-        samples = slice(first, min(first + division.samples, batch))
+    own = settings.share.samples(batch)
+    for first in range(own.start, own.stop, max(division.samples, 1)):
+        samples = slice(first, min(first + division.samples, own.stop))
         sweep = Sweep(weights.weight_hh, seed, settings, Chunk(samples, layer), division)
         loss = loss_of(slice(0, time), samples)
         trust = ~torch.isfinite(loss.grad).all(-1).all(0) if isinstance(loss, LinearLoss) else None
@@ -288,7 +307,10 @@ def estimate_layer(
             d_inputs[steps, samples] = adjoint @ weights.weight_ih
             d_h_0[samples] = adjoint[0] @ weights.weight_hh
         skipped += sweep.skipped
-    return LayerEstimate(sums, d_inputs, d_h_0, skipped)
+        ridge_grown += sweep.ridge_grown
+    settings.share.sum_(sums.weight_ih, sums.weight_hh, sums.bias, d_inputs, d_h_0)
+    settings.share.sum_(skipped, ridge_grown)
+    return LayerEstimate(sums, d_inputs, d_h_0, skipped, ridge_grown)
 
 
 def _for_samples(measure: Callable[[Tensor, slice], Tensor], samples: slice) -> Callable[[Tensor], Tensor]:

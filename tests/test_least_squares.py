@@ -1,10 +1,15 @@
 """Least-squares ANP reproduces BPTT's gradient when it may, and stays aligned with it when it may not."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import anpgpu
+from anpgpu.kernels.noise import Counters, noise
+from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.least_squares import BLOCK_BYTES, LeastSquares, _cholesky, least_squares
 
 
 def copy_task(time: int, batch: int, delay: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -88,3 +93,148 @@ def test_rollouts_are_never_divided() -> None:
     rnn = anpgpu.RNN(3, 64, perturbation=anpgpu.Perturbation("anp-ls", 512, max_memory=20 << 20))
     with pytest.raises(MemoryError, match="512 of 512 rollouts"):
         anpgpu.estimate_grad_(rnn, None, torch.randn(400, 1, 3), torch.randn(400, 1, 64))
+
+
+def by_hand(
+    delta_loss: Tensor, activity: Tensor, noise: Tensor, discount: float, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """The equations, one sample and step at a time, by a general solver: the estimate and the returns it explains."""
+    time, batch, rollouts, units = activity.shape
+    found, credit = torch.zeros(time, batch, units).double(), torch.zeros_like(delta_loss)
+    for sample in range(batch):
+        carry = torch.zeros(rollouts).double()
+        for step in range(time - 1, -1, -1):
+            moved = activity[step, sample]
+            credit[step, sample] = delta_loss[step, sample] + carry
+            penalty = ridge * (moved**2).sum() / rollouts * torch.eye(units)
+            found[step, sample] = torch.linalg.solve(moved.T @ moved + penalty, moved.T @ credit[step, sample])
+            carry = discount * (credit[step, sample] - noise[step, sample] @ found[step, sample])
+    return found, credit
+
+
+def regressed(
+    activity: Tensor,
+    delta_loss: Tensor,
+    *,
+    sigma: float = 0.5,
+    ridge: float = 0.1,
+    baseline: bool = False,
+    finite: Tensor | None = None,
+) -> LeastSquares:
+    _, batch, rollouts, _ = activity.shape
+    return least_squares(
+        delta_loss,
+        activity,
+        delta_loss.new_zeros((batch, rollouts)),
+        torch.tensor(3),
+        finite=torch.ones(batch, rollouts, dtype=torch.bool) if finite is None else finite,
+        discount=0.8,
+        ridge=ridge,
+        baseline=baseline,
+        options=RolloutOptions(rollouts, sigma),
+        counters=Counters(),
+    )
+
+
+@pytest.mark.parametrize("rollouts", [1, 2, 5, 6, 7, 12, 13, 14])
+@pytest.mark.parametrize("block_bytes", [1, 1000, 1 << 21])
+def test_both_forms_are_the_equations_by_hand(rollouts: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", block_bytes)
+    generator = torch.Generator().manual_seed(rollouts)
+    activity = torch.randn(5, 2, rollouts, 6, generator=generator).double()
+    delta_loss = torch.randn(5, 2, rollouts, generator=generator).double()
+    injected = noise(torch.tensor(3), (5, 2, rollouts, 6), sigma=0.5, dtype=torch.float64)
+    expected, credit = by_hand(delta_loss, activity, injected, 0.8, 0.1)
+    found = regressed(activity, delta_loss)
+    torch.testing.assert_close(found.adjoint.sum(0), expected)
+    assert found.ridge_grown == 0
+    for half in range(min(rollouts, 2)):
+        # Without a discount a step's estimate is the regression of its own return.
+        alone, _ = by_hand(credit[..., half::2], activity[..., half::2, :], injected[..., half::2, :], 0.0, 0.1)
+        torch.testing.assert_close(2 * found.adjoint[half], alone)
+    if rollouts == 1:
+        assert not found.adjoint[1].any()
+
+
+def test_a_rollout_that_does_not_count_is_as_one_that_never_was() -> None:
+    generator = torch.Generator().manual_seed(0)
+    activity = torch.randn(4, 2, 5, 6, generator=generator).double()
+    delta_loss = torch.randn(4, 2, 5, generator=generator).double()
+    finite = torch.ones(2, 5, dtype=torch.bool)
+    finite[:, 4] = False
+    expected = regressed(activity[:, :, :4], delta_loss[:, :, :4])
+    delta_loss[:, :, 4] = 0
+    activity[:, :, 4] = torch.nan
+    found = regressed(activity, delta_loss, finite=finite)
+    torch.testing.assert_close(found.adjoint, expected.adjoint)
+    torch.testing.assert_close(found.carry[:, :4], expected.carry)
+
+
+@pytest.mark.parametrize("rollouts", [4, 9])
+def test_a_system_without_a_factor_is_counted_and_harms_nothing(rollouts: int) -> None:
+    activity, delta_loss = torch.randn(3, 2, rollouts, 6), torch.randn(3, 2, rollouts)
+    clean = regressed(activity, delta_loss)
+    # Its squares overflow, so no ridge could help it.
+    activity[1, 0] = 1e25
+    found = regressed(activity, delta_loss)
+    assert clean.ridge_grown == 0
+    assert found.ridge_grown == 1
+    assert torch.isfinite(found.adjoint).all()
+    torch.testing.assert_close(found.adjoint[:, :, 1], clean.adjoint[:, :, 1])
+    torch.testing.assert_close(found.adjoint[:, 2], clean.adjoint[:, 2])
+
+
+@pytest.mark.parametrize("size", [1, 32, 33, 67, 128])
+def test_factors_of_large_systems_are_those_of_lapack(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    moved = torch.randn(3, 2, size, 2 * size, generator=generator)
+    gram = moved @ moved.mT
+    gram[1, 0, size // 2, size // 2] = -1.0
+    factor, bad = _cholesky(gram.clone())
+    expected, info = torch.linalg.cholesky_ex(gram)
+    assert torch.equal(bad, info != 0)
+    assert bad.sum() == 1
+    torch.testing.assert_close(factor[~bad], expected[~bad], rtol=1e-4, atol=1e-4)
+    assert not factor.triu(1).any()
+
+
+@pytest.mark.parametrize("sigma", [1e-30, 1e30])
+def test_the_noise_may_be_of_any_size(sigma: float) -> None:
+    activity, delta_loss = torch.randn(3, 2, 4, 6), torch.randn(3, 2, 4)
+    usual = regressed(activity, delta_loss, sigma=1.0)
+    found = regressed(activity * sigma, delta_loss, sigma=sigma)
+    torch.testing.assert_close(found.adjoint * sigma, usual.adjoint)
+
+
+def test_halves_agree_the_better_the_more_rollouts() -> None:
+    torch.manual_seed(0)
+    rnn, readout = nn.RNN(10, 16), nn.Linear(16, 10)
+    inputs, targets = copy_task(20, 4, 2, torch.Generator().manual_seed(1))
+    agreement = []
+    for rollouts in (1, 4, 16, 64):
+        perturbation = anpgpu.Perturbation("anp-ls", rollouts, discount=1.0)
+        estimate = anpgpu.estimate_grad_(rnn, readout, inputs, targets, "cross_entropy", perturbation=perturbation)
+        agreement.append(float(estimate.split_half))
+    assert math.isnan(agreement[0])
+    assert agreement[1] < agreement[2] < agreement[3]
+    assert agreement[3] > 0.95
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_systems_without_a_factor_are_reported(bidirectional: bool) -> None:
+    # Squares of activity differences of this size overflow, states and losses do not.
+    perturbation = anpgpu.Perturbation("anp-ls", 4, discount=1.0, sigma=1e11)
+    rnn = anpgpu.RNN(3, 8, bidirectional=bidirectional, perturbation=perturbation)
+    with torch.no_grad():
+        for name, weight in rnn.named_parameters():
+            if "weight_hh" in name:
+                weight.mul_(1e22)
+    inputs = torch.randn(3, 2, 3)
+    directions = 1 + bidirectional
+    estimate = anpgpu.estimate_grad_(rnn, None, inputs, torch.randn(3, 2, 8 * directions))
+    # Every step but the first one of each sample and direction.
+    assert estimate.ridge_grown == 2 * 2 * directions
+    assert all(torch.isfinite(weight.grad).all() for weight in rnn.parameters())
+    rnn(inputs)[0].sum().backward()
+    assert rnn.last_estimate is not None
+    assert rnn.last_estimate.ridge_grown == 2 * 2 * directions

@@ -123,9 +123,9 @@ def test_counters_are_injective(block, kind):
 
 def test_no_counter_is_drawn_twice_in_an_update(drawn_counters):
     torch.manual_seed(1)
-    rnn = anpgpu.RNN(3, 20, num_layers=2, bidirectional=True, perturbation=anpgpu.Perturbation(rollouts=5))
+    rnn = anpgpu.RNN(3, 20, num_layers=2, bidirectional=True, perturbation=anpgpu.Perturbation("anp", 5))
     head = torch.nn.Linear(40, 2)
-    how = anpgpu.Perturbation(rollouts=5, readout="perturbed")
+    how = anpgpu.Perturbation("anp", 5, readout="perturbed")
     anpgpu.estimate_grad_(rnn, head, torch.randn(4, 3, 3), torch.randn(4, 3, 2), perturbation=how)
     rows = torch.cat(drawn_counters)
     # Four layers of one group each, and the readout's: (T, B, P) counters of four blocks.

@@ -396,23 +396,29 @@ def test_adjoint_with_rounded_operands(method, sigma, precision, bound):
     assert_close(estimate(torch.float32, precision), estimate(torch.float64, "fp64"), bound)
 
 
+# The larger sizes are what a processor with tiles of bfloat16 multiplies itself.
+@pytest.mark.parametrize(("rollouts", "units"), [(3, 64), (64, 64), (27, 100), (4, 257)])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
-def test_operands_are_rounded_to_nearest(precision):
+def test_operands_are_rounded_to_nearest(precision, rollouts, units):
     # One recurrent step from a known deviation; the noise is too small to be seen.
-    units = 64
-    weight_hh, start = draw(units, units).float(), draw(1, 3, units, seed=1).float()
+    weight_hh, start = draw(units, units).float(), draw(1, rollouts, units, seed=1).float()
+    before = torch.backends.mkldnn.matmul.fp32_precision
     zero = torch.zeros(1, 1, units)
     found = rollout(
-        zero, zero, weight_hh, None, SEED, rollouts=3, sigma=1e-3, precision=precision, delta_h0=start
+        zero, zero, weight_hh, None, SEED, rollouts=rollouts, sigma=1e-3, precision=precision, delta_h0=start
     ).delta_a[0, 0]  # fmt: skip
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
     bits = {"bf16": 7, "fp16": 10, "tf32": 10}[precision]
 
     def rounded(values):
         mantissa, exponent = torch.frexp(values.double())
-        return torch.ldexp(torch.round(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent)
+        scaled = mantissa * 2 ** (bits + 1)
+        # Halfway cases: away from zero for tf32, as `cvt.rna` has it, to even for the others.
+        whole = scaled.sign() * (scaled.abs() + 0.5).floor() if precision == "tf32" else torch.round(scaled)
+        return torch.ldexp(whole / 2 ** (bits + 1), exponent)
 
     scale = 1e-3 if precision == "fp16" else 1.0
-    xi = noise(SEED, (1, 1, 3, units), sigma=1e-3)[0, 0].double()
+    xi = noise(SEED, (1, 1, rollouts, units), sigma=1e-3)[0, 0].double()
     expected = rounded(start[0].double() / scale) * scale @ rounded(weight_hh).T + xi
     assert_close(found, expected, "float32")
 
