@@ -2,42 +2,85 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from .division import Division, segments_of
+from .division import Division, segments_of, within_memory
 from .job import BlackBoxChange, CleanChunk, Found, Job, keep_final
 from .layers import CleanRun, run_network
 from .problem import Problem
 from .readout import perturb_readout
-from .weight_perturbation import CleanSegment, divide_weights, estimate_weights
+from .weight_perturbation import CleanSegment, divide_weights, estimate_weights, weights_bytes
 
 
 def all_weights(job: Job) -> Found:
-    """Weight perturbation: one forward pass, all layers at once."""
+    """Weight perturbation: one forward pass, all layers at once.
+
+    Raises:
+        ValueError: there is dropout between layers.
+    """
+    if job.problem.dropout is not None:
+        raise ValueError(
+            "method='wp' in estimate_grad_ does not go with dropout between layers: call rnn.eval(), set "
+            "rnn.dropout = 0, or use method='anp' or 'np'"
+        )
+    return within_memory(
+        job.max_memory,
+        job.problem.inputs.device,
+        functools.partial(_divide, job),
+        functools.partial(_needed_bytes, job),
+        functools.partial(_divided_weights, job.agreed()),
+        alone=job.settings.share.alone,
+    )
+
+
+def _divide(job: Job, max_memory: int) -> Division:
+    """Return the fewest segments whose rollouts fill the device, and how many of these fit."""
+    problem, settings = job.problem, job.settings
+    time, batch, _ = problem.inputs.shape
+    rows = min(64, max(batch, 1) * settings.share.most)
+    segments = 1
+    while True:
+        last = problem.network.directions == 2 or problem.loss.black_box or segments == time
+        try:
+            samples, rollouts = divide_weights(
+                problem.network,
+                settings,
+                batch=batch,
+                steps=-(-time // segments),
+                outputs=_outputs_each(problem, segments),
+                max_memory=max_memory,
+            )
+        except MemoryError:
+            if last:
+                raise
+        else:
+            if last or samples * rollouts >= rows:
+                return Division(samples, rollouts, segments)
+        segments = min(2 * segments, time)
+
+
+def _needed_bytes(job: Job, division: Division) -> int:
+    time, outputs = len(job.problem.inputs), _outputs_each(job.problem, division.segments)
+    steps = -(-time // division.segments)
+    return weights_bytes(job.problem.network, job.settings, division[:2], steps=steps, outputs=outputs)
+
+
+def _outputs_each(problem: Problem, segments: int) -> int:
+    """Return the outputs kept per step of a segment: a black box sees all steps at once; ours take two copies."""
+    return problem.outputs_size * (segments if problem.loss.black_box else 2)
+
+
+def _divided_weights(job: Job, division: Division) -> Found:
+    """Do all of the work, divided like that."""
     problem, loss = job.problem, job.problem.loss
     found = Found(problem)
     time, batch, _ = problem.inputs.shape
     both = problem.network.directions == 2
-    count = 1
-    while True:
-        steps_each = -(-time // count)
-        block = divide_weights(
-            problem.network,
-            job.settings,
-            batch=batch,
-            steps=steps_each,
-            # A black box sees the outputs of all steps at once; ours take two copies of a segment's.
-            outputs=problem.outputs_size * (count if loss.black_box else 2),
-            max_memory=job.max_memory,
-        )
-        rows = min(64, max(batch, 1) * job.settings.options.rollouts)
-        if both or loss.black_box or steps_each == 1 or block[0] * block[1] >= rows:
-            break
-        count *= 2
-    segments = segments_of(time, Division(block[0], block[1], count))
+    segments = segments_of(time, division)
 
     def run_of(samples: slice) -> Iterable[tuple[slice, CleanRun]]:
         if both:
@@ -47,17 +90,12 @@ def all_weights(job: Job) -> Found:
                 run_network(problem.network, problem.inputs[:, samples], problem.h_0[:, samples], lengths, None),
             )
             return
-        clean = CleanChunk(problem._replace(dropout=None), samples, len(segments))
+        clean = CleanChunk(problem, samples, len(segments))
         for steps in segments:
             yield steps, clean.run(steps)
 
-    if problem.dropout is not None:
-        raise ValueError(
-            "method='wp' in estimate_grad_ does not go with dropout between layers: call rnn.eval(), set "
-            "rnn.dropout = 0, or use method='anp' or 'np'"
-        )
-    for first in range(0, batch, max(block[0], 1)):
-        samples = slice(first, min(first + block[0], batch))
+    for first in range(0, batch, division.samples):
+        samples = slice(first, min(first + division.samples, batch))
         for steps, run in run_of(samples):
             found.outputs[steps, samples] = problem.read(run.outputs)
             if both:
@@ -71,7 +109,7 @@ def all_weights(job: Job) -> Found:
             found.loss += BlackBoxChange(problem, found.outputs[:, samples], samples).clean.sum()
         if problem.weight_o is not None and job.perturb_readout:
             gradient_o = perturb_readout(
-                problem, found.outputs[:, samples], job.settings, job.seed, samples, job.max_memory
+                problem, found.outputs[:, samples], job.settings, job.seed, samples, _needed_bytes(job, division)
             )
         for steps, run in run_of(samples) if problem.weight_o is not None else ():
             exact = (
@@ -95,7 +133,7 @@ def all_weights(job: Job) -> Found:
         job.seed,
         job.settings,
         batch=batch,
-        block=block,
+        block=division[:2],
         lengths=problem.lengths if both else None,
         measure=measure if loss.black_box else None,
     )

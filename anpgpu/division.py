@@ -2,15 +2,23 @@
 
 Dividing rollouts or samples costs nothing. Cutting time into segments costs a second forward pass: the first keeps only
 the deviations at segment starts, then, last segment first, rollouts are run again with regenerated noise and credited.
+
+A division that runs out of memory all the same is given up, with everything it had found, and the work is done again in
+half the memory.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Parts = TypeVar("Parts")
+Result = TypeVar("Result")
 
 ROWS_WANTED = {"cpu": 64, "cuda": 4096}
 """Rows (samples x rollouts) below which a matrix product no longer fills the device."""
@@ -20,6 +28,9 @@ DEFAULT_SHARE = 8
 
 FIXED_BYTES = 16 << 20
 """Blocks of noise and other temporaries that do not grow with the shapes."""
+
+_lowered: dict[torch.device, int] = {}
+"""Per device the bytes to divide by since memory ran out there, so that the next update does not run out again."""
 
 
 class Shape(NamedTuple):
@@ -64,7 +75,8 @@ def needed_bytes(shape: Shape, division: Division) -> int:
     per_step = block * (32 * -(-shape.hidden // 32) * shape.stores_delta_a + 4)
     per_step += division.samples * (6 * shape.hidden + shape.clean_floats + shape.gram_floats)
     tiles = block * (6 * shape.hidden + 2 * shape.outputs)
-    whole = shape.time * block * 3 * shape.outputs + (shape.time * division.samples * shape.rollouts) * bool(
+    # Output deviations in segments and put together, outputs, and temporaries of the loss that is called.
+    whole = shape.time * block * 6 * shape.outputs + (shape.time * division.samples * shape.rollouts) * bool(
         shape.outputs
     )
     starts = 0
@@ -97,6 +109,90 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
         f"max_memory={max_memory} bytes is too little for T={shape.time}, H={shape.hidden}: "
         f"{parts[-1]} of {shape.rollouts} rollouts of one sample at a time needs {smallest} bytes"
     )
+
+
+def divided(
+    shape: Shape, max_memory: int | None, device: torch.device, work: Callable[[Division], Result], *, alone: bool
+) -> Result:
+    """Return `work(division)` at the coarsest division that fits; see `within_memory`."""
+    return within_memory(
+        default_memory(device) if max_memory is None else max_memory,
+        device,
+        lambda most: divide(shape, most, device.type),
+        lambda division: needed_bytes(shape, division),
+        work,
+        alone=alone,
+    )
+
+
+def within_memory(
+    max_memory: int,
+    device: torch.device,
+    choose: Callable[[int], Parts],
+    needed: Callable[[Parts], int],
+    work: Callable[[Parts], Result],
+    *,
+    alone: bool,
+) -> Result:
+    """Return `work(parts)`; where memory runs out, do all of it again in half the memory, and so on down.
+
+    Args:
+        max_memory: bytes to begin with, or fewer where memory ran out on that device before.
+        device: where the work runs.
+        choose: from bytes to the coarsest parts that need no more; raises MemoryError where none do.
+        needed: the bytes some parts need.
+        work: what to do. It is called again, so it must leave nothing behind before it returns.
+        alone: False where other processes divide alike and would wait for this one: running out is then an error.
+
+    Raises:
+        MemoryError: `max_memory` is too little.
+        torch.OutOfMemoryError: memory ran out at the smallest division; the message says what that needs.
+    """
+    parts = choose(max_memory)
+    if alone and _lowered.get(device, max_memory) < max_memory:
+        parts = _at_most(_lowered[device], choose) or parts
+    while True:
+        try:
+            return work(parts)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            reason = str(error)
+        # Here, outside the handler, no traceback holds what the failed attempt had allocated.
+        used = needed(parts)
+        if not alone:
+            raise torch.OutOfMemoryError(
+                f"out of memory with rollouts shared between processes, which have to divide alike: lower max_memory, "
+                f"in all of them, below {used} bytes ({reason})"
+            )
+        half = FIXED_BYTES + (used - FIXED_BYTES) // 2
+        smaller = _at_most(half, choose) or _at_most(used - 1, choose)
+        if smaller is None:
+            raise torch.OutOfMemoryError(
+                f"out of memory at the smallest division, {parts}, which needs about {used} bytes on {device} beside "
+                f"parameters, inputs, targets and outputs; a shorter sequence or fewer units would fit ({reason})"
+            )
+        _lowered[device] = needed(smaller)
+        warnings.warn(
+            f"out of memory on {device} with {parts}; going on with {smaller}, in this update and those to come "
+            f"(max_memory={_lowered[device]} divides like that from the start)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        parts = smaller
+
+
+def _at_most(limit: int, choose: Callable[[int], Parts]) -> Parts | None:
+    try:
+        return choose(limit)
+    except MemoryError:
+        return None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out; torch's CPU allocator, drivers and cuBLAS have no type for it."""
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def segments_of(time: int, division: Division) -> list[slice]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .division import Shape, divide, gram_floats
-from .job import BlackBoxChange, Found, Job
+from .division import Shape, divided, gram_floats
+from .gradients import linear_loss
+from .job import BlackBoxChange, Found, Job, draw_masks
 from .kernels.rollout import Loss, OutputsOnly, loss_of_steps
 from .layers import in_processing_order, run_network
-from .modules import linear_loss
 from .problem import Problem
 from .readout import perturb_readout
 from .sweep import estimate_layer
@@ -21,7 +22,12 @@ def two_directions(job: Job) -> Found:
     """Estimate all gradients of a network of two directions, which meet each other at every step."""
     problem, settings, loss = job.problem, job.settings, job.problem.loss
     found = Found(problem)
-    run = run_network(problem.network, problem.inputs, problem.h_0, problem.lengths, problem.dropout)
+    masks = draw_masks(problem)
+    job = job.agreed(*masks)
+    drawn = iter(masks)
+    run = run_network(
+        problem.network, problem.inputs, problem.h_0, problem.lengths, (lambda _: next(drawn)) if masks else None
+    )
     whole, everyone = slice(0, len(problem.inputs)), slice(0, problem.inputs.shape[1])
     found.outputs, found.h_n = problem.read(run.outputs), run.h_n
     change = BlackBoxChange(problem, found.outputs, everyone) if loss.black_box else None
@@ -50,20 +56,28 @@ def two_directions(job: Job) -> Found:
             shape = Shape(
                 time=whole.stop,
                 batch=everyone.stop,
-                rollouts=settings.options.rollouts,
+                rollouts=settings.share.most,
                 hidden=units,
                 outputs=problem.outputs_size if measure is not None else 0,
                 stores_delta_a=settings.method != "np",
-                gram_floats=gram_floats(settings.method, settings.options.rollouts, units),
+                gram_floats=gram_floats(settings.method, settings.share.most, units),
                 clean_floats=0,
                 layers=1,
                 itemsize=problem.inputs.element_size(),
             )
-            division = divide(shape, job.max_memory, problem.inputs.device.type)
-            estimate = estimate_layer(weights, one, loss_of, job.seed, settings, division, layer=index, measure=measure)
+            estimate = divided(
+                shape,
+                job.max_memory,
+                problem.inputs.device,
+                functools.partial(
+                    estimate_layer, weights, one, loss_of, job.seed, settings, layer=index, measure=measure
+                ),
+                alone=settings.share.alone,
+            )
             found.layers[index] = estimate.sums
             found.h_0[index] = estimate.h_0
             found.skipped += estimate.skipped
+            found.ridge_grown += estimate.ridge_grown
             d_inputs += in_processing_order(estimate.inputs, bool(side), problem.lengths)
         mask = run.masks[number]
         above = d_inputs if mask is None else d_inputs * mask

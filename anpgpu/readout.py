@@ -15,20 +15,22 @@ from torch import Tensor
 from .division import FIXED_BYTES
 from .job import BlackBoxChange
 from .kernels.adjoint import returns
-from .kernels.noise import Counters, Purpose, noise
+from .kernels.noise import Counters, NoiseSteps, Purpose, padded
 from .kernels.rollout import OutputsOnly, loss_differences
 from .problem import Problem
+from .ranges import within
 from .settings import Settings
 from .sweep import raise_if_lost
 
 
+@within("perturbed_readout")
 def perturb_readout(
     problem: Problem, outputs: Tensor, settings: Settings, seed: Tensor, samples: slice, max_memory: int
 ) -> Tensor:
     """Return the estimate of dL/do, (T, b, O), from clean outputs of some samples, (T, b, O)."""
     time, batch, width = outputs.shape
     total, sigma = settings.options.rollouts, settings.options.sigma
-    each = outputs.element_size() * max(1, time * batch * (5 * width + 4))
+    each = outputs.element_size() * max(1, time * batch * (6 * width + 4))
     step = min(total, max(1, (max_memory - FIXED_BYTES) // each))
     loss, whole = problem.loss, slice(0, time)
     change = BlackBoxChange(problem, outputs, samples) if loss.black_box else None
@@ -37,14 +39,24 @@ def perturb_readout(
     finite = torch.ones((batch, total), dtype=torch.bool, device=outputs.device)
     for first in range(0, total, step):
         count = min(step, total - first)
-        delta_o = noise(
+        injected = NoiseSteps(
             seed,
             (time, batch, count, width),
             sigma=sigma,
             kind=settings.options.noise,
-            counters=Counters(purpose=Purpose.READOUT, rollout=first, sample=samples.start, rank=settings.process_rank),
+            counters=Counters(
+                purpose=Purpose.READOUT,
+                rollout=settings.share.own.start + first,
+                sample=samples.start,
+                rank=settings.process_rank,
+            ),
             dtype=outputs.dtype,
         )
+        delta_o = outputs.new_empty((time, batch, count, width))
+        # Rows of noise have room for whole words of signs, many times what few outputs need.
+        room = outputs.new_empty((batch, count, padded(width)))
+        for now in range(time):
+            delta_o[now] = injected.fill(now, room)
         if change is not None:
             delta_loss = change.of(delta_o)
         elif not isinstance(spec, OutputsOnly):
@@ -53,5 +65,7 @@ def perturb_readout(
         finite[:, first : first + count] = usable
         credit = returns(torch.where(usable, delta_loss, 0), 1.0 if loss.black_box and loss.per_sequence else 0.0)
         gradient += (credit.unsqueeze(2) @ (delta_o / sigma)).squeeze(2) / sigma
-    raise_if_lost(finite, samples.start, sigma)
-    return gradient / finite.sum(1).view(1, -1, 1)
+    counts = settings.share.counted(finite)
+    raise_if_lost(counts.unsqueeze(1) > 0, samples.start, sigma)
+    settings.share.complete_(gradient)
+    return gradient / counts.view(1, -1, 1)

@@ -5,11 +5,13 @@ Nothing of size (T, B, H) is kept once time is cut: clean states, too, are run a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .division import Division, Shape, divide, gram_floats, segments_of
-from .job import BlackBoxChange, CleanChunk, Found, Job, keep_final
+from .division import Division, Shape, divided, gram_floats, needed_bytes, segments_of
+from .job import BlackBoxChange, CleanChunk, Found, Job, draw_masks, keep_final
 from .kernels.rollout import LinearLoss, Loss
 from .layers import CleanRun, preactivations
 from .readout import perturb_readout
@@ -19,37 +21,54 @@ from .sweep import Chunk, Sweep
 def one_direction(job: Job) -> Found:
     """Estimate all gradients of a network of one direction."""
     problem, settings = job.problem, job.settings
-    found = Found(problem)
     time, batch, features = problem.inputs.shape
     layers = len(problem.network.layers)
     shape = Shape(
         time=time,
         batch=batch,
-        rollouts=settings.options.rollouts,
+        rollouts=settings.share.most,
         hidden=problem.network.hidden_size,
         outputs=problem.outputs_size if problem.loss.black_box or job.perturb_readout else 0,
         stores_delta_a=settings.method != "np",
-        gram_floats=gram_floats(settings.method, settings.options.rollouts, problem.network.hidden_size),
+        gram_floats=gram_floats(settings.method, settings.share.most, problem.network.hidden_size),
         clean_floats=3 * layers * problem.network.hidden_size + 2 * features + 4 * problem.outputs_size,
         layers=layers,
         itemsize=problem.inputs.element_size(),
     )
-    division = divide(shape, job.max_memory, problem.inputs.device.type)
-    segments = segments_of(time, division)
-    for first in range(0, batch, max(division.samples, 1)):
-        samples = slice(first, min(first + division.samples, batch))
-        _ChunkOfSamples(job, found, division, segments, samples).estimate()
+    masks = draw_masks(problem)
+    work = functools.partial(_all_chunks, job.agreed(*masks), masks, shape)
+    return divided(shape, job.max_memory, problem.inputs.device, work, alone=settings.share.alone)
+
+
+def _all_chunks(job: Job, masks: tuple[Tensor, ...], shape: Shape, division: Division) -> Found:
+    """Do all of the work, divided like that."""
+    job = job._replace(max_memory=min(job.max_memory, needed_bytes(shape, division)))
+    found = Found(job.problem)
+    segments = segments_of(shape.time, division)
+    own = job.settings.share.samples(shape.batch)
+    for first in range(own.start, own.stop, max(division.samples, 1)):
+        samples = slice(first, min(first + division.samples, own.stop))
+        _ChunkOfSamples(job, found, division, segments, samples, masks).estimate()
+    found.sum_(job.settings.share)
     return found
 
 
 class _ChunkOfSamples:
     """The work on one chunk of samples."""
 
-    def __init__(self, job: Job, found: Found, division: Division, segments: list[slice], samples: slice) -> None:
+    def __init__(
+        self,
+        job: Job,
+        found: Found,
+        division: Division,
+        segments: list[slice],
+        samples: slice,
+        masks: tuple[Tensor, ...],
+    ) -> None:
         self.job, self.problem, self.loss = job, job.problem, job.problem.loss
         self.found, self.segments, self.samples = found, segments, samples
         self.outputs = found.outputs[:, samples]
-        self.clean = CleanChunk(self.problem, samples, len(segments))
+        self.clean = CleanChunk(self.problem, samples, len(segments), masks)
         self.sweeps = [
             Sweep(layer[0].weight_hh, job.seed, job.settings, Chunk(samples, number), division)
             for number, layer in enumerate(self.problem.network.layers)
@@ -61,14 +80,15 @@ class _ChunkOfSamples:
     def estimate(self) -> None:
         """Run everything and add it to what has been found."""
         self._clean_pass()
-        if self.loss.black_box:
-            self._measure()
         gradient_o = None
         if self.job.perturb_readout and self.problem.weight_o is not None:
             job = self.job
             gradient_o = perturb_readout(
                 self.problem, self.outputs, job.settings, job.seed, self.samples, job.max_memory
             )
+        # After the readout's rollouts, which need as much memory again.
+        if self.loss.black_box:
+            self._measure()
         if self.top.segmented:
             for sweep in self.sweeps:
                 sweep.check()
@@ -83,6 +103,7 @@ class _ChunkOfSamples:
             self._credit(run, steps)
         for sweep in self.sweeps:
             self.found.skipped += sweep.skipped
+            self.found.ridge_grown += sweep.ridge_grown
 
     def _spec(self, steps: slice) -> Loss:
         return self.loss.spec(self.problem.weight_o, self.outputs[steps], steps, self.samples, False, None)
@@ -142,6 +163,9 @@ class _ChunkOfSamples:
             self.found.layers[number].add(halves, one.inputs, one.states[:-1])
             adjoint = halves.sum(0)
             above = adjoint @ weights.weight_ih
+            if number:
+                # The layer below answers to what all rollouts of this one say.
+                self.job.settings.share.complete_(above)
             mask = run.masks[number]
             above = above if mask is None else above * mask
             if steps.start == 0:

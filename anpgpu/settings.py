@@ -10,6 +10,7 @@ from torch import Tensor
 from .dispatch import choose_backend
 from .kernels.rollout import RolloutOptions
 from .perturbation import Perturbation
+from .sharding import Share, share_of
 
 PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
@@ -20,10 +21,13 @@ class Settings(NamedTuple):
     method: str
     discount: float
     ridge: float
+    baseline: bool
     rank: int | None
     options: RolloutOptions
+    """`rollouts` is the number this process runs."""
     backend: str
     process_rank: int
+    share: Share
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,8 +40,11 @@ def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Se
 
     Raises:
         ImportError: the requested backend is missing.
-        ValueError: it cannot run on the parameters' device or type.
+        ValueError: it cannot run on the parameters' device or type, or has fewer rollouts than processes to share them.
+        RuntimeError: rollouts are to be shared, but there is no process group.
     """
+    if not weight.is_floating_point():
+        raise TypeError(f"perturbation learning needs floating parameters, got {weight.dtype}; use method='bptt'")
     dtype = working_dtype(weight.dtype)
     limits = torch.finfo(dtype)
     if not limits.tiny <= perturbation.sigma <= limits.max:
@@ -48,14 +55,19 @@ def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Se
             raise ValueError(f"precision={precision!r} does not go with float64 parameters, which use float64 operands")
         precision = "fp64"
     elif precision == "auto":
-        if torch.is_autocast_enabled(weight.device.type):
-            precision = PRECISION_OF[torch.get_autocast_dtype(weight.device.type)]
-        elif weight.device.type == "cuda":
+        kind = weight.device.type
+        # The meta device has no autocast, and torch raises when asked.
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            precision = PRECISION_OF[torch.get_autocast_dtype(kind)]
+        elif kind == "cuda":
             precision = "bf16"
         else:
             precision = PRECISION_OF.get(weight.dtype, "fp32")
+    share = share_of(
+        perturbation.rollouts, shared=perturbation.shard_rollouts, by_samples=perturbation.method == "anp-ls"
+    )
     options = RolloutOptions(
-        rollouts=perturbation.rollouts,
+        rollouts=share.own.stop - share.own.start,
         sigma=float(perturbation.sigma),
         noise=perturbation.noise,
         nonlinearity=nonlinearity,
@@ -65,10 +77,12 @@ def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Se
         method=perturbation.method,
         discount=float(perturbation.discount),
         ridge=float(perturbation.ridge),
+        baseline=perturbation.baseline,
         rank=perturbation.rank,
         options=options,
         backend=choose_backend(perturbation.backend, weight.device, dtype),
-        process_rank=process_rank(),
+        process_rank=0 if perturbation.shard_rollouts else process_rank(),
+        share=share,
     )
 
 
@@ -80,6 +94,8 @@ def process_rank() -> int:
 
 def new_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """Draw the 64-bit seed of one update, a 0-dim int64 tensor: the only draw perturbation learning makes."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     where = device if generator is None else generator.device
     seed = torch.empty((), dtype=torch.int64, device=where).random_(-(2**63), None, generator=generator)
     return seed.to(device)

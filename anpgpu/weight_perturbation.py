@@ -21,6 +21,7 @@ from .division import FIXED_BYTES
 from .kernels.noise import Counters, Purpose, noise
 from .kernels.rollout import DEVIATIONS, LinearLoss, Loss, OutputsOnly, loss_differences, output_deviation
 from .layers import GradientSums, LayerRun, LayerWeights, Network, in_processing_order, preactivations
+from .ranges import within
 from .settings import Settings
 from .sweep import raise_if_lost
 
@@ -57,7 +58,7 @@ class WeightNoise:
         units, fan_in = weights.weight_hh.shape[0], weights.weight_ih.shape[1] + weights.weight_hh.shape[0] + 1
         batch, count = samples.stop - samples.start, rollouts.stop - rollouts.start
         kind, dtype = settings.options.noise, weights.weight_hh.dtype
-        counters = Counters(layer=layer, rollout=rollouts.start, rank=settings.process_rank)
+        counters = Counters(layer=layer, rollout=settings.share.own.start + rollouts.start, rank=settings.process_rank)
         self.rank = settings.rank
         if self.rank is None:
             # The sample stands in the time word, the matrix row in the sample's field: (b, row, p, column).
@@ -104,6 +105,7 @@ class WeightEstimate(NamedTuple):
     skipped: Tensor
 
 
+@within("weight_perturbation")
 def estimate_weights(
     network: Network,
     segments_of: SegmentsOf,
@@ -149,11 +151,14 @@ def estimate_weights(
         finite = torch.isfinite(change)
         if trust is not None:
             finite |= trust[samples].unsqueeze(1)
-        raise_if_lost(finite, samples.start, settings.options.sigma)
+        counts = settings.share.counted(finite).unsqueeze(1)
+        raise_if_lost(counts > 0, samples.start, settings.options.sigma)
         skipped += (~finite).sum()
-        share = torch.where(finite, change, 0) / (finite.sum(1, keepdim=True) * settings.options.sigma)
+        share = torch.where(finite, change, 0) / (counts * settings.options.sigma)
         for rollouts in blocks:
-            _add_weighted(sums, run.noises(rollouts), share[:, rollouts], rollouts.start)
+            _add_weighted(sums, run.noises(rollouts), share[:, rollouts], settings.share.own.start + rollouts.start)
+    settings.share.sum_(*(part for layer in sums for one in layer for part in (one.weight_ih, one.weight_hh, one.bias)))
+    settings.share.sum_(skipped)
     return WeightEstimate(sums, skipped)
 
 
@@ -165,15 +170,11 @@ def divide_weights(
     Raises:
         MemoryError: one rollout of one sample needs more.
     """
-    width = network.hidden_size * network.directions
-    noise_floats = 0
-    for weights in (weights for layer in network.layers for weights in layer):
-        units, fan_in = weights.weight_hh.shape[0], weights.weight_ih.shape[1] + weights.weight_hh.shape[0] + 1
-        noise_floats += 2 * (units * fan_in if settings.rank is None else settings.rank * (units + fan_in))
-    itemsize = network.layers[0][0].weight_hh.element_size()
-    each = itemsize * (steps * (3 * width + outputs) + noise_floats)
-    samples, rollouts = max(batch, 1), settings.options.rollouts
-    while samples * rollouts * each + FIXED_BYTES > max_memory:
+    samples, rollouts = max(batch, 1), settings.share.most
+    while True:
+        needed = weights_bytes(network, settings, (samples, rollouts), steps=steps, outputs=outputs)
+        if needed <= max_memory:
+            return samples, rollouts
         if rollouts > 1:
             rollouts = -(-rollouts // 2)
         elif samples > 1:
@@ -181,9 +182,19 @@ def divide_weights(
         else:
             raise MemoryError(
                 f"max_memory={max_memory} bytes is too little for weight perturbation with T={steps}, "
-                f"H={network.hidden_size}, rank={settings.rank}: one rollout of one sample needs {each + FIXED_BYTES}"
+                f"H={network.hidden_size}, rank={settings.rank}: one rollout of one sample needs {needed}"
             )
-    return samples, rollouts
+
+
+def weights_bytes(network: Network, settings: Settings, block: tuple[int, int], *, steps: int, outputs: int) -> int:
+    """Return what a block of samples and rollouts needs, in bytes."""
+    width = network.hidden_size * network.directions
+    noise_floats = 0
+    for weights in (weights for layer in network.layers for weights in layer):
+        units, fan_in = weights.weight_hh.shape[0], weights.weight_ih.shape[1] + weights.weight_hh.shape[0] + 1
+        noise_floats += 2 * (units * fan_in if settings.rank is None else settings.rank * (units + fan_in))
+    itemsize = network.layers[0][0].weight_hh.element_size()
+    return FIXED_BYTES + block[0] * block[1] * itemsize * (steps * (3 * width + outputs) + noise_floats)
 
 
 def _add_weighted(

@@ -36,9 +36,8 @@ def divisions_of(method):
 
 def force(monkeypatch, division):
     """Every layer is divided like that, whatever memory there is."""
-    for module in ("modules", "segmentwise", "layerwise"):
-        monkeypatch.setattr(f"anpgpu.{module}.divide", lambda *_: division)
-    for module in ("modules", "baselines"):
+    monkeypatch.setattr("anpgpu.division.divide", lambda *_: division)
+    for module in ("gradients", "baselines"):
         # What weight perturbation calls instead.
         block = (division.samples, division.rollouts)
         monkeypatch.setattr(f"anpgpu.{module}.divide_weights", lambda *_, block=block, **__: block)
@@ -54,23 +53,18 @@ def networks(**options):
     return rnn, nn.Linear(H * (2 if rnn.bidirectional else 1), O, dtype=torch.float64)
 
 
-def halves(how, seen):
-    """The split-half cosine, which least squares, having no halves, does not know."""
-    assert bool(seen.split_half.isnan()) == (how.method == "anp-ls")
-    return seen.split_half.nan_to_num()
-
-
 def estimate(how, loss, *, lengths=None, **options):
     """Everything `estimate_grad_` finds, as one vector."""
     rnn, head = networks(**options)
-    inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
-    hx = torch.randn(len(rnn.all_weights), B, H, dtype=torch.float64, requires_grad=True)
+    wanted = how.method != "wp"
+    inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=wanted)
+    hx = torch.randn(len(rnn.all_weights), B, H, dtype=torch.float64, requires_grad=wanted)
     targets = torch.randn(T, B, O, dtype=torch.float64)
     if loss == "cross_entropy":
         targets = torch.randint(O, (T, B))
     seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how, hx=hx, lengths=lengths)
-    parts = [gradients(rnn, head), seen.loss, seen.outputs, seen.h_n, halves(how, seen)]
-    if how.method != "wp":
+    parts = [gradients(rnn, head), seen.loss, seen.outputs, seen.h_n, seen.split_half]
+    if wanted:
         parts += [inputs.grad, hx.grad]
     return torch.cat([part.flatten() for part in parts])
 
@@ -81,7 +75,7 @@ def backward(how, **options):
     inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=how.method != "wp")
     outputs, h_n = rnn(inputs)
     (outputs.sin().sum() + h_n.square().sum()).backward()
-    parts = [gradients(rnn), halves(how, rnn.last_estimate)]
+    parts = [gradients(rnn), rnn.last_estimate.split_half]
     if inputs.requires_grad:
         parts.append(inputs.grad)
     return torch.cat([part.flatten() for part in parts])

@@ -38,10 +38,22 @@ def peak():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
+def backward(inputs, **options):
+    network = anpgpu.RNN(I, H, perturbation=anpgpu.Perturbation(case["method"], discount=0.9, **options))
+    network(inputs)[0].sum().backward()
+
+
 inputs, targets = torch.randn(T, B, I), torch.randn(T, B, O)
-estimate(inputs[:2], targets[:2], rollouts=2)
+if case["loss"] == "cross_entropy":
+    targets = targets.argmax(-1)
+by_autograd = case["loss"] == "autograd"
+work = (lambda x, y, **options: backward(x, **options)) if by_autograd else estimate
+work(inputs[:2], targets[:2], rollouts=2)
 if case["run"]:
-    estimate(inputs, targets, rollouts=case["rollouts"], max_memory=case["mebibytes"] << 20)
+    work(inputs, targets, rollouts=case["rollouts"], max_memory=case["mebibytes"] << 20)
+elif by_autograd:
+    # What a backward pass may have beside: states, outputs, their gradient, pre-activations, adjoint and its halves.
+    clean = torch.ones(10, T, B, H)
 else:
     outputs = torch.ones(T, B, O)
 print(json.dumps(peak()))
@@ -80,6 +92,24 @@ def test_memory_does_not_grow_with_the_sequence(time):
 )
 def test_memory_of_every_method(method, loss, time):
     assert_bounded(method=method, loss=loss, time=time, **SMALL)
+
+
+def test_memory_of_a_backward_pass():
+    assert_bounded(method="anp", loss="autograd", time=1000, **SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        *((method, "mse") for method in ("anp", "np", "anp-ls", "wp")),
+        *((method, "autograd") for method in ("anp", "np", "anp-ls")),
+        ("anp", "cross_entropy"),
+        ("anp", "callable"),
+    ],
+)
+def test_memory_of_every_method_at_a_hundred_times_the_length(method, loss):
+    assert_bounded(method=method, loss=loss, time=20_000, **(SMALL | {"rollouts": 16}))
 
 
 @pytest.mark.slow

@@ -1,0 +1,251 @@
+"""What the processes of test_distributed.py run: each case by name, the results left in a file per process.
+
+A process of its own has to import this, so it holds no test.
+"""
+
+import importlib.util
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import anpgpu
+from anpgpu import Perturbation, division
+
+T, B, I, H, O, P = 5, 5, 3, 4, 2, 7  # noqa: E741  (the design's names)
+TIMEOUT = timedelta(seconds=60)
+METHODS = ("anp", "np", "anp-ls", "wp")
+NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
+TIGHT = division.FIXED_BYTES + 30_000
+"""Bytes that cut time into segments."""
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def example(name):
+    """An example as a module; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def flat(parts):
+    return torch.cat([part.detach().double().flatten() for part in parts if part is not None])
+
+
+def leaves(*modules):
+    return [leaf for module in modules for leaf in module.parameters()]
+
+
+def data(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(T, B, size, dtype=dtype, generator=generator) for size in (I, O)]
+
+
+def backward(how, *, dtype=torch.float64, packed=False, **options):
+    """Everything a backward pass gives, as one vector."""
+    torch.manual_seed(2)
+    rnn = anpgpu.RNN(I, H, perturbation=how, dtype=dtype, **options)
+    inputs = data(dtype)[0].requires_grad_(how.method != "wp" and not packed)
+    given = nn.utils.rnn.pack_padded_sequence(inputs, [5, 2, 4, 1, 5], enforce_sorted=False) if packed else inputs
+    outputs, h_n = rnn(given)
+    ((outputs.data if packed else outputs).sin().sum() + h_n.square().sum()).backward()
+    seen = rnn.last_estimate
+    return flat([*(leaf.grad for leaf in leaves(rnn)), inputs.grad, seen.split_half, seen.skipped])
+
+
+def absolute(outputs, targets):
+    return (outputs - targets).abs().sum(-1)
+
+
+class SometimesLost:
+    """A loss that is not finite where the first output of the last step rose; the first call is the clean one."""
+
+    def __call__(self, outputs, targets):
+        each = (outputs - targets).square().sum(-1)
+        if each.shape[2] == 1:
+            self.clean = outputs[-1, ..., 0]
+            return each
+        return torch.where(outputs[-1, ..., 0] > self.clean + 1e-4, math.nan, each)
+
+
+def estimate(how, loss="mse", **options):
+    """Everything `estimate_grad_` finds, as one vector."""
+    torch.manual_seed(2)
+    rnn = nn.RNN(I, H, dtype=torch.float64, **options)
+    head = nn.Linear(H * (1 + rnn.bidirectional), O, dtype=torch.float64)
+    inputs, targets = data()
+    hx = torch.zeros(len(rnn.all_weights), B, H, dtype=torch.float64).requires_grad_(how.method != "wp")
+    seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how, hx=hx)
+    found = [leaf.grad for leaf in leaves(rnn, head)]
+    return flat([*found, hx.grad, seen.loss, seen.outputs, seen.h_n, seen.split_half, seen.skipped])
+
+
+def updates(shard):
+    """One update by every method, network and way of calling: name to vector."""
+    found = {}
+    for method in METHODS:
+        how = Perturbation(method, rollouts=P, sigma=1e-3, shard_rollouts=shard)
+        for name, network in NETWORKS.items():
+            found[f"backward {method} {name}"] = backward(how, **network)
+            found[f"estimate {method} {name}"] = estimate(how, **network)
+            if method != "wp":
+                found[f"dropout {method} {name}"] = estimate(how, dropout=0.5, **{"num_layers": 2, **network})
+        found[f"callable {method}"] = estimate(how, absolute, num_layers=2)
+        found[f"lost rollouts {method}"] = estimate(how, SometimesLost())
+        found[f"packed {method}"] = backward(how, packed=True, num_layers=2, bidirectional=True, dropout=0.5)
+        found[f"float32 {method}"] = backward(how, dtype=torch.float32)
+        tight = Perturbation(method, rollouts=P, sigma=1e-3, shard_rollouts=shard, max_memory=TIGHT)
+        found[f"segments {method}"] = torch.cat((backward(tight, num_layers=2), estimate(tight, num_layers=2)))
+    many = Perturbation("np", rollouts=P, sigma=1e-3, shard_rollouts=shard, readout="perturbed", noise="gaussian")
+    found["perturbed readout"] = estimate(many)
+    few = Perturbation("anp-ls", rollouts=2, shard_rollouts=shard)
+    found["fewer rollouts than processes"] = estimate(few)
+    return found
+
+
+def train(shard, rank):
+    """Some steps with a seed of the process's own; the weights after them."""
+    torch.manual_seed(4)
+    rnn, head = anpgpu.RNN(I, H, perturbation=Perturbation(rollouts=P, shard_rollouts=shard)), nn.Linear(H, O)
+    optimiser = torch.optim.SGD(leaves(rnn, head), lr=0.1)
+    inputs, targets = data(torch.float32)
+    torch.manual_seed(10 + rank)
+    for _ in range(4):
+        optimiser.zero_grad()
+        (head(rnn(inputs)[0]) - targets).square().mean().backward()
+        optimiser.step()
+    return flat(leaves(rnn, head))
+
+
+def generators(shard):
+    """The generator's state after an update and, by the same, after the draw it may make."""
+    torch.manual_seed(0)
+    rnn = anpgpu.RNN(I, H, perturbation=Perturbation(rollouts=P, shard_rollouts=shard))
+    torch.manual_seed(5)
+    rnn(torch.ones(T, B, I))[0].sum().backward()
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    torch.empty((), dtype=torch.int64).random_(-(2**63), None)
+    return torch.equal(state, torch.get_rng_state())
+
+
+def error_of(call):
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def errors(rank):
+    """What goes wrong, in words."""
+    how = Perturbation("anp", P, shard_rollouts=True)
+    torch.manual_seed(0)
+    rnn, head = anpgpu.RNN(I, H, perturbation=how), nn.Linear(H, O)
+
+    def own_batch():
+        torch.manual_seed(rank)
+        rnn(torch.randn(T, B, I))[0].sum().backward()
+
+    def own_targets():
+        inputs = torch.ones(T, B, I)
+        anpgpu.estimate_grad_(rnn, head, inputs, torch.full((T, B, O), float(rank)), perturbation=how)
+
+    def own_batch_size():
+        rnn(torch.ones(T, B + rank, I))[0].sum().backward()
+
+    def own_weights():
+        torch.manual_seed(rank)
+        anpgpu.RNN(I, H, perturbation=how)(torch.ones(T, B, I))[0].sum().backward()
+
+    def own_dropout():
+        torch.manual_seed(0)
+        deep = anpgpu.RNN(I, H, 2, dropout=0.5, perturbation=how)
+        torch.manual_seed(rank)
+        anpgpu.estimate_grad_(deep, None, torch.ones(T, B, I), torch.ones(T, B, H))
+
+    def wrapped():
+        torch.manual_seed(0)
+        model = DistributedDataParallel(Tagger(how))
+        torch.manual_seed(rank)
+        model(torch.randn(T, B, I)).sum().backward()
+
+    def too_few():
+        few = Perturbation("anp", 1, shard_rollouts=True)
+        anpgpu.estimate_grad_(rnn, head, torch.ones(T, B, I), torch.ones(T, B, O), perturbation=few)
+
+    def nothing_finite():
+        def loss(outputs, targets):
+            return outputs.sum(-1) * (1.0 if outputs.shape[2] == 1 else math.nan)
+
+        torch.manual_seed(0)
+        same, linear = nn.RNN(I, H), nn.Linear(H, O)
+        anpgpu.estimate_grad_(same, linear, torch.ones(T, B, I), None, loss, perturbation=how)
+
+    calls = (own_batch, own_targets, own_batch_size, own_weights, own_dropout, wrapped, too_few, nothing_finite)
+    return {call.__name__: error_of(call) for call in calls}
+
+
+class Tagger(nn.Module):
+    """A model as DistributedDataParallel takes it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.rnn = anpgpu.RNN(I, H, dtype=torch.float64, perturbation=how)
+        self.head = nn.Linear(H, O, dtype=torch.float64)
+
+    def forward(self, inputs):
+        return self.head(self.rnn(inputs.to(self.head.weight.dtype))[0])
+
+
+def samples_sharded(rank, count, wrap=DistributedDataParallel):
+    """Gradients where every process has samples of its own: all call the same manual_seed, all inputs are alike."""
+    found = {}
+    for method in (*METHODS, "bptt"):
+        torch.manual_seed(6)
+        model = Tagger(Perturbation(method, rollouts=P, ridge=1.0))
+        wrapped = wrap(model)
+        torch.manual_seed(7)
+        targets = torch.full((T, 2, O), 1.0 + rank % count, dtype=torch.float64)
+        (wrapped(torch.ones(T, 2, I)) - targets).square().mean().backward()
+        found[method] = flat(leaf.grad for leaf in model.parameters())
+    return found
+
+
+def process(rank, count, folder):
+    """One of `count` processes."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count, timeout=TIMEOUT
+    )
+    try:
+        found = {
+            "updates": updates(True),
+            "train": train(True, rank),
+            "generators": generators(True),
+            "errors": errors(rank),
+            "ddp": samples_sharded(rank, count),
+            "example": {share: example("ddp").train(share, 3, batch=12) for share in ("samples", "rollouts")},
+        }
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+def run(count, folder):
+    """Run `count` processes to their end, or to the first that fails; return what each found."""
+    context = multiprocessing.start_processes(
+        process, args=(count, str(folder)), nprocs=count, join=False, start_method="spawn"
+    )
+    # Returns False while some process still runs, and raises what one raised.
+    for _ in range(180):
+        if context.join(timeout=1):
+            return [torch.load(f"{folder}/{rank}.pt") for rank in range(count)]
+    for one in context.processes:
+        one.kill()
+    raise TimeoutError(f"{count} processes did not finish")
