@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import choose_backend, implementation
 from .kernels.noise import Counters, Purpose
 from .kernels.rollout import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, SquaredLoss
+from .operators import loss_arguments, underived
 from .perturbation import BACKENDS, NOISES, one_of, real, whole
 
 __all__ = [
@@ -66,15 +66,14 @@ def noise(
     one_of("kind", kind, NOISES)
     one_of("backend", backend, BACKENDS)
     sizes = _shape(shape)
-    _positive("sigma", sigma)
     if dtype not in {torch.float16, torch.bfloat16, *checks.WORKING}:
-        raise TypeError(f"dtype must be a floating type, got {dtype}")
-    place = torch.device(device) if device is not None else getattr(seed, "device", torch.device("cpu"))
+        raise TypeError(f"dtype must be a floating type, got {dtype!r}")
+    checks.sigma(sigma, dtype)
+    place = checks.place(device) if device is not None else getattr(seed, "device", torch.device("cpu"))
     key = checks.seed(seed, place)
     where = checks.counters(counters, sizes, kind)
-    return implementation("noise", choose_backend(backend, place, dtype))(  # type: ignore[no-any-return]
-        key, sizes, sigma=float(sigma), kind=kind, counters=where, dtype=dtype
-    )
+    made: Tensor = underived(torch.ops.anpgpu.noise, key, sizes, float(sigma), kind, list(where), dtype, backend)
+    return made
 
 
 def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword with a default)
@@ -129,17 +128,29 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
     whole("rollouts", rollouts, 1, 2**32)
     if delta_h0 is not None:
         checks.shaped("delta_h0", delta_h0, (batch, rollouts, units), clean)
+    checks.flag("store_delta_a", store_delta_a)
     options = _options(clean, rollouts, sigma, noise, nonlinearity, precision)._replace(store_delta_a=store_delta_a)
     where = checks.counters(counters, (time, batch, rollouts, units), noise)
-    return implementation("rollout", _backend(backend, clean))(  # type: ignore[no-any-return]
+    one_of("backend", backend, BACKENDS)
+    name, tensors = loss_arguments(loss)
+    delta_loss, delta_a, delta_h, delta_o = underived(
+        torch.ops.anpgpu.rollout,
         clean,
         hidden,
         weight_hh,
-        loss,
         checks.seed(seed, clean.device),
-        options=options,
-        counters=where,
-        delta_h0=delta_h0,
+        delta_h0,
+        *tensors,
+        name,
+        *options,
+        list(where),
+        backend,
+    )
+    return Rollout(
+        None if name in {"none", "outputs"} else delta_loss,
+        delta_a if store_delta_a else None,
+        delta_h,
+        delta_o if name == "outputs" else None,
     )
 
 
@@ -160,9 +171,9 @@ def returns(delta_loss: Tensor, discount: float, *, carry: Tensor | None = None,
         raise ValueError(f"discount must be in [0, 1], got {discount!r}")
     if carry is not None:
         checks.shaped("carry", carry, tuple(change.shape[1:]), change)
-    return implementation("returns", _backend(backend, change))(  # type: ignore[no-any-return]
-        change, float(discount), carry=carry
-    )
+    one_of("backend", backend, BACKENDS)
+    credit: Tensor = underived(torch.ops.anpgpu.returns, change, carry, float(discount), backend)
+    return credit
 
 
 def adjoint(
@@ -201,24 +212,31 @@ def adjoint(
         activity = checks.tensor("delta_a", delta_a)
         if activity.dim() != 4 or activity.shape[:3] != change.shape:
             raise ValueError(f"delta_a must have shape {(*change.shape, 'H')}, got {tuple(activity.shape)}")
+        if not activity.is_floating_point():
+            raise TypeError(f"delta_a must be floating, got {activity.dtype}")
         if activity.device != change.device:
             raise ValueError(f"delta_a must be on {change.device}, where credit is, got {activity.device}")
         units = activity.shape[-1]
     elif delta_a is not None:
-        raise ValueError("method='np' regenerates its noise and takes delta_a=None")
+        raise ValueError(f"method='np' regenerates its noise and takes delta_a=None, got {type(delta_a).__name__}")
     if units is None:
         raise ValueError("units, the number of hidden units, must be given where delta_a is None")
     whole("units", units, 1)
     time, batch, rollouts = change.shape
     options = _options(change, rollouts, sigma, noise, "tanh", "auto")
-    sums: Tensor = implementation("adjoint", _backend(backend, change))(
+    one_of("backend", backend, BACKENDS)
+    sums: Tensor = underived(
+        torch.ops.anpgpu.adjoint,
         change,
         delta_a,
         checks.seed(seed, change.device),
-        method=method,
-        units=units,
-        options=options,
-        counters=checks.counters(counters, (time, batch, rollouts, units), noise),
+        method,
+        units,
+        options.sigma,
+        noise,
+        options.precision,
+        list(checks.counters(counters, (time, batch, rollouts, units), noise)),
+        backend,
     )
     return sums.sum(0) / rollouts
 
@@ -230,7 +248,7 @@ def _options(
     one_of("noise", noise, NOISES)
     one_of("nonlinearity", nonlinearity, NONLINEARITIES)
     one_of("precision", precision, OPERANDS)
-    _positive("sigma", sigma)
+    checks.sigma(sigma, like.dtype)
     if like.dtype == torch.float64 and precision not in {"auto", "fp64"}:
         raise ValueError(f"precision={precision!r} does not go with float64 tensors")
     if like.dtype != torch.float64 and precision == "fp64":
@@ -238,16 +256,6 @@ def _options(
     if precision == "auto":
         precision = "fp64" if like.dtype == torch.float64 else "bf16" if like.is_cuda else "fp32"
     return RolloutOptions(rollouts, float(sigma), noise, nonlinearity, precision)
-
-
-def _backend(requested: str, like: Tensor) -> str:
-    one_of("backend", requested, BACKENDS)
-    return choose_backend(requested, like.device, like.dtype)
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < real(name, value) < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def _shape(shape: object) -> tuple[int, int, int, int]:

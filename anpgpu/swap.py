@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .modules import RNN, Record, check_perturbation
+from .modules import RNN, Record, check_perturbation, let_dynamo_trace
 from .perturbation import Perturbation
 
 
@@ -36,6 +36,7 @@ def swap_(model: nn.Module, perturbation: Perturbation | None = None) -> int:
             module.__class__ = _replaced_class(type(module), nn.RNN, RNN)  # type: ignore[assignment]
             vars(module)["_record"] = Record()
         vars(module)["perturbation"] = chosen
+        let_dynamo_trace()
     return len(found)
 
 

@@ -138,17 +138,19 @@ def returns(delta_loss: Tensor, discount: float, *, carry: Tensor | None = None)
         return delta_loss.clone()
     time, columns = delta_loss.shape[0], delta_loss[0].numel()
     credit = torch.empty_like(delta_loss)
-    _returns_kernel[(triton.cdiv(columns, RETURNS_BLOCK),)](
-        credit,
-        delta_loss,
-        delta_loss if carry is None else carry.contiguous(),
-        float(discount),
-        time,
-        columns,
-        HAS_CARRY=carry is not None,
-        BLOCK=RETURNS_BLOCK,
-        num_warps=RETURNS_BLOCK // 32,
-    )
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(delta_loss):
+        _returns_kernel[(triton.cdiv(columns, RETURNS_BLOCK),)](
+            credit,
+            delta_loss,
+            delta_loss if carry is None else carry.contiguous(),
+            float(discount),
+            time,
+            columns,
+            HAS_CARRY=carry is not None,
+            BLOCK=RETURNS_BLOCK,
+            num_warps=RETURNS_BLOCK // 32,
+        )
     return credit
 
 
@@ -305,11 +307,12 @@ def adjoint(
     credit = credit.contiguous()
     if credit.numel() == 0 or units == 0:
         return credit.new_zeros((2, time, batch, units))
-    if method == "np":
-        partials = _noise_sums(credit, seed, units, options, counters)
-    else:
-        assert delta_a is not None  # noqa: S101  (for the type checker; callers are validated above)
-        partials = _activity_sums(credit, delta_a, options.sigma, counters.rollout % 2)
+    with torch.cuda.device_of(credit):
+        if method == "np":
+            partials = _noise_sums(credit, seed, units, options, counters)
+        else:
+            assert delta_a is not None  # noqa: S101  (for the type checker; callers are validated above)
+            partials = _activity_sums(credit, delta_a, options.sigma, counters.rollout % 2)
     return added(partials).view(2, time, batch, units)
 
 

@@ -246,9 +246,11 @@ def added(partials: Tensor) -> Tensor:
         return partials[0]
     sums = torch.empty_like(partials[0])
     elements = sums.numel()
-    _add_partials_kernel[(triton.cdiv(elements, SUM_BLOCK),)](
-        sums, partials, len(partials), elements, BLOCK=SUM_BLOCK, num_warps=4
-    )
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(partials):
+        _add_partials_kernel[(triton.cdiv(elements, SUM_BLOCK),)](
+            sums, partials, len(partials), elements, BLOCK=SUM_BLOCK, num_warps=4
+        )
     return sums
 
 

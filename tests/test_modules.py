@@ -328,7 +328,7 @@ def test_double_backward_raises():
     rnn, _ = pair(4, 5)
     loss = rnn(torch.randn(6, 3, 4))[0].square().sum()
     (first,) = torch.autograd.grad(loss, rnn.weight_hh_l0, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match="once differentiable"):
         first.sum().backward()
 
 

@@ -1,0 +1,354 @@
+"""The two ops of `RNN`: a clean run, and the rollouts that answer the gradient of what it returned.
+
+    anpgpu::rnn            inputs, hx, weights -> outputs, h_n, states of every layer below the last
+    anpgpu::rnn_backward   gradients of outputs and h_n, and what the clean run left -> estimates
+
+Neither draws a random number: dropout masks and the noise's seed are tensors that come in. So the same arguments give
+the same estimate, under torch.compile, with a retained graph and in activation checkpointing alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .gradients import Gradients, Plan, layers_backward, weights_backward
+from .layers import CleanRun, LayerRun, Network, in_processing_order, run_network
+from .operators import looped, underived
+from .perturbation import Perturbation
+from .ranges import within
+from .settings import resolve, working_dtype
+
+SCHEMA_TYPES = {"str": "str", "int": "SymInt", "float": "float", "bool": "bool", "int | None": "SymInt?"}
+"""Types of `Perturbation`'s fields as an op's schema spells them."""
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Perturbation))
+
+
+class Structure(NamedTuple):
+    """What a network is besides its weights: scalars that both ops take."""
+
+    nonlinearity: str
+    biases: bool
+    directions: int
+    autocast: torch.dtype | None
+    """The type torch.autocast asked for in the forward pass; None without it."""
+
+    def network(self, weights: Sequence[Tensor]) -> Network:
+        """Return the network with these weights."""
+        return Network.of(weights, biases=self.biases, directions=self.directions, nonlinearity=self.nonlinearity)
+
+    def layers(self, weights: Sequence[Tensor]) -> int:
+        """Return how many layers these weights make."""
+        return len(weights) // self.weights_per_layer
+
+    @property
+    def weights_per_layer(self) -> int:
+        """Number of parameters of one layer, both directions."""
+        return (4 if self.biases else 2) * self.directions
+
+    def state_dtype(self, weight: Tensor) -> torch.dtype:
+        """Return the type of the states: the parameters', or autocast's, which leaves float64 alone."""
+        return weight.dtype if self.autocast is None or weight.dtype == torch.float64 else self.autocast
+
+
+STRUCTURE = "str nonlinearity, bool biases, SymInt directions, ScalarType? autocast"
+
+
+class Found(Protocol):
+    """Where a backward pass leaves what it found besides gradients."""
+
+    def keep(self, skipped: Tensor, split_half: Tensor, ridge_grown: Tensor) -> None:
+        """Take what `Estimate` says of these; 0-dim tensors."""
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """Draw the 64-bit seed of one update as `settings.new_seed` does, by a function that every transform knows."""
+    # The bits of the full range's draw: torch.randint leaves out the largest value and counts from the smallest.
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device) ^ -(2**63)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the type torch.autocast asks for on a device, None without it; the meta device has no autocast."""
+    kind = device.type
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if active else None
+
+
+def _under(autocast: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """Return the context of the forward pass's autocast: compiled code runs outside of it."""
+    return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+
+
+@torch.library.custom_op(
+    "anpgpu::rnn",
+    mutates_args=(),
+    schema="(Tensor inputs, Tensor hx, Tensor[] weights, Tensor[] masks, Tensor? lengths, "
+    + STRUCTURE
+    + ") -> (Tensor, Tensor, Tensor[])",
+)
+def clean_run(
+    inputs: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    lengths: Tensor | None,
+    *scalars: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Run a network and keep its activity.
+
+    Args:
+        inputs: (T, B, I).
+        hx: (layers * D, B, H).
+        weights: the flat list of parameters that `torch.nn.RNN` keeps.
+        masks: what multiplies the inputs of every layer but the first, (T, B, D * H) each; none without dropout.
+        lengths: (B,) int64 on the CPU, the valid steps of every sample; None is all.
+        *scalars: `Structure`.
+
+    Returns:
+        outputs, (T, B, D * H); h_n, (layers * D, B, H); and per layer below the last and direction the states in
+        processing order, (T + 1, B, H). All contiguous.
+    """
+    structure = Structure(*scalars)
+    given = iter(masks)
+    with _under(structure.autocast, inputs.device):
+        run = run_network(structure.network(weights), inputs, hx, lengths, (lambda _: next(given)) if masks else None)
+    # The last layer's states are its outputs, and no two results of an op may share memory.
+    outputs = run.outputs.clone(memory_format=torch.contiguous_format)
+    return outputs, run.h_n, [one.states.contiguous() for layer in run.layers[:-1] for one in layer]
+
+
+@clean_run.register_fake
+def _(
+    inputs: Tensor, hx: Tensor, weights: Sequence[Tensor], masks: Any, lengths: Any, *scalars: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    structure = Structure(*scalars)
+    dtype, units = structure.state_dtype(weights[0]), hx.shape[2]
+    time, batch = inputs.shape[:2]
+    below = structure.directions * (structure.layers(weights) - 1)
+    return (
+        inputs.new_empty((time, batch, structure.directions * units), dtype=dtype),
+        inputs.new_empty(hx.shape, dtype=dtype),
+        [inputs.new_empty((time + 1, batch, units), dtype=dtype) for _ in range(below)],
+    )
+
+
+class Left(NamedTuple):
+    """What a clean run left for the backward op."""
+
+    seed: Tensor
+    inputs: Tensor
+    h_0: Tensor
+    """The last layer's, (D, B, H)."""
+    outputs: Tensor
+    lengths: Tensor | None
+    weights: tuple[Tensor, ...]
+    lower: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+
+
+@torch.library.custom_op(
+    "anpgpu::rnn_backward",
+    mutates_args=(),
+    schema="(Tensor grad_outputs, Tensor grad_h_n, Tensor seed, Tensor inputs, Tensor h_0, Tensor outputs, "
+    "Tensor? lengths, Tensor[] weights, Tensor[] lower, Tensor[] masks, SymInt lowest, "
+    + STRUCTURE
+    + "".join(f", {SCHEMA_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(Perturbation))
+    + ") -> Tensor[]",
+)
+@within("backward")
+def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]:
+    """Estimate gradients from rollouts; linear in the incoming gradients, for a given seed.
+
+    Args:
+        grad_outputs: dL/doutputs, (T, B, D * H).
+        grad_h_n: dL/dh_n, (layers * D, B, H).
+        *rest: `Left`; the lowest layer of which a gradient is wanted, inputs and hx being the first's; `Structure`;
+            the fields of `Perturbation`.
+
+    Returns:
+        Gradients of inputs and hx (empty tensors where the lowest layer is not the first), of every weight in the
+        order of `weights`, each in its tensor's type; then `skipped`, `split_half` and `ridge_grown` of `Estimate`.
+    """
+    left, lowest, structure, scalars = _taken_apart(rest)
+    perturbation = Perturbation(*scalars)
+    with _under(structure.autocast, left.inputs.device):
+        settings = resolve(perturbation, structure.nonlinearity, left.weights[1])
+    # Loss differences and sums stay in the working type, also where backward() is called under autocast.
+    with torch.autocast(left.inputs.device.type, enabled=False):
+        dtype = working_dtype(left.weights[0].dtype)
+        plan = Plan(settings, perturbation.max_memory, structure.biases, left.lengths, lowest)
+        network = structure.network(left.weights).to(dtype)
+        grad_outputs, grad_h_n = grad_outputs.to(dtype), grad_h_n.to(dtype)
+        seed = settings.share.agree(left.seed, grad_outputs, grad_h_n, left.inputs, *left.weights)
+        if not left.inputs.shape[1]:
+            none = torch.zeros((), dtype=torch.int64, device=seed.device)
+            gradients = [torch.zeros_like(one) for one in (left.inputs, grad_h_n, *left.weights)]
+            found = Gradients(gradients, none, torch.full_like(none, torch.nan, dtype=dtype), none.clone())
+        else:
+            estimate = weights_backward if settings.method == "wp" else layers_backward
+            found = estimate(plan, network, _rebuild(left, structure, dtype), seed, grad_outputs, grad_h_n)
+    kinds = [left.inputs.dtype, left.inputs.dtype, *(weight.dtype for weight in left.weights)]
+    gradients = [grad.to(kind).contiguous() for grad, kind in zip(found.gradients, kinds, strict=True)]
+    if lowest:
+        gradients[:2] = [one.new_empty(0) for one in gradients[:2]]
+    return [*gradients, found.skipped, found.split_half, found.ridge_grown]
+
+
+def _taken_apart(rest: Sequence[Any]) -> tuple[Left, int, Structure, Sequence[Any]]:
+    """Return the arguments of the backward op but the gradients."""
+    first = len(Left._fields)
+    second = first + 1 + len(Structure._fields)
+    return Left(*rest[:first]), rest[first], Structure(*rest[first + 1 : second]), rest[second:]
+
+
+@backward.register_fake
+def _(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]:
+    left, lowest, *_ = _taken_apart(rest)
+    shapes = [(0,), (0,)] if lowest else [left.inputs.shape, grad_h_n.shape]
+    number = grad_h_n.new_empty((), dtype=torch.int64)
+    return [
+        *(left.inputs.new_empty(shape) for shape in shapes),
+        *(weight.new_empty(weight.shape) for weight in left.weights),
+        number,
+        number.new_empty((), dtype=working_dtype(left.weights[0].dtype)),
+        torch.empty_like(number),
+    ]
+
+
+class Call(NamedTuple):
+    """What goes through autograd beside tensors."""
+
+    found: Found | None
+    structure: Structure
+    perturbation: tuple[Any, ...]
+    weights: int
+    """How many of the tensors are weights; the others are masks."""
+
+
+class PerturbedRNN(torch.autograd.Function):
+    """Clean forward run; backward by rollouts. Once differentiable, by reverse mode alone."""
+
+    @staticmethod
+    def forward(
+        call: Call, seed: Tensor, lengths: Tensor | None, inputs: Tensor, hx: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return outputs, h_n, and the states of every layer below the last."""
+        weights, masks = tensors[: call.weights], tensors[call.weights :]
+        outputs, h_n, lower = torch.ops.anpgpu.rnn(inputs, hx, list(weights), list(masks), lengths, *call.structure)
+        return outputs, h_n, *lower
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep inputs, weights, states, masks and the seed."""
+        call, seed, lengths, values, hx, *tensors = inputs
+        outputs, _, *lower = output
+        ctx.call, ctx.lower = call, len(lower)
+        ctx.mark_non_differentiable(*lower)
+        if not torch.compiler.is_compiling():
+            # Nobody wants zeros as large as the states; the compiler, which has no such switch, drops them by itself.
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(seed, values, hx[-call.structure.directions :], outputs, lengths, *tensors, *lower)
+
+    @staticmethod
+    def backward(ctx: Any, grad_outputs: Tensor | None, grad_h_n: Tensor | None, *_: None) -> tuple[Any, ...]:
+        """Estimate the gradients of inputs, hx and weights."""
+        call: Call = ctx.call
+        seed, values, h_0, outputs, lengths, *tensors = ctx.saved_tensors
+        weights = tensors[: call.weights]
+        _, _, _, *needed = ctx.needs_input_grad
+        per_layer = call.structure.weights_per_layer
+        wanted = [number for number in range(call.weights) if needed[2 + number]]
+        lowest = 0 if needed[0] or needed[1] else min(wanted) // per_layer
+        if grad_outputs is None:
+            grad_outputs = torch.zeros_like(outputs)
+        if grad_h_n is None:
+            layers = call.structure.layers(weights)
+            grad_h_n = outputs.new_zeros((layers * call.structure.directions, *h_0.shape[1:]))
+        split = _Split(call.weights, ctx.lower, (lowest, *call.structure, *call.perturbation))
+        d_inputs, d_hx, *d_weights = underived(
+            _backward_of, split, grad_outputs, grad_h_n, seed, values, h_0, outputs, lengths, *tensors
+        )
+        d_weights, kept = d_weights[: call.weights], d_weights[call.weights :]
+        # What is traced, or inside a transform of torch.func, has no value to keep.
+        watched = not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+        if call.found is not None and watched:
+            call.found.keep(*kept)
+        grads = [d_inputs, d_hx, *d_weights]
+        return (
+            None,
+            None,
+            None,
+            *(grad if need else None for grad, need in zip(grads, needed, strict=False)),
+            *(None for _ in needed[len(grads) :]),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *args: Any) -> tuple[Any, Any]:
+        """Run every slice by itself."""
+        return looped(PerturbedRNN.apply, info, (None, *in_dims[1:]), (call._replace(found=None), *args))
+
+
+class _Split(NamedTuple):
+    """How the tensors of a backward pass, which autograd functions take one by one, make the op's arguments."""
+
+    weights: int
+    lower: int
+    scalars: tuple[Any, ...]
+
+
+def _backward_of(split: _Split, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the backward op's results."""
+    fixed, rest = tensors[:7], list(tensors[7:])
+    lower = len(rest) - split.lower
+    lists = rest[: split.weights], rest[lower:], rest[split.weights : lower]
+    return tuple(torch.ops.anpgpu.rnn_backward(*fixed, *lists, *split.scalars))
+
+
+def run_perturbed(
+    found: Found,
+    perturbation: Perturbation,
+    structure: Structure,
+    seed: Tensor | None,
+    inputs: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return outputs and h_n, whose backward pass estimates gradients and needs a seed. Arguments as in `clean_run`."""
+    if seed is None:
+        outputs, h_n, _ = torch.ops.anpgpu.rnn(inputs, hx, list(weights), list(masks), lengths, *structure)
+        return outputs, h_n
+    scalars = tuple(getattr(perturbation, name) for name in FIELDS)
+    call = Call(found, structure, scalars, len(weights))
+    outputs, h_n, *_ = PerturbedRNN.apply(call, seed, lengths, inputs, hx, *weights, *masks)  # type: ignore[no-untyped-call]
+    return outputs, h_n
+
+
+def _rebuild(left: Left, structure: Structure, dtype: torch.dtype) -> CleanRun:
+    """Put a clean run together again from what was kept of it, in the working type."""
+    lengths, directions = left.lengths, structure.directions
+    top = [
+        torch.cat((start.to(side.dtype).unsqueeze(0), in_processing_order(side, bool(number), lengths)))
+        for number, (start, side) in enumerate(zip(left.h_0, left.outputs.chunk(directions, -1), strict=True))
+    ]
+    states = [one.to(dtype) for one in (*left.lower, *top)]
+    masks: list[Tensor | None] = [None, *(mask.to(dtype) for mask in left.masks)]
+    masks += [None] * (structure.layers(left.weights) - len(masks))
+    layers = []
+    values = left.inputs.to(dtype)
+    for number, mask in enumerate(masks):
+        if mask is not None:
+            values = values * mask
+        here = states[number * directions : (number + 1) * directions]
+        layers.append(
+            tuple(LayerRun(in_processing_order(values, bool(side), lengths), one) for side, one in enumerate(here))
+        )
+        sides = [in_processing_order(one[1:], bool(side), lengths) for side, one in enumerate(here)]
+        values = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
+    return CleanRun(tuple(layers), tuple(masks), values, values.new_empty(0))
