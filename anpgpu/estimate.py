@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from .baselines import all_weights, by_autograd
@@ -15,13 +16,17 @@ from .layers import split_half, valid_steps
 from .layerwise import two_directions
 from .losses import LossFunction
 from .modules import Estimate, check_perturbation
-from .perturbation import Perturbation
+from .perturbation import PUBLISHED, Perturbation
 from .problem import Problem, canonical
+from .published import published
+from .ranges import within
 from .segmentwise import one_direction
 from .settings import new_seed, resolve
 
 
+@within("estimate_grad_")
 @torch.no_grad()
+@parametrize.cached()
 def estimate_grad_(
     rnn: nn.RNN,
     readout: nn.Module | None,
@@ -68,6 +73,12 @@ def estimate_grad_(
                 f"{name} come from a graph, and estimate_grad_ sends nothing back through one: detach them, "
                 "or use loss.backward() through anpgpu.RNN"
             )
+        if isinstance(given, Tensor) and given.requires_grad and perturbation.method in ("wp", *PUBLISHED):
+            raise ValueError(
+                f"method={perturbation.method!r} estimates gradients of weights alone, but {name} requires grad; "
+                "detach it, or use method='anp' or 'np'"
+            )
+    _compute_parametrized(rnn, readout)
     problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths)
     if perturbation.method == "bptt":
         found = by_autograd(problem)
@@ -85,6 +96,8 @@ def estimate_grad_(
         with torch.autocast(problem.inputs.device.type, enabled=False):
             if settings.method == "wp":
                 found = all_weights(job)
+            elif settings.method in PUBLISHED:
+                found = published(job)
             elif problem.network.directions == 1:
                 found = one_direction(job)
             else:
@@ -99,7 +112,17 @@ def estimate_grad_(
         h_n=found.h_n if problem.layout.batched else found.h_n.squeeze(1),
         skipped=found.skipped,
         split_half=split_half(found.layers),
+        ridge_grown=found.ridge_grown,
     )
+
+
+@torch.enable_grad()
+def _compute_parametrized(*modules: nn.Module | None) -> None:
+    """Compute parametrized weights, which `parametrize.cached` keeps, with the graph back to their parameters."""
+    for module in modules:
+        parametrizations = getattr(module, "parametrizations", None)
+        for name in parametrizations if isinstance(parametrizations, nn.ModuleDict) else ():
+            getattr(module, name)
 
 
 def _add_gradients(
@@ -110,13 +133,20 @@ def _add_gradients(
     problem: Problem,
     found: Found,
 ) -> None:
-    """Add what was found to `.grad` of every leaf that requires a gradient."""
-    for names, sums in zip(rnn.all_weights, found.layers, strict=True):
-        for weight, gradient in zip(names, sums.totals(biases=rnn.bias), strict=True):
-            _add(weight, gradient)
+    """Add what was found to `.grad` of every leaf that requires a gradient, through parametrizations."""
+    found_of: list[tuple[Tensor | None, Tensor | None]] = []
+    for weights, sums in zip(rnn.all_weights, found.layers, strict=True):
+        found_of += zip(weights, sums.totals(biases=rnn.bias), strict=True)
     if isinstance(readout, nn.Linear):
-        _add(readout.weight, found.weight_o)
-        _add(readout.bias, found.bias_o)
+        found_of += [(readout.weight, found.weight_o), (readout.bias, found.bias_o)]
+    computed = []
+    for weight, gradient in found_of:
+        if weight is None or weight.is_leaf:
+            _add(weight, gradient)
+        elif gradient is not None:
+            computed.append((weight, gradient.to(weight.dtype)))
+    if computed:
+        torch.autograd.backward([weight for weight, _ in computed], [gradient for _, gradient in computed])
     if isinstance(inputs, Tensor):
         _add(inputs, problem.layout.restore(found.inputs))
     if hx is not None:

@@ -36,6 +36,18 @@ class Layout(NamedTuple):
         return values.transpose(0, 1) if self.batch_first else values
 
 
+class Sequences(NamedTuple):
+    """What an RNN runs on, in canonical form: a detached network, in the working type as the values are."""
+
+    network: Network
+    inputs: Tensor
+    """(T, B, I)."""
+    h_0: Tensor
+    """(layers * D, B, H)."""
+    lengths: Tensor | None
+    layout: Layout
+
+
 class Problem(NamedTuple):
     """A call of `estimate_grad_` in canonical form."""
 
@@ -92,9 +104,48 @@ def canonical(
     if not callable(loss):
         one_of("loss", loss, LOSSES)
     _check_readout(readout, loss, rnn.hidden_size * (2 if rnn.bidirectional else 1))
+    network, values, h_0, given, layout = sequences(rnn, inputs, hx, lengths)
+    dtype = values.dtype
+    if readout is not None:
+        for name, parameter in readout.named_parameters():
+            _same_device(f"readout.{name}", parameter, values)
+    time, batch, _ = values.shape
+    valid = torch.ones((time, batch), dtype=torch.bool, device=values.device)
+    last_step = torch.full((batch,), time - 1, device=values.device)
+    if given is not None:
+        valid = valid_steps(time, given, values.device)
+        last_step = (given - 1).to(values.device)
+    linear = readout if isinstance(readout, nn.Linear) else None
+    weight_o = None if linear is None else linear.weight.detach().to(dtype)
+    bias_o = None if linear is None or linear.bias is None else linear.bias.detach().to(dtype)
+    outputs = network.hidden_size * network.directions if weight_o is None else weight_o.shape[0]
+    if callable(loss) and readout is not None and linear is None:
+        loss = _behind(readout, loss)
+    measured = MeasuredLoss(
+        loss, _targets(targets, loss, layout, (time, batch, outputs), dtype, values.device), valid, last_step
+    )
+    dropout = _dropout(rnn.dropout) if rnn.training and rnn.dropout else None
+    return Problem(network, weight_o, bias_o, values, h_0, given, measured, dropout, layout)
+
+
+def sequences(
+    rnn: nn.RNN,
+    inputs: Tensor | PackedSequence,
+    hx: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+) -> Sequences:
+    """Check what an RNN is to run on and bring it to canonical form; `estimate_grad_` describes the arguments."""
+    names = [name for layer in rnn._all_weights for name in layer]
     weights = [weight for layer in rnn.all_weights for weight in layer]
+    for name, weight in zip(names, weights, strict=True):
+        if not weight.is_floating_point():
+            raise TypeError(f"the rnn's parameters must be floating, got {name} of {weight.dtype}")
     dtype = working_dtype(weights[0].dtype)
     values, sizes, layout = _padded(rnn, inputs, lengths)
+    for name, weight in zip(names, weights, strict=True):
+        _same_device(f"the rnn's {name}", weight, values)
+    if values.is_meta:
+        raise ValueError(f"inputs must hold values to estimate from, got a tensor on {values.device}")
     h_0 = _initial_state(rnn, values, hx, layout)
     time, batch, _ = values.shape
     if not time:
@@ -102,30 +153,21 @@ def canonical(
             f"Expected sequence length to be larger than 0 in RNN, got inputs of shape {tuple(values.shape)}"
         )
     given = _lengths(sizes, time, batch)
-    valid = torch.ones((time, batch), dtype=torch.bool, device=values.device)
-    last_step = torch.full((batch,), time - 1, device=values.device)
     if given is not None:
-        valid = valid_steps(time, given, values.device)
         # Whatever the padding holds, NaN included, stays out of the states.
-        values = torch.where(valid.unsqueeze(-1), values, 0)
-        last_step = (given - 1).to(values.device)
+        values = torch.where(valid_steps(time, given, values.device).unsqueeze(-1), values, 0)
     network = Network.of(
         weights,
         biases=rnn.bias,
         directions=2 if rnn.bidirectional else 1,
         nonlinearity=rnn.nonlinearity,
     ).to(dtype)
-    linear = readout if isinstance(readout, nn.Linear) else None
-    weight_o = None if linear is None else linear.weight.detach().to(dtype)
-    bias_o = None if linear is None or linear.bias is None else linear.bias.detach().to(dtype)
-    outputs = network.hidden_size * network.directions if weight_o is None else weight_o.shape[0]
-    if callable(loss) and readout is not None and linear is None:
-        loss = _behind(readout, loss)
-    measured = MeasuredLoss(loss, _targets(targets, loss, layout, (time, batch, outputs), dtype), valid, last_step)
-    dropout = _dropout(rnn.dropout) if rnn.training and rnn.dropout else None
-    return Problem(
-        network, weight_o, bias_o, values.detach().to(dtype), h_0.detach().to(dtype), given, measured, dropout, layout
-    )
+    return Sequences(network, values.detach().to(dtype), h_0.detach().to(dtype), given, layout)
+
+
+def _same_device(name: str, given: Tensor, inputs: Tensor) -> None:
+    if given.device != inputs.device:
+        raise RuntimeError(f"{name} is on {given.device}, the inputs on {inputs.device}")
 
 
 def _check_readout(readout: nn.Module | None, loss: str | LossFunction, width: int) -> None:
@@ -134,6 +176,8 @@ def _check_readout(readout: nn.Module | None, loss: str | LossFunction, width: i
     if isinstance(readout, nn.Linear):
         if readout.in_features != width:
             raise ValueError(f"readout.in_features must be {width}, the rnn's output size, got {readout.in_features}")
+        if not readout.weight.is_floating_point():
+            raise TypeError(f"the readout's parameters must be floating, got {readout.weight.dtype}")
         return
     if not isinstance(readout, nn.Module):
         raise TypeError(f"readout must be a torch.nn.Linear or None, got {type(readout).__name__}")
@@ -168,8 +212,6 @@ def _padded(
         raise TypeError(f"inputs must be a tensor or a PackedSequence, got {type(inputs).__name__}")
     if inputs.dim() not in (2, 3):
         raise ValueError(f"RNN: Expected input to be 2D or 3D, got {inputs.dim()}D tensor instead")
-    if inputs.device != rnn.weight_hh_l0.device:
-        raise RuntimeError(f"inputs are on {inputs.device}, the rnn's parameters on {rnn.weight_hh_l0.device}")
     layout = Layout(rnn.batch_first, inputs.dim() == 3)
     time_first = layout.time_first(inputs)
     rnn.check_input(time_first, None)
@@ -187,17 +229,29 @@ def _initial_state(rnn: nn.RNN, values: Tensor, hx: Tensor | None, layout: Layou
         raise RuntimeError(f"hx should be {2 + layout.batched}-D for these inputs but got {hx.dim()}-D tensor")
     batched = hx if layout.batched else hx.unsqueeze(1)
     rnn.check_hidden_size(batched, shape)
+    _same_device("hx", hx, values)
+    mixed = torch.is_autocast_enabled(values.device.type) and hx.is_floating_point()
+    if hx.dtype != values.dtype and not mixed:
+        raise RuntimeError(f"hx must be {values.dtype}, as the inputs are, got {hx.dtype}")
     return batched
 
 
 def _lengths(lengths: Tensor | Sequence[int] | None, time: int, batch: int) -> Tensor | None:
     if lengths is None:
         return None
-    given = torch.as_tensor(lengths, device="cpu")
-    if given.dtype.is_floating_point or given.dtype == torch.bool:
+    try:
+        given = torch.as_tensor(lengths, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"lengths must be whole numbers, got {lengths!r}") from error
+    if isinstance(lengths, (list, tuple)) and not lengths:
+        # An empty list says nothing of its type.
+        given = given.long()
+    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
         raise TypeError(f"lengths must be whole numbers, got {given.dtype}")
     if given.shape != (batch,):
-        raise ValueError(f"lengths must have shape (B,) = ({batch},), got {tuple(given.shape)}")
+        raise ValueError(
+            f"lengths must have shape (B,) = ({batch},), got {given.tolist()} of shape {tuple(given.shape)}"
+        )
     if batch and not (int(given.min()) >= 1 and int(given.max()) <= time):
         raise ValueError(f"lengths must be in [1, {time}], got {given.tolist()}")
     return given.long()
@@ -209,6 +263,7 @@ def _targets(
     layout: Layout,
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Targets:
     """Return targets in canonical form; `sizes` is (T, B, O)."""
     time, batch, outputs = sizes
@@ -216,6 +271,8 @@ def _targets(
         return Targets(None, True)
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
+    if targets.device != device:
+        raise RuntimeError(f"targets are on {targets.device}, the inputs on {device}")
     tail = {"mse": (outputs,), "cross_entropy": ()}.get(loss) if isinstance(loss, str) else None
     # The caller's layout of (T, B), and of (B,).
     per_step = ((batch, time) if layout.batch_first else (time, batch)) if layout.batched else (time,)
