@@ -1,7 +1,8 @@
 """Train RNNs from forward passes alone: perturbed rollouts instead of backpropagation through time."""
 
-from . import functional
+from . import decorrelation, functional
 from ._version import __version__
+from .diagnostics import diagnose
 from .estimate import estimate_grad_
 from .kernels.noise import NOISE_STREAM_VERSION
 from .modules import RNN, Estimate
@@ -14,6 +15,8 @@ __all__ = [
     "Estimate",
     "Perturbation",
     "__version__",
+    "decorrelation",
+    "diagnose",
     "estimate_grad_",
     "functional",
     "swap_",
