@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .ranges import within
+
 OP_MODULES = {
     "noise": "noise",
     "rollout": "rollout",
@@ -62,6 +64,6 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
 
 @functools.cache
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """Return the function that is `op` on `backend`."""
+    """Return the function that is `op` on `backend`, in the range of its name."""
     module = importlib.import_module(f"anpgpu.kernels.{OP_MODULES[op]}{SUFFIXES[backend]}")
-    return getattr(module, op)  # type: ignore[no-any-return]
+    return within(op)(getattr(module, op))

@@ -62,12 +62,13 @@ def copy_task(case: Case) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-def published_update(checkout: Path, case: Case) -> Callable[[], object]:
+def published_update(checkout: Path, case: Case, device: torch.device = CPU) -> Callable[[], object]:
     """Return a call of the published update, with the settings of the published main.py."""
     models, utils = load(checkout, "models"), load(checkout, "utils")
     sizes = [case.inputs, case.hidden, case.outputs]
-    model = models.RNN(sizes, case.batch, utils.tanh(), utils.linear(), decor_input=False, seed=42, device=CPU)
-    inputs, targets = copy_task(case)
+    model = models.RNN(sizes, case.batch, utils.tanh(), utils.linear(), decor_input=False, seed=42, device=device)
+    model.to(device)
+    inputs, targets = (one.to(device) for one in copy_task(case))
     criterion = nn.MSELoss()
     before = copy.deepcopy(model.state_dict())
     model.node_perturbation_activity(inputs, targets, loss=criterion, lr=LEARNING_RATE, noise_std=SIGMA)

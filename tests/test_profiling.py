@@ -144,6 +144,16 @@ def test_time_ops_writes_every_row(tmp_path):
             assert row["of ceiling"] == pytest.approx(row["TFLOP/s"] / record["ceiling"]["tflops"][1])
 
 
+def test_diagnose_blind_trains_what_was_recommended(tmp_path):
+    output = tmp_path / "diagnose_blind.json"
+    rows = read(output, run_script("diagnose_blind.py", "--quick", "--quiet", "--output", output))["results"]
+    assert {row["task"] for row in rows} == {"adding", "xor"}
+    for row in rows:
+        assert row["setting"].startswith(row["perturbation"]["method"])
+        assert all(row[method] > 0 for method in ("bptt", "recommended", "default"))
+        assert all(-1 <= row[f"cosine {when}"] <= 1 for when in ("start", "half", "end"))
+
+
 @pytest.mark.parametrize("figure", ["0.5", "float('nan')"])
 def test_a_failed_check_stops_before_anything_is_timed(figure):
     source = f"import gate; gate.require([gate.Check('cosine', {figure}, 0.9, True)]); print('timed')"
@@ -158,3 +168,17 @@ def test_a_failed_check_stops_before_anything_is_timed(figure):
     assert run.returncode != 0
     assert "timed" not in run.stdout
     assert "cosine is" in run.stderr
+
+
+def test_decorrelation_answers_both_questions(tmp_path):
+    output = tmp_path / "decorrelation.json"
+    how = ("--methods", "anp", "--seeds", 1, "--updates", 3, "--rates", 0.2, "--checkpoints", 5, 20)
+    record = read(output, run_script("decorrelation.py", *how, "--output", output))
+    assert [row["updates"] for row in record["fixed weights"]] == [5, 20]
+    for row in record["fixed weights"]:
+        assert row["lowered"] == pytest.approx(row["corr^2 of h"] / row["corr^2 of D h"])
+    plain, with_matrix = record["trained"]
+    assert plain["corr^2 of h"] == plain["corr^2 of D h"]
+    assert with_matrix["power of D h / h"] < 1
+    assert record["says"][0].startswith("anp: decorrelation ")
+    assert output.with_suffix(".png").stat().st_size > 0

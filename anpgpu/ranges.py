@@ -1,0 +1,90 @@
+"""Named ranges for profilers: which op or phase a stretch of time or a kernel belongs to.
+
+A range has a constant name and a category, in the NVTX domain `anpgpu` (Nsight Systems, Nsight Compute) and, while
+torch.profiler records, in its trace as `anpgpu::<name>`. Whether a tool listens to NVTX is settled at the first range,
+as NVTX itself does; where nothing listens a range is one comparison and one flag read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+try:
+    import nvtx
+except ImportError:
+    # A base dependency, but nothing that is computed depends on it.
+    nvtx = None
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+DOMAIN = "anpgpu"
+
+RANGES = {
+    "estimate_grad_": "update",
+    "backward": "update",
+    "clean_run": "clean run",
+    "noise": "noise",
+    "rollout": "rollout",
+    "rollout_adjoint": "rollout",
+    "weight_perturbation": "rollout",
+    "perturbed_readout": "rollout",
+    "returns": "credit",
+    "adjoint": "adjoint",
+    "least_squares": "adjoint",
+    "weight_gradients": "gradients",
+}
+"""Every name there is, and its category. Names are words that need no escape in a filter of Nsight Compute."""
+
+
+@functools.cache
+def listening() -> Any:
+    """Return the NVTX domain, or None where no tool listens to it."""
+    if nvtx is None or not nvtx.enabled():
+        return None
+    domain = nvtx.get_domain(DOMAIN)
+    # A domain without a tool is a stand-in of another class, whose category ids are None.
+    return None if domain.get_category_id("update") is None else domain
+
+
+@functools.cache
+def _attributes(domain: Any, name: str) -> Any:
+    return domain.get_event_attributes(message=name, category=RANGES[name])
+
+
+def within(name: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Return a decorator: the function runs in the range `name`.
+
+    Raises:
+        ValueError: the name is none of `RANGES`.
+    """
+    if name not in RANGES:
+        raise ValueError(f"a range is one of {', '.join(RANGES)}, got {name!r}")
+    label = f"{DOMAIN}::{name}"
+
+    def wrap(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def inside(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+            # What is traced holds no ranges: the ops that run later bring their own.
+            if torch.compiler.is_compiling():
+                return function(*arguments, **named)
+            domain = listening()
+            recorded = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+            if domain is None and not recorded:
+                return function(*arguments, **named)
+            with contextlib.ExitStack() as stack:
+                if domain is not None:
+                    domain.push_range(_attributes(domain, name))
+                    stack.callback(domain.pop_range)
+                if recorded:
+                    stack.enter_context(torch.profiler.record_function(label))
+                return function(*arguments, **named)
+
+        return inside
+
+    return wrap
