@@ -4,6 +4,7 @@ Both start from the same weights and see the same batches in the same order, wit
 digits (8 x 8 pixels) come with scikit-learn. `--pixels` reads them pixel by pixel: 64 steps instead of 8.
 
     python examples/digits.py --output output/
+    python examples/digits.py --pixels --method anp-ls --rollouts 128 --epochs 15 --seeds 3
 """
 
 from __future__ import annotations
@@ -63,13 +64,23 @@ class Result(NamedTuple):
     peak_mib: float
 
 
-def load(device: torch.device, *, pixels: bool) -> Digits:
+def load(device: torch.device, *, pixels: bool, permuted: bool = False) -> Digits:
     digits = load_digits()
     images = (digits.images / 8 - 1).astype(np.float32)
     sequences = images.reshape(len(images), 64, 1) if pixels else images
+    if permuted:
+        sequences = sequences[:, np.random.default_rng(0).permutation(sequences.shape[1])]
     parts = train_test_split(sequences, digits.target, test_size=0.2, random_state=0, stratify=digits.target)
     train_inputs, test_inputs, train_labels, test_labels = (torch.from_numpy(part).to(device) for part in parts)
     return Digits(train_inputs, train_labels, test_inputs, test_labels)
+
+
+def diagnose_case() -> tuple[nn.RNN, nn.Linear, Tensor, Tensor, str]:
+    """The untrained network and its first batch, for `python -m anpgpu diagnose examples/digits.py:diagnose_case`."""
+    torch.manual_seed(0)
+    data = load(torch.device("cpu"), pixels=False)
+    model = Classifier(data.train_inputs.shape[2], 128)
+    return model.rnn, model.head, data.train_inputs[:32], data.train_labels[:32], "cross_entropy"
 
 
 def train(data: Digits, method: str, seed: int, options: argparse.Namespace) -> Result:
@@ -156,7 +167,9 @@ def plot(results: list[Result], path: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", action="store_true", help="64 steps of one pixel instead of 8 steps of one row")
-    parser.add_argument("--methods", nargs="+", default=["anp", "bptt"], help="anp, np, wp, bptt")
+    parser.add_argument("--permuted", action="store_true", help="with --pixels: in one fixed random order")
+    parser.add_argument("--methods", nargs="+", default=["anp-ls", "bptt"], help="anp-ls, anp, np, wp, bptt")
+    parser.add_argument("--method", help="one method beside bptt: short for --methods METHOD bptt")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--hidden", type=int, default=128)
@@ -169,14 +182,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot and the figures")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args()
+    if options.method is not None:
+        options.methods = [options.method, "bptt"]
+    if options.permuted and not options.pixels:
+        parser.error("--permuted goes with --pixels")
     device = torch.device(options.device)
-    data = load(device, pixels=options.pixels)
+    data = load(device, pixels=options.pixels, permuted=options.permuted)
     steps, features = data.train_inputs.shape[1:]
     title = f"{steps} steps of {features}, H = {options.hidden}, {len(data.train_inputs)} training digits, {device}"
     tqdm.write(title)
     results = [train(data, method, seed, options) for seed in range(options.seeds) for method in options.methods]
     options.output.mkdir(parents=True, exist_ok=True)
-    name = "digits_pixels" if options.pixels else "digits"
+    name = "digits_permuted" if options.permuted else "digits_pixels" if options.pixels else "digits"
     plot(results, options.output / f"{name}.png", title)
     record = {"title": title, "results": [result._asdict() for result in results]}
     (options.output / f"{name}.json").write_text(json.dumps(record, indent=1))

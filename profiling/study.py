@@ -1,0 +1,219 @@
+"""Does learning from perturbed rollouts come near true BPTT, and how far ahead of older perturbation methods is it?
+
+    python profiling/study.py --full --csv STATION.csv     all tasks, methods, seeds; results/study/
+    python profiling/study.py --quick                      smaller networks, one seed: ten minutes on two cores
+    python profiling/study.py --full --report              tables and plots of what there is so far
+    python profiling/study.py --scaling                    against width, length and number of rollouts
+    python profiling/study.py --long                       100,000 steps within a fixed memory
+
+Every finished run is one line of `runs.jsonl`, found by its complete configuration, so a study that was stopped, or
+killed, goes on where it was. Runs are made by worker processes of one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import study_long
+import study_report
+import study_scaling
+from gate import estimate_check, require
+from machine import machine
+from study_grid import FULL, QUICK, Planned, best_rate, key_of, plan, tasks, training
+from tqdm import tqdm
+
+RESULTS = Path(__file__).resolve().parent / "results" / "study"
+
+QUICK_MINUTES = 9.0
+
+
+class Finished:
+    """The file of finished runs; one process at a time writes to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, dict] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            # A process killed while writing leaves a line without an end.
+            if line.endswith("\n"):
+                run = json.loads(line)
+                self.runs[key_of(run["task"], training.Settings(**run["settings"]))] = run
+        if text and not text.endswith("\n"):
+            path.write_text(text[: text.rfind("\n") + 1])
+
+    def add(self, run: dict) -> None:
+        """Keep a run, on the disk before anything else happens."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.runs[key_of(run["task"], training.Settings(**run["settings"]))] = run
+
+
+class Queue:
+    """Hands out runs in the order of the plan; a run waits until the ones its learning rate depends on are done."""
+
+    def __init__(self, planned: Sequence[Planned], finished: Finished, deadline: float) -> None:
+        self.waiting = [one for one in planned if self._settled(one, finished) not in finished.runs]
+        self.finished, self.deadline = finished, deadline
+        self.changed = threading.Condition()
+        self.running = 0
+        self.stopped = False
+
+    @staticmethod
+    def _settled(one: Planned, finished: Finished) -> str | None:
+        """Return the key of a run, None while its learning rate is open."""
+        if not one.candidates:
+            return key_of(one.task, one.settings)
+        rate = best_rate(one.candidates, finished.runs)
+        return None if rate is None else key_of(one.task, one.settings._replace(lr=rate))
+
+    def take(self) -> Planned | None:
+        """Return the next run that can be made, waiting for one; None when all are made or time is up."""
+        with self.changed:
+            while self.waiting and not self.stopped and time.monotonic() < self.deadline:
+                for one in self.waiting:
+                    if one.candidates:
+                        rate = best_rate(one.candidates, self.finished.runs)
+                        if rate is None:
+                            continue
+                        ready = one._replace(settings=one.settings._replace(lr=rate))
+                    else:
+                        ready = one
+                    self.waiting.remove(one)
+                    if key_of(*ready[:2]) in self.finished.runs:
+                        break
+                    self.running += 1
+                    return ready
+                else:
+                    if not self.running:
+                        raise RuntimeError(f"{len(self.waiting)} runs wait for runs that are not planned")
+                    self.changed.wait()
+            return None
+
+    def done(self, run: dict | None) -> None:
+        """Keep a run that has been made; None: it failed, and nothing more is handed out."""
+        with self.changed:
+            self.running -= 1
+            if run is None:
+                self.stopped = True
+            else:
+                self.finished.add(run)
+            self.changed.notify_all()
+
+
+def work(csv_path: Path | None) -> None:
+    """Make the runs that come in on standard input, one JSON line each; the end of the input ends the process."""
+    made: dict[str, tasks.Task] = {}
+    for line in sys.stdin:
+        name, values = json.loads(line)
+        if name not in made:
+            made[name] = tasks.by_name(csv_path)[name]()
+        started, reason = time.process_time(), None
+        try:
+            curve = training.train(made[name], training.Settings(**values), progress=False)
+        except RuntimeError as error:
+            # The library raises where no rollout is finite any more; the run counts as lost.
+            curve, reason = training.Curve([], [], [], [], []), str(error)
+        run = {"task": name, "settings": values, "curve": curve._asdict(), "seconds": time.process_time() - started}
+        print(json.dumps(run if reason is None else {**run, "broke_off": reason}), flush=True)
+
+
+def attend(queue: Queue, csv_path: Path | None, bar: tqdm) -> None:
+    """Run one worker process until there is nothing left to do."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+    command += [] if csv_path is None else ["--csv", str(csv_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, bufsize=1
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        while (one := queue.take()) is not None:
+            try:
+                worker.stdin.write(json.dumps([one.task, one.settings._asdict()]) + "\n")
+                answer = worker.stdout.readline()
+            except OSError:
+                answer = ""
+            queue.done(json.loads(answer) if answer.endswith("\n") else None)
+            bar.set_postfix_str(f"{one.task} {one.settings.method}")
+            bar.update()
+        worker.stdin.close()
+
+
+def study(arguments: argparse.Namespace, folder: Path) -> None:
+    """Make the runs that are missing."""
+    grid = FULL if arguments.full else QUICK
+    known = tasks.by_name(arguments.csv)
+    names = [name for name in grid.sizes if name in known and (not arguments.tasks or name in arguments.tasks)]
+    if unknown := set(arguments.tasks or ()) - set(known):
+        sys.exit(
+            f"no task {', '.join(sorted(unknown))} (those of the weather need --csv); there are {', '.join(known)}"
+        )
+    methods = arguments.methods or list(training.METHODS)
+    finished = Finished(folder / "runs.jsonl")
+    minutes = arguments.minutes if arguments.full or arguments.minutes else QUICK_MINUTES
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    seeds = arguments.seeds or (3 if arguments.full else 1)
+    queue = Queue(plan(grid, names, methods, seeds), finished, deadline)
+    if queue.waiting:
+        checks = require([estimate_check()])
+        (folder / "machine.json").write_text(json.dumps({"machine": machine(), "checks": checks}, indent=1) + "\n")
+    started = time.monotonic()
+    with tqdm(total=len(queue.waiting), desc="runs", unit="run") as bar:
+        threads = [
+            threading.Thread(target=attend, args=(queue, arguments.csv, bar), daemon=True)
+            for _ in range(arguments.jobs)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    tqdm.write(f"{(time.monotonic() - started) / 60:.1f} minutes, {len(queue.waiting)} runs left")
+    if queue.stopped:
+        sys.exit("a worker process failed; its message is above")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="the whole grid")
+    which.add_argument("--quick", action="store_true", help="the small grid (the default)")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--scaling", action="store_true", help="alignment and updates against H, T and P")
+    other.add_argument("--long", action="store_true", help="memory of a very long sequence")
+    other.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--report", action="store_true", help="run nothing: tables and plots of what there is")
+    parser.add_argument("--tasks", nargs="+", help=f"of {', '.join(FULL.sizes)}")
+    parser.add_argument("--methods", nargs="+", choices=training.METHODS)
+    parser.add_argument("--seeds", type=int, help="runs of each method and task (full: 3, quick: 1)")
+    parser.add_argument("--csv", type=Path, help="hourly station data; without it there is no weather task")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--minutes", type=float, help="start nothing new after so many")
+    parser.add_argument("--output", type=Path, help="folder (default: results/study, for --quick results/study/quick)")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.csv)
+        return
+    if arguments.scaling or arguments.long:
+        part = study_scaling if arguments.scaling else study_long
+        part.main(arguments.output or RESULTS, quick=arguments.quick)
+        return
+    folder = arguments.output or (RESULTS if arguments.full else RESULTS / "quick")
+    if not arguments.report:
+        study(arguments, folder)
+    study_report.report(folder, Finished(folder / "runs.jsonl").runs, FULL if arguments.full else QUICK, arguments.csv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The study's runs: which tasks, methods, learning rates and seeds, how long, in which order.
+
+Every method gets the same: the learning rates of `Grid.rates` are tried with seed `TUNING_SEED` on `Grid.tuning` of the
+updates, the one with the lowest validation loss is taken for the seeds of the result. The order is breadth first, so
+that whenever the study is stopped, every task and method has got equally far.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# The tasks and the training loop are those of the examples.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+import tasks
+import training
+
+__all__ = [
+    "FULL",
+    "QUICK",
+    "SHORTER",
+    "TUNING_SEED",
+    "Grid",
+    "Planned",
+    "Size",
+    "best_rate",
+    "final",
+    "key_of",
+    "plan",
+    "tasks",
+    "training",
+]
+
+TUNING_SEED = 100
+"""Shares no weights and no training data with the seeds of the results."""
+
+SHORTER = "bptt"
+"""The method that is also run with two thirds of the updates, so that others have 1.5 times as many."""
+
+
+class Size(NamedTuple):
+    """How long a task is trained."""
+
+    updates: int
+    batch: int
+
+
+class Grid(NamedTuple):
+    """What is run."""
+
+    sizes: dict[str, Size]
+    rates: tuple[float, ...]
+    tuning: float
+    """Share of the updates that a learning rate is tried for."""
+    hidden: int
+    rollouts: int
+    decorrelation: tuple[bool, ...]
+
+
+SIZES = {
+    "mackey-glass-15": Size(600, 8),
+    "copying-5": Size(900, 8),
+    "copying-10": Size(900, 8),
+    "copying-20": Size(900, 8),
+    "weather-1h": Size(600, 8),
+    "weather-24h": Size(600, 8),
+    "digits": Size(750, 8),
+    "digits-permuted": Size(750, 8),
+    "adding": Size(1200, 32),
+}
+
+FULL = Grid(SIZES, (3e-4, 1e-3, 3e-3, 1e-2), 1 / 4, 64, 64, (False, True))
+
+QUICK = Grid(
+    {name: Size(size.updates // 3, size.batch) for name, size in SIZES.items()}, (1e-3, 3e-3), 1 / 2, 32, 32, (False,)
+)
+
+
+class Planned(NamedTuple):
+    """One run that is to be made."""
+
+    task: str
+    settings: training.Settings
+    """With a learning rate of 0 where tuning has yet to choose it."""
+    candidates: tuple[str, ...] = ()
+    """Keys of the runs it is chosen from."""
+
+
+def key_of(task: str, settings: training.Settings) -> str:
+    """Return what a run is found by in the file of finished runs."""
+    return json.dumps([task, settings._asdict()], sort_keys=True)
+
+
+def plan(grid: Grid, names: Sequence[str], methods: Sequence[str], seeds: int) -> list[Planned]:
+    """Return all runs, the most important first."""
+    tuning: dict[bool, list[Planned]] = {}
+    results: dict[tuple[bool, int], list[Planned]] = {}
+    for decorrelated in grid.decorrelation:
+        for task in names:
+            size = grid.sizes[task]
+            for method in methods:
+                shared = training.Settings(
+                    method,
+                    TUNING_SEED,
+                    decorrelated,
+                    round(grid.tuning * size.updates),
+                    hidden=grid.hidden,
+                    batch=size.batch,
+                    rollouts=grid.rollouts,
+                )
+                trials = [Planned(task, shared._replace(lr=rate)) for rate in grid.rates]
+                tuning.setdefault(decorrelated, []).extend(trials)
+                candidates = tuple(key_of(*trial[:2]) for trial in trials)
+                lengths = [size.updates]
+                if method == SHORTER and not decorrelated:
+                    lengths.append(round(size.updates / 1.5))
+                for seed in range(seeds):
+                    results.setdefault((decorrelated, seed), []).extend(
+                        Planned(task, shared._replace(seed=seed, updates=updates, lr=0.0), candidates)
+                        for updates in lengths
+                    )
+    runs = []
+    for decorrelated in grid.decorrelation:
+        runs += tuning[decorrelated] + results[decorrelated, 0]
+    for seed in range(1, seeds):
+        for decorrelated in grid.decorrelation:
+            runs += results[decorrelated, seed]
+    return runs
+
+
+def best_rate(candidates: Sequence[str], done: Mapping[str, dict]) -> float | None:
+    """Return the learning rate with the lowest validation loss; None while a candidate is not done."""
+    if any(candidate not in done for candidate in candidates):
+        return None
+    best = min((done[candidate] for candidate in candidates), key=last_valid_loss)
+    rate: float = best["settings"]["lr"]
+    return rate
+
+
+def last_valid_loss(run: dict) -> float:
+    """Return the validation loss at the end of a run; infinite where it broke off."""
+    return final(run, "valid")[0]
+
+
+def final(run: dict, part: str) -> tuple[float, float | None]:
+    """Return loss and accuracy on "valid" or "test" at the end of a run; an infinite loss where it broke off."""
+    scores = run["curve"][part]
+    if len(scores) < training.SHARES or not math.isfinite(scores[-1][0]):
+        return math.inf, None
+    return scores[-1][0], scores[-1][1]

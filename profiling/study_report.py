@@ -1,0 +1,276 @@
+"""Tables and plots of the study: for every task the methods beside BPTT and beside predicting without a network.
+
+gain      memoryless loss - test loss
+share     gain / BPTT's gain
+spread    standard deviation over seeds
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from machine import line
+from study_grid import FULL, SHORTER, TUNING_SEED, Grid, final, tasks, training
+
+FORWARD = ("np", "wp", "anp-0", "anp", "anp-ls", "published-anp")
+OLDER = ("np", "wp")
+OURS = ("anp", "anp-ls")
+ENOUGH, POINT = 0.95, 0.01
+"""What the best forward-only method must keep of BPTT's gain, or how near it must come to its accuracy."""
+
+
+class Row(NamedTuple):
+    """One method on one task, over its seeds."""
+
+    name: str
+    method: str
+    rate: float
+    updates: int
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    """Empty for a regression."""
+    per_update: float
+    """Processor time of an update, in seconds: the median over seeds."""
+    curves: tuple[dict, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        return float(np.mean(self.losses))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; NaN for a single one."""
+        return spread(self.losses)
+
+
+def spread(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else math.nan
+
+
+def rows_of(runs: Sequence[dict]) -> list[Row]:
+    """Return the result runs of one task, one row for every method."""
+    groups: dict[tuple[str, bool, int], list[dict]] = {}
+    for run in runs:
+        settings = run["settings"]
+        if settings["seed"] != TUNING_SEED:
+            groups.setdefault((settings["method"], settings["decorrelated"], settings["updates"]), []).append(run)
+    longest = max((updates for _, _, updates in groups), default=0)
+    found = []
+    order = list(training.METHODS)
+    for key in sorted(groups, key=lambda one: (order.index(one[0]), one[1], -one[2])):
+        (method, decorrelated, updates), mine = key, groups[key]
+        name = method + " + decorrelation" * decorrelated + ", 2/3 of the updates" * (updates < longest)
+        ends = [final(run, "test") for run in mine]
+        times = [run["curve"]["seconds"][-1] / updates for run in mine if run["curve"]["seconds"]]
+        found.append(
+            Row(
+                name,
+                method + "+d" * decorrelated,
+                mine[0]["settings"]["lr"],
+                updates,
+                tuple(loss for loss, _ in ends),
+                tuple(accuracy for _, accuracy in ends if accuracy is not None),
+                float(np.median(times)) if times else math.nan,
+                tuple(run["curve"] for run in mine),
+            )
+        )
+    return found
+
+
+class Findings(NamedTuple):
+    """What a task's rows come to; None where runs are missing."""
+
+    task: str
+    best: str | None = None
+    """Forward-only method of the lowest mean loss."""
+    share: float | None = None
+    """Its share of BPTT's gain after as many updates."""
+    share_in_more: float | None = None
+    """Its share of what BPTT gains in two thirds of the updates."""
+    accuracy_below: float | None = None
+    """How far its accuracy stays below BPTT's."""
+    keeps: bool | None = None
+    """Whether that is enough."""
+    margins: dict[str, float] | None = None
+    """For `OURS`: the better of np and wp minus it, in units of the two spreads added."""
+
+
+def findings(task: str, rows: Sequence[Row], memoryless: float) -> Findings:
+    """Compute what the report says of a task."""
+    named = {row.name: row for row in rows}
+    bptt, shorter = named.get(SHORTER), named.get(f"{SHORTER}, 2/3 of the updates")
+    forward = [row for row in rows if row.method.removesuffix("+d") in FORWARD]
+    if bptt is None or not forward:
+        return Findings(task)
+    best = min(forward, key=lambda row: row.loss)
+    share = (memoryless - best.loss) / (memoryless - bptt.loss)
+    more = None if shorter is None else (memoryless - best.loss) / (memoryless - shorter.loss)
+    below = float(np.mean(bptt.accuracies) - np.mean(best.accuracies)) if best.accuracies else None
+    keeps = max(share, share if more is None else more) >= ENOUGH or (below is not None and below <= POINT)
+    older = [named[name] for name in OLDER if name in named]
+    margins = None
+    if len(older) == len(OLDER):
+        rival = min(older, key=lambda row: row.loss)
+        margins = {
+            name: (rival.loss - named[name].loss) / (rival.spread + named[name].spread)
+            for name in OURS
+            if name in named
+        }
+    return Findings(task, best.name, share, more, below, keeps, margins)
+
+
+def sentence(found: Findings) -> str:
+    """Return what a task's table says, in words."""
+    if found.best is None or found.share is None:
+        return "Not enough runs yet to say anything."
+    verdict = "keeps" if found.keeps else "falls short of"
+    text = f"The best forward-only method, {found.best}, has {found.share:.0%} of BPTT's gain over the memoryless "
+    text += "optimum after as many updates"
+    text += "" if found.share_in_more is None else f", {found.share_in_more:.0%} of it with 1.5 times the updates"
+    if found.accuracy_below is not None:
+        points = 100 * abs(found.accuracy_below)
+        text += f"; its accuracy is {points:.1f} points {'below' if found.accuracy_below > 0 else 'above'} BPTT's"
+    text += f": it {verdict} what was asked ({ENOUGH:.0%}, or 1 point)."
+    for name, margin in (found.margins or {}).items():
+        if math.isnan(margin):
+            continue
+        how = "beats" if margin > 1 else "is within the spread of" if margin >= -1 else "loses to"
+        text += f" {name} {how} the better of np and wp (margin {margin:.1f} spreads)."
+    return text
+
+
+def table(rows: Sequence[Row], baselines: dict[str, tasks.Score], memoryless: float) -> str:
+    """Return one task's markdown table."""
+    accurate = any(one.accuracy is not None for one in baselines.values())
+    names = ["", "learning rate", "seeds", "test loss", "share of BPTT's gain", "ms an update"]
+    names[4:4] = ["accuracy"] * accurate
+    bptt = next((row.loss for row in rows if row.name == SHORTER), math.nan)
+
+    def share(loss: float) -> str:
+        value = (memoryless - loss) / (memoryless - bptt)
+        return f"{value:.3f}" if math.isfinite(value) else ""
+
+    lines = []
+    for name, one in baselines.items():
+        cells = [f"*{name}*", "", "", f"{one.loss:.4f}", share(one.loss), ""]
+        cells[4:4] = ["" if one.accuracy is None else f"{one.accuracy:.1%}"] * accurate
+        lines.append(cells)
+    for row in rows:
+        loss = f"{row.loss:.4f} ± {row.spread:.4f}".replace(" ± nan", "") if math.isfinite(row.loss) else "broke off"
+        cells = [row.name, f"{row.rate:g}", str(len(row.losses)), loss, share(row.loss), f"{1e3 * row.per_update:.1f}"]
+        right = f"{np.mean(row.accuracies):.1%} ± {spread(row.accuracies):.1%}" if row.accuracies else ""
+        cells[4:4] = [right.replace(" ± nan%", "")] * accurate
+        lines.append(cells)
+    rule = ["---"] + ["---:"] * (len(names) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [names, rule, *lines])
+
+
+def plot(task: tasks.Task, rows: Sequence[Row], baselines: dict[str, tasks.Score], path: Path) -> None:
+    """Plot test loss against updates and against processor time: mean over seeds, lowest to highest."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    colours = {name: f"C{number}" for number, name in enumerate(training.METHODS)}
+    longest = max((row.updates for row in rows), default=0)
+    for row in rows:
+        whole = [curve for curve in row.curves if len(curve["updates"]) == training.SHARES]
+        if row.updates < longest or not whole:
+            continue
+        losses = np.array([[one[0] for one in curve["test"]] for curve in whole])
+        times = np.mean([curve["seconds"] for curve in whole], axis=0)
+        colour, style = colours[row.method.removesuffix("+d")], "--" if row.method.endswith("+d") else "-"
+        for axis, horizontal in zip(axes, (whole[0]["updates"], times), strict=True):
+            axis.plot(horizontal, losses.mean(0), style, color=colour, label=row.name, linewidth=1.3)
+            axis.fill_between(horizontal, losses.min(0), losses.max(0), color=colour, alpha=0.12)
+    for (name, one), style in zip(baselines.items(), (":", "-.", (0, (5, 5))), strict=False):
+        for axis in axes:
+            axis.axhline(one.loss, color="grey", linestyle=style, linewidth=1, label=name)
+    axes[0].set(xlabel="updates", ylabel=f"test loss ({task.unit})", yscale="log")
+    axes[1].set(xlabel="processor time of the updates (s)", xscale="log")
+    axes[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(f"{task.name}: mean over seeds, lowest to highest shaded")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(folder: Path, finished: dict[str, dict], grid: Grid, csv_path: Path | None) -> None:
+    """Write study.json, study.md and one PNG a task into `folder`, from the runs that are finished."""
+    known = tasks.by_name(csv_path)
+    summary, parts, found = {}, [], []
+    for name, size in grid.sizes.items():
+        rows = rows_of([run for run in finished.values() if run["task"] == name and fits(run, grid)])
+        if not rows or name not in known:
+            continue
+        task = known[name]()
+        baselines = task.baselines()
+        memoryless = baselines["memoryless"].loss
+        plot(task, rows, baselines, folder / f"{name}.png")
+        found.append(findings(name, rows, memoryless))
+        parts.append(
+            f"## {name}\n\n{sentence(found[-1])}\n\nTest loss in {task.unit}; {size.updates} updates of {size.batch} "
+            f"sequences.\n\n{table(rows, baselines, memoryless)}\n\n![{name}]({name}.png)"
+        )
+        summary[name] = {
+            "baselines": {one: score._asdict() for one, score in baselines.items()},
+            "methods": [{**row._replace(curves=())._asdict(), "loss": row.loss, "spread": row.spread} for row in rows],
+            "findings": found[-1]._asdict(),
+        }
+    machine = folder / "machine.json"
+    record = json.loads(machine.read_text()) if machine.exists() else {}
+    spent = sum(run["seconds"] for run in finished.values())
+    command = f"python profiling/study.py --{'full' if grid == FULL else 'quick'}"
+    conditions = (
+        f"All: Adam, its rate (of {', '.join(f'{rate:g}' for rate in grid.rates)}, by validation loss after "
+        f"{grid.tuning:.0%} of the updates of seed {TUNING_SEED}) falling linearly to zero; W_hh orthogonal, gain "
+        f"{training.GAIN}; H = {grid.hidden}; {grid.rollouts} rollouts (published-anp: 1); sigma 0.001. ± is the "
+        "standard deviation over seeds."
+    )
+    head = [
+        "# The study",
+        f"`{command}`: {len(finished)} runs, {spent / 60:.0f} minutes of processor time, one thread each.",
+        line(record["machine"]) if record else "",
+        conditions,
+        overview(found),
+    ]
+    (folder / "study.md").write_text("\n\n".join([part for part in head if part] + parts) + "\n")
+    text = json.dumps({**record, "processor_seconds": spent, "runs": len(finished), "tasks": summary}, indent=1)
+    (folder / "study.json").write_text(text + "\n")
+    print(overview(found))
+
+
+def fits(run: dict, grid: Grid) -> bool:
+    """Return whether a run is one of this grid's, rather than of another size."""
+    settings = run["settings"]
+    size = grid.sizes[run["task"]]
+    lengths = {size.updates, round(size.updates / 1.5)}
+    same = (settings["hidden"], settings["rollouts"], settings["batch"]) == (grid.hidden, grid.rollouts, size.batch)
+    return same and (settings["seed"] == TUNING_SEED or settings["updates"] in lengths)
+
+
+def overview(found: Sequence[Findings]) -> str:
+    """Return the table of all tasks."""
+    lines = [
+        "| task | best forward-only | share of BPTT's gain | with 1.5x the updates | enough | "
+        + " | ".join(OURS)
+        + " |",
+        "|---|---|---:|---:|---|" + "---:|" * len(OURS),
+    ]
+    for one in found:
+        shares = ["" if value is None else f"{value:.3f}" for value in (one.share, one.share_in_more)]
+        margins = [f"{(one.margins or {}).get(name, math.nan):.1f}" for name in OURS]
+        cells = [one.task, one.best or "", *shares, "" if one.keeps is None else "yes" if one.keeps else "no", *margins]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    lines.append(
+        "Last columns: the better of np and wp minus it, in units of the two spreads added; above 1 it is ahead."
+    )
+    return "\n".join(lines)

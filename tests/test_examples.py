@@ -1,0 +1,87 @@
+"""Every example runs as a script, with small settings, and writes its plot."""
+
+import csv
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+SHARED = ["--updates", "2", "--rollouts", "2", "--hidden", "4"]
+TRAINING = [*SHARED, "--batch", "2", "--methods", "anp", "bptt-1", "bptt"]
+CASES = {
+    "copy_memory": ([*TRAINING, "--delay", "2"], "copying-2.png"),
+    "adding": ([*TRAINING, "--steps", "5"], "adding.png"),
+    "mackey_glass": ([*TRAINING, "--steps", "10"], "mackey-glass-15.png"),
+    "weather": ([*TRAINING, "--csv", "station.csv", "--steps", "12"], "weather-1h.png"),
+    "long_sequence": ([*SHARED, "--steps", "200"], "long_sequence.png"),
+    "blackbox_loss": ([*SHARED, "--batch", "2"], "blackbox_loss.png"),
+    "swap_into_pytorch": ([*SHARED, "--batch", "2"], "swap_into_pytorch.png"),
+}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Return a function that runs an example in an empty folder and returns what it printed."""
+
+    def of(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--quiet", "--output", "results"])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return of
+
+
+def station(path):
+    names = ["WetBulbCelsius", "DryBulbCelsius", "DewPointCelsius", "RelativeHumidity", "StationPressure"]
+    names += ["WindSpeed", "Visibility"]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["date", *names])
+        for hour in range(4000):
+            course = math.sin(2 * math.pi * hour / 24)
+            writer.writerow([f"hour {hour}", *(course * (1 + number) + hour % 7 for number in range(len(names)))])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_example_runs_and_plots(name, run, tmp_path):
+    if name == "weather":
+        station(tmp_path / "station.csv")
+    arguments, plot = CASES[name]
+    assert run(name, *arguments).strip()
+    assert (tmp_path / "results" / plot).stat().st_size > 1000
+
+
+def test_digits_by_pixel_take_the_method_and_its_rollouts(run, tmp_path):
+    small = ["--epochs", "1", "--batch", "512", "--hidden", "4", "--rollouts", "2", "--seeds", "1"]
+    printed = run("digits", "--pixels", "--permuted", "--method", "anp-ls", *small)
+    assert "anp-ls" in printed
+    assert "bptt" in printed
+    assert (tmp_path / "results" / "digits_permuted.png").exists()
+
+
+def test_weather_has_no_default_file(run, capsys):
+    with pytest.raises(SystemExit):
+        run("weather")
+    assert "--csv" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_loss_without_a_derivative_is_learned(run):
+    printed = run("blackbox_loss")
+    first, last = (float(part.split("%")[0].split()[-1]) for part in printed.split(",")[:2])
+    assert first > 40
+    assert last < 10
+
+
+@pytest.mark.slow
+def test_a_swapped_model_learns_its_text(run):
+    printed = run("swap_into_pytorch")
+    final = {line.split()[0]: float(line.split()[4]) for line in printed.splitlines() if "nats" in line}
+    assert final["anp-ls"] < 0.8
+    assert final["bptt"] < 0.5
