@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .kernels.noise import COUNTER_LIMITS, UNIT_BLOCKS_LIMIT, UNITS_PER_GROUP, Counters
 from .kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
-from .perturbation import whole
+from .perturbation import real, whole
 
 WORKING = (torch.float32, torch.float64)
 
@@ -17,6 +17,23 @@ def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     return value
+
+
+def flag(name: str, value: object) -> bool:
+    """Return `value`, a bool; raise TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
+def sigma(value: object, dtype: torch.dtype) -> float:
+    """Return `value`, a standard deviation that `dtype` holds as a normal number; raise otherwise."""
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= real("sigma", value) <= limits.max:
+        raise ValueError(
+            f"sigma must be positive and finite, in [{limits.tiny}, {limits.max}] for {dtype}, got {value!r}"
+        )
+    return float(value)  # type: ignore[arg-type]
 
 
 def shaped(name: str, value: object, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -43,6 +60,16 @@ def working(name: str, value: object, dims: int) -> Tensor:
     return given
 
 
+def place(value: object) -> torch.device:
+    """Return `value` as a device on which tensors can be made; raise otherwise."""
+    try:
+        device = torch.device(value)  # type: ignore[call-overload]
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:
+        raise ValueError(f"device must be a device of torch's that is here, got {value!r}") from error
+    return device  # type: ignore[no-any-return]
+
+
 def seed(value: object, device: torch.device) -> Tensor:
     """Return the noise's key as a 0-dim int64 tensor, from such a tensor or an int in [-2^63, 2^64)."""
     if isinstance(value, Tensor):
@@ -62,7 +89,7 @@ def counters(value: object, shape: tuple[int, int, int, int], kind: str) -> Coun
     time, batch, rollouts, hidden = shape
     extent = {"time": time, "sample": batch, "rollout": rollouts}
     for name, limit in COUNTER_LIMITS.items():
-        first = whole(f"counters.{name}", int(getattr(value, name)), 0, limit)
+        first = whole(f"counters.{name}", getattr(value, name), 0, limit)
         last = first + extent.get(name, 1) - 1
         if last >= limit:
             raise ValueError(f"counters.{name} reaches {last} over {extent[name]} indices, allowed is [0, {limit - 1}]")
@@ -87,7 +114,9 @@ def loss(value: object, preact: Tensor) -> None:
         )
     outputs = units
     if value.readout is not None:
-        outputs = tensor("loss.readout", value.readout).shape[0]
+        if tensor("loss.readout", value.readout).dim() != 2:
+            raise ValueError(f"loss.readout must have shape (O, {units}), got {tuple(value.readout.shape)}")
+        outputs = value.readout.shape[0]
         shaped("loss.readout", value.readout, (outputs, units), preact)
     if isinstance(value, OutputsOnly):
         return
@@ -101,5 +130,8 @@ def loss(value: object, preact: Tensor) -> None:
         raise ValueError(
             f"loss.target must be int64 of shape {(time, batch)}, got {target.dtype} of shape {tuple(target.shape)}"
         )
-    if not target.is_cuda and target.numel() and not (int(target.min()) >= 0 and int(target.max()) < outputs):
+    if target.is_cuda or torch.compiler.is_compiling():
+        # Looking would make the host wait, or break the compiled graph.
+        return
+    if target.numel() and not (int(target.min()) >= 0 and int(target.max()) < outputs):
         raise ValueError(f"loss.target must be in [0, {outputs - 1}], got {int(target.min())} to {int(target.max())}")

@@ -1,9 +1,10 @@
-"""Makes an uninstalled checkout importable and sets hypothesis's profile."""
+"""Makes an uninstalled checkout importable, sets hypothesis's profile and threads, and sums up what was fuzzed."""
 
 import os
 import sys
 from pathlib import Path
 
+import torch
 from hypothesis import settings
 
 # Appended, never put first: the checkout's `kernels` and `profiling` must not shadow installed packages of those names.
@@ -12,3 +13,16 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("slow", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# The tests' tensors are small. On shared cores the threads of a pool spin while they wait for each other, and a run
+# takes ten times as long; `make` says so to its processes with OMP_NUM_THREADS, this to a pytest called by hand.
+torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Show how many inputs each public function was fuzzed with, and how many of them it refused."""
+    fuzzing = sys.modules.get("fuzzing")
+    if fuzzing is not None and fuzzing.TRIED:
+        terminalreporter.section("fuzzed inputs")
+        for name, count in sorted(fuzzing.TRIED.items()):
+            terminalreporter.write_line(f"{name:<20} {count:>6} tried {fuzzing.REFUSED[name]:>6} refused")

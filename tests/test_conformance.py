@@ -1,0 +1,393 @@
+"""`anpgpu.RNN` beside `torch.nn.RNN`: the same outputs, gradients and types of error, whatever the two are given."""
+
+import os
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import example, given, settings, strategies as st
+from tolerances import assert_close
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import anpgpu
+from anpgpu import Perturbation
+
+METHODS = ("anp", "np", "anp-ls", "wp")
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "slow"
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+class Case(NamedTuple):
+    """One construction and one call."""
+
+    num_layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+    bias: bool = True
+    batch_first: bool = False
+    nonlinearity: str = "tanh"
+    form: str = "batched"
+    hx: str = "none"
+    input_needs_grad: bool = False
+    frozen: bool = False
+    training: bool = True
+    dtype: str = "float32"
+    method: str = "anp"
+    features: int = 2
+    hidden: int = 3
+    time: int = 3
+    batch: int = 2
+
+    def modules(self, perturbation=None):
+        """An `RNN` and an nn.RNN with the same parameters."""
+        names = ("num_layers", "bidirectional", "dropout", "bias", "batch_first", "nonlinearity")
+        options = {name: getattr(self, name) for name in names} | {"dtype": DTYPES[self.dtype]}
+        how = Perturbation(self.method, rollouts=3) if perturbation is None else perturbation
+        torch.manual_seed(self.features)
+        with warnings.catch_warnings():
+            # Dropout without a second layer: torch says so, twice.
+            warnings.simplefilter("ignore", UserWarning)
+            rnn = anpgpu.RNN(self.features, self.hidden, perturbation=how, **options)
+            twin = nn.RNN(self.features, self.hidden, **options)
+        twin.load_state_dict(rnn.state_dict(), strict=True)
+        for module in (rnn, twin):
+            module.train(self.training).requires_grad_(not self.frozen)
+        return rnn, twin
+
+    def arguments(self):
+        """Inputs and hx, new leaves each time, the same values each time."""
+        dtype = DTYPES[self.dtype]
+        generator = torch.Generator().manual_seed(self.time)
+        unbatched = self.form == "unbatched"
+        sizes = (self.time,) if unbatched else (self.time, self.batch)
+        inputs = torch.randn(*sizes, self.features, generator=generator).to(dtype)
+        if self.form == "batched" and self.batch_first:
+            inputs = inputs.transpose(0, 1)
+        inputs = inputs.clone().requires_grad_(self.input_needs_grad)
+        if self.form.startswith("packed"):
+            lengths = sorted((1 + (5 * b + 1) % self.time for b in range(self.batch)), reverse=True)
+            if self.form == "packed, unsorted":
+                lengths = lengths[::-1]
+            inputs = pack_padded_sequence(inputs, lengths, enforce_sorted=self.form == "packed, sorted")
+        if self.hx == "none":
+            return inputs, None
+        states = (self.num_layers * (1 + self.bidirectional), *(() if unbatched else (self.batch,)), self.hidden)
+        hx = torch.randn(states, generator=generator).to(dtype)
+        return inputs, hx.requires_grad_(self.hx == "with gradient")
+
+    @property
+    def packed(self):
+        return self.form.startswith("packed")
+
+
+FORMS = ("batched", "unbatched", "packed, sorted", "packed, unsorted")
+CASES = st.builds(
+    Case,
+    num_layers=st.integers(1, 3),
+    bidirectional=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.5, 1.0]),
+    bias=st.booleans(),
+    batch_first=st.booleans(),
+    nonlinearity=st.sampled_from(["tanh", "relu"]),
+    form=st.sampled_from(FORMS),
+    hx=st.sampled_from(["none", "given", "with gradient"]),
+    input_needs_grad=st.booleans(),
+    frozen=st.booleans(),
+    training=st.booleans(),
+    dtype=st.sampled_from(list(DTYPES)),
+    method=st.sampled_from([*METHODS, "bptt"]),
+    features=st.integers(1, 4),
+    hidden=st.integers(1, 9),
+    time=st.integers(1, 5),
+    batch=st.integers(1, 4),
+)
+
+
+def flat(outputs):
+    return outputs.data if isinstance(outputs, PackedSequence) else outputs
+
+
+def call(module, inputs, hx):
+    torch.manual_seed(7)
+    outputs, h_n = module(inputs, hx)
+    return outputs, h_n
+
+
+def assert_same_layout(outputs, expected):
+    assert type(outputs) is type(expected)
+    if isinstance(outputs, PackedSequence):
+        for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+            one, other = getattr(outputs, name), getattr(expected, name)
+            assert (one is None and other is None) or torch.equal(one, other)
+    one, other = flat(outputs), flat(expected)
+    assert (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    # A view that works on torch's outputs works on these.
+    assert one.stride() == other.stride() or not one.numel()
+
+
+@settings(max_examples=1500 if THOROUGH else 200)
+@given(CASES)
+@example(Case(num_layers=3, bidirectional=True, dropout=0.5, batch_first=True, hx="given"))
+@example(Case(form="packed, unsorted", hx="with gradient", num_layers=2, bidirectional=True, dtype="bfloat16"))
+def test_outputs_and_draws_are_those_of_torch(case):
+    rnn, twin = case.modules()
+    if case.method == "wp" and (case.input_needs_grad or case.hx == "with gradient"):
+        with pytest.raises(RuntimeError, match="method='wp' estimates gradients of weights alone"):
+            call(rnn, *case.arguments())
+        rnn.perturbation = Perturbation("np", rollouts=3)
+    inputs, hx = case.arguments()
+    others = case.arguments()
+    found = call(rnn, inputs, hx)
+    drawn = torch.get_rng_state()
+    expected = call(twin, *others)
+    learns = flat(expected[0]).requires_grad and case.method != "bptt"
+    if learns:
+        # After what torch draws, for dropout, one number.
+        torch.empty((), dtype=torch.int64).random_(-(2**63), None)
+    masked = case.training and case.dropout == 0.5 and case.num_layers > 1
+    for one, other in zip(found, expected, strict=True):
+        assert_same_layout(one, other)
+        if masked and case.packed and learns:
+            # Masks are drawn for the padding too: the same distribution, other numbers.
+            assert bool(flat(one).isfinite().all())
+        elif case.packed and learns:
+            # Padded here; there the batch shrinks step by step, which groups the products differently.
+            assert_close(flat(one), flat(other), case.dtype)
+        else:
+            assert torch.equal(flat(one), flat(other))
+            assert torch.equal(drawn, torch.get_rng_state())
+    if flat(expected[0]).requires_grad:
+        for one, state in (found, expected):
+            (flat(one).float().sum() + state.float().square().sum()).backward()
+        for one, other in gradients(rnn, twin, (inputs, others[0]), (hx, others[1])):
+            assert_same_form(one, other, exact=case.method == "bptt")
+
+
+def assert_same_form(found, wanted, *, exact):
+    """Both gradients are missing, or both there with the same shape and type."""
+    assert (found is None) == (wanted is None)
+    if found is not None:
+        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+        assert bool(found.isfinite().all())
+        assert not exact or torch.equal(found, wanted)
+
+
+def gradients(rnn, twin, *pairs):
+    """What both modules left in .grad of parameters, and of the leaves among some tensors."""
+    found = [(one.grad, other.grad) for one, other in zip(rnn.parameters(), twin.parameters(), strict=True)]
+    for one, other in pairs:
+        if isinstance(one, torch.Tensor) and one.is_leaf:
+            found.append((one.grad, other.grad))
+    return found
+
+
+@settings(max_examples=500 if THOROUGH else 40)
+@given(CASES)
+@example(Case(num_layers=2, bidirectional=True, form="packed, unsorted", hx="with gradient", input_needs_grad=True))
+@example(Case(num_layers=2, batch_first=True, dropout=0.5, hx="with gradient", input_needs_grad=True))
+def test_gradients_are_those_of_torch_where_rollouts_suffice(case):
+    # Least squares with more rollouts than units and next to no ridge is exact to first order in sigma, for every
+    # form of input. Masks that torch draws for another number of elements are left out.
+    if case.packed and case.num_layers > 1:
+        case = case._replace(dropout=0.0)
+    how = Perturbation("anp-ls", rollouts=40, sigma=1e-7, noise="gaussian", discount=1.0, ridge=1e-10)
+    # Without biases a silent relu layer puts the next one exactly at its kink, which has no gradient.
+    case = case._replace(dtype="float64", frozen=False, bias=case.bias or case.nonlinearity == "relu")
+    rnn, twin = case.modules(how)
+    first, second = case.arguments(), case.arguments()
+    for module, (inputs, hx) in ((rnn, first), (twin, second)):
+        outputs, h_n = call(module, inputs, hx)
+        ramp = torch.linspace(-1, 1, flat(outputs).numel(), dtype=torch.float64).view(flat(outputs).shape)
+        (flat(outputs) * ramp).sum().add(h_n.square().sum()).backward()
+    pairs = gradients(rnn, twin, *zip(first, second, strict=True))
+    assert all((one is None) == (other is None) for one, other in pairs)
+    # All of them together, and beside a 1: a unit that is silent throughout has a gradient of 0.
+    one, other = (
+        torch.cat([torch.ones(1), *(pair[side].flatten() for pair in pairs if pair[side] is not None)])
+        for side in (0, 1)
+    )
+    assert_close(one, other, "least_squares")
+
+
+def without_a_step(inputs, case):
+    return inputs[:, :0] if case.batch_first and case.form == "batched" else inputs[:0]
+
+
+def on_data(change):
+    """The same change to a tensor and to a PackedSequence's data."""
+
+    def changed(inputs, case):
+        if isinstance(inputs, PackedSequence):
+            return PackedSequence(change(inputs.data), *inputs[1:])
+        return change(inputs)
+
+    return changed
+
+
+INPUT_FAULTS = {
+    "another dimension": on_data(lambda values: values.unsqueeze(0)),
+    "two more dimensions": on_data(lambda values: values[None, None]),
+    "a dimension less": on_data(lambda values: values[0]),
+    "no dimensions": on_data(lambda values: values.sum()),
+    "a feature more": on_data(lambda values: torch.cat((values, values[..., :1]), -1)),
+    "no features": on_data(lambda values: values[..., :0]),
+    "no steps": without_a_step,
+    "float16": on_data(torch.Tensor.half),
+    "float64": on_data(torch.Tensor.double),
+    "int64": on_data(torch.Tensor.long),
+    "bool": on_data(torch.Tensor.bool),
+    "complex": on_data(lambda values: values + 0j),
+    "meta": on_data(lambda values: values.to("meta")),
+    "numpy": lambda inputs, case: flat(inputs).detach().float().numpy(),
+    "list": lambda inputs, case: [0.0],
+    "tuple": lambda inputs, case: (inputs,),
+    "None": lambda inputs, case: None,
+    "str": lambda inputs, case: "inputs",
+}
+STATE_FAULTS = {
+    "a dimension more": lambda hx: hx.unsqueeze(0),
+    "a dimension less": lambda hx: hx[0],
+    "no dimensions": torch.Tensor.sum,
+    "a layer more": lambda hx: torch.cat((hx, hx[:1])),
+    "no layers": lambda hx: hx[:0],
+    "a unit more": lambda hx: torch.cat((hx, hx[..., :1]), -1),
+    "samples missing": lambda hx: hx[:, :0],
+    "float16": torch.Tensor.half,
+    "float64": torch.Tensor.double,
+    "int64": torch.Tensor.long,
+    "complex": lambda hx: hx + 0j,
+    "meta": lambda hx: hx.to("meta"),
+    "numpy": lambda hx: hx.detach().float().numpy(),
+    "list": lambda hx: [hx],
+    "tuple": lambda hx: (hx,),
+    "str": lambda hx: "hx",
+}
+
+
+def reshaped(change):
+    return lambda module: setattr(module, "weight_hh_l0", nn.Parameter(change(module.weight_hh_l0.detach())))
+
+
+MODULE_FAULTS = {
+    "on meta": lambda module: module.to("meta"),
+    "in float16": nn.Module.half,
+    "in another type": nn.Module.double,
+    "weight_hh not square": reshaped(lambda weight: torch.cat((weight, weight[:1]))),
+    "weight_hh of another size": reshaped(lambda weight: weight.new_zeros(weight.shape[0] + 1, weight.shape[0] + 1)),
+    "weight_hh of another type": reshaped(torch.Tensor.double),
+    "weight_hh on meta": reshaped(lambda weight: weight.to("meta")),
+    "weight_ih None": lambda module: setattr(module, "weight_ih_l0", None),
+}
+
+
+@settings(max_examples=2500 if THOROUGH else 250)
+@given(
+    CASES.map(lambda case: case._replace(hx="given" if case.hx == "none" else case.hx)),
+    st.one_of(
+        st.tuples(st.just("input"), st.sampled_from(list(INPUT_FAULTS))),
+        st.tuples(st.just("hx"), st.sampled_from(list(STATE_FAULTS))),
+        st.tuples(st.just("module"), st.sampled_from(list(MODULE_FAULTS))),
+    ),
+    st.booleans(),
+)
+def test_errors_are_those_of_torch(case, fault, grad):
+    where, name = fault
+    results = []
+    for module in case.modules():
+        inputs, hx = case.arguments()
+        if where == "input":
+            inputs = INPUT_FAULTS[name](inputs, case)
+        elif where == "hx":
+            hx = STATE_FAULTS[name](hx)
+        else:
+            MODULE_FAULTS[name](module)
+        with torch.set_grad_enabled(grad):
+            results.append(outcome(module, inputs, hx))
+    found, expected = results
+    if case.form == "packed, unsorted" and where == "hx" and isinstance(expected, type):
+        # torch looks the samples' order up in hx before it looks what hx is.
+        assert isinstance(found, type)
+    elif isinstance(expected, type):
+        assert found is expected
+    elif isinstance(found, type):
+        # Where sizes are 1 or sequences packed, torch goes on with mixed devices, types and shapes; we need not.
+        assert found is RuntimeError
+    else:
+        for one, other in zip(found, expected, strict=True):
+            assert_same_layout(one, other)
+
+
+def outcome(module, inputs, hx):
+    """Outputs, or the type of the error."""
+    try:
+        return call(module, inputs, hx)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return type(error)
+
+
+def test_hx_of_too_many_samples_raises_where_torch_takes_some_of_them():
+    rnn, twin = Case().modules()
+    inputs = pack_padded_sequence(torch.zeros(3, 2, 2), [2, 3], enforce_sorted=False)
+    assert twin(inputs, torch.zeros(1, 3, 3))[1].shape == (1, 2, 3)
+    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 2, 3\), got \[1, 3, 3\]"):
+        rnn(inputs, torch.zeros(1, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ((2, 3), {"proj_size": 1}),
+        ((2, 3), {"proj_size": 0}),
+        ((2, 3), {"device": "nowhere"}),
+        ((2, 3), {"dtype": torch.int64}),
+        ((2, 3), {"dtype": "float32"}),
+        ((2, 3), {"dtype": torch.float64, "device": "cpu"}),
+        ((2, 3), {"bias": 1}),
+        ((2, 3), {"batch_first": "yes"}),
+        ((2, 3), {"num_layers": 1.5}),
+        ((2, 3), {"num_layers": -1}),
+        ((2, 3), {"bidirectional": None}),
+        ((2, 3, 1, None), {}),
+        ((2, 3, 1, "relu", True, True, 0.0, True), {}),
+        ((2, 3, 1, "relu", True, True, 0.0, True, 0), {}),
+        ((2, 3, 1, "relu"), {"nonlinearity": "tanh"}),
+        ((0, 3), {}),
+        (("2", 3), {}),
+    ],
+)
+def test_constructor_takes_and_refuses_what_torchs_does(args, options):
+    found, expected = (constructed(kind, args, options) for kind in (anpgpu.RNN, nn.RNN))
+    if isinstance(expected, type):
+        assert found is expected
+    else:
+        assert repr(found) == repr(expected)
+        assert [(name, one.shape, one.dtype) for name, one in found.named_parameters()] == [
+            (name, one.shape, one.dtype) for name, one in expected.named_parameters()
+        ]
+
+
+def constructed(kind, args, options):
+    """The module, or the type of the error."""
+    try:
+        return kind(*args, **options)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flatten_parameters_and_all_weights_are_torchs(form):
+    case = Case(num_layers=2, bidirectional=True, form=form)
+    rnn, twin = case.modules()
+    inputs, _ = case.arguments()
+    before = flat(rnn(inputs)[0])
+    assert rnn.flatten_parameters() is None
+    assert torch.equal(flat(rnn(inputs)[0]), before)
+    assert [[one.shape for one in layer] for layer in rnn.all_weights] == [
+        [one.shape for one in layer] for layer in twin.all_weights
+    ]
+    assert all(
+        one is other
+        for one, other in zip((one for layer in rnn.all_weights for one in layer), rnn.parameters(), strict=True)
+    )

@@ -1,0 +1,283 @@
+"""Parameters of `anpgpu.RNN` tied, replaced, computed, moved and saved; and padding, which counts for nothing."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import anpgpu
+from anpgpu import Perturbation
+
+METHODS = ("anp", "np", "anp-ls", "wp")
+
+
+def step(module, inputs, seed=3):
+    """Gradients of one backward pass, by parameter name."""
+    module.zero_grad()
+    torch.manual_seed(seed)
+    module(inputs)[0].square().sum().backward()
+    return {name: None if one.grad is None else one.grad.clone() for name, one in module.named_parameters()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+EXACT = Perturbation("anp-ls", rollouts=40, sigma=1e-7, noise="gaussian", discount=1.0, ridge=1e-10)
+"""Enough rollouts for gradients that equal torch's to 1e-4."""
+
+
+def pair(*args, **options):
+    """Modules with the same float64 parameters, whose gradients should agree."""
+    torch.manual_seed(4)
+    rnn = anpgpu.RNN(*args, dtype=torch.float64, perturbation=EXACT, **options)
+    twin = nn.RNN(*args, dtype=torch.float64, **options)
+    twin.load_state_dict(rnn.state_dict(), strict=True)
+    return rnn, twin
+
+
+INPUTS = torch.linspace(-1, 1, 4 * 2 * 3, dtype=torch.float64).sin().view(4, 2, 3)
+
+
+def assert_same_gradients(rnn, twin):
+    assert torch.equal(rnn(INPUTS)[0], twin(INPUTS)[0])
+    found, expected = step(rnn, INPUTS), step(twin, INPUTS)
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert_close(found[name], expected[name], "least_squares")
+
+
+def test_a_tied_parameter_gets_the_sum_of_its_gradients():
+    rnn, twin = pair(3, 3, num_layers=2)
+    for module in (rnn, twin):
+        module.weight_hh_l1 = module.weight_hh_l0
+        module.weight_ih_l1 = module.weight_hh_l0
+    assert len(list(rnn.parameters())) == 6
+    assert_same_gradients(rnn, twin)
+
+
+def test_a_parameter_of_two_networks_gets_the_sum_of_its_gradients():
+    class Twice(nn.Module):
+        def __init__(self, first, second):
+            super().__init__()
+            self.first, self.second = first, second
+            second.weight_hh_l0 = first.weight_hh_l0
+
+        def forward(self, inputs):
+            return self.second(self.first(inputs)[0])
+
+    (one, expected_one), (two, expected_two) = pair(3, 4), pair(4, 4)
+    rnn, twin = Twice(one, two), Twice(expected_one, expected_two)
+    assert len(list(rnn.parameters())) == 7
+    assert_same_gradients(rnn, twin)
+
+
+def test_a_reassigned_parameter_is_the_one_that_counts():
+    rnn, twin = pair(3, 4)
+    old = rnn.weight_hh_l0
+    for module in (rnn, twin):
+        module.weight_hh_l0 = nn.Parameter(0.5 * torch.eye(4, dtype=torch.float64))
+    assert_same_gradients(rnn, twin)
+    assert old.grad is None
+    for module in (rnn, twin):
+        module.bias_hh_l0.data = torch.full((4,), 0.1, dtype=torch.float64)
+        with torch.no_grad():
+            module.weight_ih_l0.mul_(0.5)
+    assert_same_gradients(rnn, twin)
+
+
+def test_a_weight_computed_by_the_model_passes_its_gradient_on():
+    # Weight dropping and hypernetworks put a plain tensor in a parameter's place before every call.
+    rnn, twin = pair(3, 4)
+    found = []
+    for module in (rnn, twin):
+        raw = module.weight_hh_l0
+        del module.weight_hh_l0
+        module.register_parameter("raw", raw)
+        module.weight_hh_l0 = module.raw * 0.5
+        torch.manual_seed(1)
+        module(INPUTS)[0].square().sum().backward()
+        found.append(module.raw.grad)
+    assert_close(found[0], found[1], "least_squares")
+
+
+PARAMETRIZATIONS = {
+    "weight_norm": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "spectral_norm": parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZATIONS)
+@pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1_reverse"])
+def test_parametrized_weights_learn(kind, name):
+    rnn, twin = pair(3, 4, num_layers=2, bidirectional=True)
+    for module in (rnn, twin):
+        torch.manual_seed(2)
+        PARAMETRIZATIONS[kind](module, name)
+        # Every look at a weight under spectral_norm is a power iteration, while it trains.
+        module.eval()
+    assert list(rnn.state_dict()) == list(twin.state_dict())
+    assert_same_gradients(rnn, twin)
+    # Swapped in and out, the parametrization stays.
+    assert anpgpu.unswap_(rnn) == 1
+    assert_same(step(rnn, INPUTS), step(twin, INPUTS))
+    assert anpgpu.swap_(rnn, EXACT) == 1
+    assert_same_gradients(rnn, twin)
+    nn.utils.parametrize.remove_parametrizations(rnn, name)
+    nn.utils.parametrize.remove_parametrizations(twin, name)
+    assert type(rnn) is anpgpu.RNN
+    assert_same_gradients(rnn, twin)
+
+
+def test_a_parametrized_network_trains():
+    torch.manual_seed(0)
+    rnn = parametrizations.orthogonal(anpgpu.RNN(3, 4, perturbation=Perturbation("anp", rollouts=8)), "weight_hh_l0")
+    optimiser = torch.optim.SGD(rnn.parameters(), lr=0.1)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = (rnn(torch.ones(5, 2, 3))[0] - 0.5).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    weight = rnn.weight_hh_l0.detach()
+    assert losses[-1] < 0.5 * losses[0]
+    assert_close(weight @ weight.t(), torch.eye(4), "float32")
+
+
+def test_functional_call_estimates_for_the_parameters_it_is_given():
+    rnn, twin = pair(3, 4, num_layers=2)
+    found = []
+    for module in (rnn, twin):
+        given = {name: (0.7 * one.detach()).requires_grad_() for name, one in module.named_parameters()}
+        torch.manual_seed(1)
+        outputs, _ = torch.func.functional_call(module, given, (INPUTS,))
+        outputs.square().sum().backward()
+        assert all(one.grad is None for one in module.parameters())
+        found.append((outputs, given))
+    assert torch.equal(found[0][0], found[1][0])
+    for name in found[0][1]:
+        assert_close(found[0][1][name].grad, found[1][1][name].grad, "least_squares")
+
+
+def test_a_module_from_the_meta_device_is_an_ordinary_one():
+    torch.manual_seed(1)
+    source = anpgpu.RNN(3, 4, 2, bidirectional=True, dtype=torch.float64)
+    with torch.device("meta"):
+        rnn = anpgpu.RNN(3, 4, 2, bidirectional=True, dtype=torch.float64, perturbation=source.perturbation)
+    outputs, h_n = rnn(INPUTS.to("meta"))
+    assert (outputs.shape, h_n.shape) == ((4, 2, 8), (4, 2, 4))
+    assert outputs.is_meta
+    assert h_n.is_meta
+    rnn.to_empty(device="cpu").load_state_dict(source.state_dict(), strict=True)
+    assert_same(step(rnn, INPUTS), step(source, INPUTS))
+    assigned = anpgpu.RNN(3, 4, 2, bidirectional=True, dtype=torch.float64, device="meta")
+    assigned.load_state_dict(source.state_dict(), strict=True, assign=True)
+    assert_same(step(assigned, INPUTS), step(source, INPUTS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_move_to_another_type_moves_everything(dtype):
+    rnn, _ = pair(3, 4, num_layers=2)
+    rnn.perturbation = Perturbation("anp", rollouts=4)
+    step(rnn, INPUTS)
+    moved = copy.deepcopy(rnn).to(dtype)
+    fresh = anpgpu.RNN(3, 4, 2, dtype=dtype, perturbation=rnn.perturbation)
+    fresh.load_state_dict(rnn.state_dict(), strict=True)
+    inputs = INPUTS.to(dtype)
+    assert torch.equal(moved(inputs)[0], fresh(inputs)[0])
+    assert_same(step(moved, inputs), step(fresh, inputs))
+    back = moved.to(torch.float64)
+    assert all(one.dtype == torch.float64 for one in step(back, INPUTS).values())
+
+
+def test_saved_modules_come_back_whole():
+    rnn, twin = pair(3, 4, num_layers=2, bidirectional=True)
+    hooked = []
+    rnn.eval().weight_hh_l0.requires_grad_(False)
+    twin.eval().weight_hh_l0.requires_grad_(False)
+    buffer = io.BytesIO()
+    torch.save({"rnn": rnn.state_dict(), "twin": twin.state_dict()}, buffer)
+    buffer.seek(0)
+    states = torch.load(buffer, weights_only=True)
+    assert list(states["rnn"]) == list(states["twin"])
+    for other in (copy.deepcopy(rnn), copy.copy(rnn), pickle.loads(pickle.dumps(rnn))):
+        assert type(other) is anpgpu.RNN
+        assert not other.training
+        assert not other.weight_hh_l0.requires_grad
+        assert other.perturbation == EXACT
+        other.register_forward_hook(lambda *given: hooked.append(type(given[0])))
+        assert torch.equal(other(INPUTS)[0], twin(INPUTS)[0])
+    assert hooked == [anpgpu.RNN] * 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("filler", [7.0, -1e4])
+def test_what_a_packed_sequence_is_padded_with_changes_nothing(monkeypatch, method, filler):
+    # Inside, samples are padded to one length. No loss, norm, product or update may see with what.
+    rnn = anpgpu.RNN(3, 4, 2, bidirectional=True, perturbation=Perturbation(method, rollouts=5))
+    packed = pack_padded_sequence(torch.randn(6, 3, 3), [2, 6, 3], enforce_sorted=False)
+
+    def found():
+        rnn.zero_grad()
+        torch.manual_seed(2)
+        outputs, h_n = rnn(packed)
+        (outputs.data.square().sum() + h_n.sum()).backward()
+        estimate = rnn.last_estimate
+        return [outputs.data, h_n, estimate.skipped, estimate.split_half, *(one.grad for one in rnn.parameters())]
+
+    expected = found()
+    pad = torch._VF._pad_packed_sequence
+    padded_with = []
+
+    def filled(data, batch_sizes, batch_first, value, total_length):
+        padded_with.append(filler)
+        return pad(data, batch_sizes, batch_first, filler, total_length)
+
+    monkeypatch.setattr(torch._VF, "_pad_packed_sequence", filled, raising=False)
+    assert float(pad_packed_sequence(packed)[0][5, 0, 0]) == filler
+    assert all(torch.equal(one, other) for one, other in zip(found(), expected, strict=True))
+    assert len(padded_with) > 1
+
+
+def absolute(outputs, targets):
+    return (outputs - targets).abs().sum(-1)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", absolute])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_of_inputs_and_targets_contributes_nothing(method, bidirectional, loss):
+    torch.manual_seed(0)
+    rnn, head = nn.RNN(3, 4, 2, bidirectional=bidirectional), nn.Linear(4 * (1 + bidirectional), 5)
+    inputs = torch.randn(6, 3, 3)
+    targets = torch.randint(5, (6, 3)) if loss == "cross_entropy" else torch.randn(6, 3, 5)
+    lengths = [2, 6, 3]
+    readout = "perturbed" if method == "np" else "exact"
+    results = []
+    for filler in (0.0, math.nan, math.inf, -1e38):
+        for sample, length in enumerate(lengths):
+            inputs[length:, sample] = filler
+            targets[length:, sample] = (
+                3 if loss == "cross_entropy" and filler else 0 if loss == "cross_entropy" else filler
+            )
+        rnn.zero_grad()
+        head.zero_grad()
+        seen = anpgpu.estimate_grad_(
+            rnn, head, inputs, targets, loss, perturbation=Perturbation(method, rollouts=5, readout=readout),
+            lengths=lengths, generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+        grads = [one.grad for module in (rnn, head) for one in module.parameters()]
+        results.append([*grads, seen.loss, seen.outputs, seen.h_n, seen.skipped, seen.split_half])
+    assert bool(results[0][0].isfinite().all())
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))

@@ -1,0 +1,419 @@
+"""Modules, `estimate_grad_`, `diagnose` and the swaps on thousands of inputs, good, wild and wrong.
+
+What is right: the clean run is torch's, gradients are finite wherever torch's are (or the call says that no rollout
+is), a refused call leaves no gradient behind, and its message tells what was wrong.
+"""
+
+import math
+import warnings
+
+import pytest
+import torch
+from fuzzing import CONTENTS, FLOATS, LEGS, MODERATE, Call, fuzz, spoilt, tensor, tried
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import anpgpu
+from anpgpu import Perturbation, decorrelation
+
+METHODS = ("anp", "np", "anp-ls", "wp", "bptt")
+REFUSES = (ValueError, TypeError, RuntimeError, MemoryError)
+FEATURES = 2
+
+
+@st.composite
+def perturbations(draw):
+    return Perturbation(
+        draw(st.sampled_from(METHODS)),
+        rollouts=draw(st.sampled_from([1, 2, 5, 9])),
+        sigma=draw(st.sampled_from([1e-3, 1e-3, 1e-6, 0.5])),
+        noise=draw(st.sampled_from(["rademacher", "gaussian"])),
+        discount=draw(st.sampled_from([0, 0.9, 1])),
+        ridge=draw(st.sampled_from([0.1, 0.1, 0, 1e-6])),
+        rank=draw(st.sampled_from([1, None, 2])),
+        readout=draw(st.sampled_from(["exact", "perturbed"])),
+        max_memory=draw(st.sampled_from([None, None, 2**26])),
+    )
+
+
+@st.composite
+def constructions(draw):
+    """Arguments of a network that exists."""
+    return {
+        "input_size": FEATURES,
+        "hidden_size": draw(st.sampled_from([1, 3, 8])),
+        "num_layers": draw(st.sampled_from([1, 1, 2])),
+        "nonlinearity": draw(st.sampled_from(["tanh", "relu"])),
+        "bias": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "dropout": 0.0,
+        "bidirectional": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(FLOATS)),
+    }
+
+
+def built(arguments, seed=1):
+    torch.manual_seed(seed)
+    return nn.RNN(**arguments)
+
+
+@st.composite
+def sequences(draw, arguments, content):
+    """Inputs of such a network in any layout, and what its batch and length are: (inputs, T, B or None)."""
+    time, batch = draw(st.integers(1, 4)), draw(st.sampled_from([None, 0, 1, 2, 3]))
+    shape = (time, FEATURES) if batch is None else (time, batch, FEATURES)
+    values = draw(tensor(shape, arguments["dtype"], content))
+    if batch is not None and arguments["batch_first"]:
+        values = values.transpose(0, 1)
+    return values, time, batch
+
+
+@st.composite
+def rnn_calls(draw):
+    given = draw(constructions())
+    content = draw(st.sampled_from(CONTENTS))
+    inputs, time, batch = draw(sequences(given, content))
+    if batch and draw(st.booleans()):
+        lengths = [1 + (3 * sample) % time for sample in range(batch)]
+        inputs = pack_padded_sequence(inputs, lengths, batch_first=given["batch_first"], enforce_sorted=False)
+    how = draw(perturbations())
+    arguments = given | {"perturbation": how}
+    arguments, spoiled = draw(spoilt(arguments))
+    return Call(arguments | {"inputs": inputs}, spoiled, content)
+
+
+def run_rnn(inputs, perturbation, **options):
+    # What dropout draws is compared in tests/test_conformance.py.
+    rnn = quietly(anpgpu.RNN, **options, perturbation=perturbation).eval()
+    outputs, h_n = rnn(inputs)
+    return rnn, outputs, h_n
+
+
+def quietly(kind, **options):
+    """A network, without torch's warning that dropout needs a second layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return kind(**options)
+
+
+def check_rnn(call):
+    options = {name: value for name, value in call.arguments.items() if name not in {"inputs", "perturbation"}}
+    # A constructor's messages are torch's own, and so is their sense of what is worth quoting.
+    torchs = bool(call.spoiled) and call.spoiled != ("perturbation",)
+    found = tried("RNN", run_rnn, call, errors=(*REFUSES, AttributeError), quoting=not torchs)
+    if found is None:
+        # Types of errors are compared in tests/test_conformance.py.
+        assert not torchs or refused(lambda: quietly(nn.RNN, **options)(call.arguments["inputs"])) is not None
+        return
+    rnn, outputs, h_n = found
+    twin = quietly(nn.RNN, **options).eval()
+    twin.load_state_dict(rnn.state_dict(), strict=True)
+    if refused(lambda: twin(call.arguments["inputs"])) is not None:
+        # Numbers for flags, and flags for numbers, which torch takes in the constructor and then stumbles over.
+        assert call.spoiled
+        return
+    expected, expected_h_n = twin(call.arguments["inputs"])
+    values, right = (one if isinstance(one, torch.Tensor) else one.data for one in (outputs, expected))
+    assert_same_states(values, right)
+    assert_same_states(h_n, expected_h_n)
+    if not values.requires_grad:
+        return
+    (right.sum() + expected_h_n.sum()).backward()
+    finite = all(bool(one.grad.isfinite().all()) for one in twin.parameters())
+    refusal = refused((values.sum() + h_n.sum()).backward)
+    if refusal is not None:
+        assert call.content not in MODERATE
+        assert "is not finite" in refusal
+        return
+    for one, other in zip(rnn.parameters(), twin.parameters(), strict=True):
+        assert (one.grad.shape, one.grad.dtype) == (other.grad.shape, other.grad.dtype)
+        assert not finite or bool(one.grad.isfinite().all())
+
+
+def refused(call):
+    """The message with which a call failed, None where it did not."""
+    try:
+        call()
+    except (*REFUSES, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def assert_same_states(found, expected):
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    rounding = 1e-5 if found.dtype == torch.float32 else 1e-13
+    assert torch.allclose(found, expected, rtol=rounding, atol=rounding, equal_nan=True)
+
+
+def absolute(outputs, targets):
+    return (outputs - targets).abs().sum(-1)
+
+
+def whole_sequence(outputs, targets):
+    return outputs.square().sum((0, -1)) if outputs.dim() == 4 else outputs.sum()
+
+
+@st.composite
+def estimate_arguments(draw, content):
+    given = draw(constructions())
+    wild_targets = draw(st.booleans())
+    inputs, time, batch = draw(sequences(given, "moderate" if wild_targets else content))
+    rnn = built(given)
+    width = given["hidden_size"] * (1 + given["bidirectional"])
+    outputs = draw(st.sampled_from([None, 1, 3]))
+    torch.manual_seed(2)
+    readout = None if outputs is None else nn.Linear(width, outputs, dtype=given["dtype"])
+    outputs = outputs or width
+    loss = draw(st.sampled_from(["mse", "cross_entropy", absolute, whole_sequence]))
+    sizes = (time,) if batch is None else (batch, time) if given["batch_first"] else (time, batch)
+    if loss == "cross_entropy":
+        targets = torch.arange(math.prod(sizes)).view(sizes) % outputs
+    else:
+        targets = draw(tensor((*sizes, outputs), given["dtype"], content if wild_targets else "moderate"))
+    states = (given["num_layers"] * (1 + given["bidirectional"]), *(() if batch is None else (batch,)))
+    lengths = None if batch is None else [1 + (3 * sample) % time for sample in range(batch)]
+    return {
+        "rnn": rnn,
+        "readout": readout,
+        "inputs": inputs,
+        "targets": targets,
+        "loss": loss,
+        "perturbation": draw(perturbations()),
+        "hx": draw(st.one_of(st.none(), tensor((*states, given["hidden_size"]), given["dtype"]))),
+        "lengths": draw(st.sampled_from([None, lengths])),
+        "generator": draw(st.sampled_from([None, torch.Generator()])),
+    }
+
+
+@st.composite
+def estimate_calls(draw):
+    content = draw(st.sampled_from(CONTENTS))
+    return Call(*draw(spoilt(draw(estimate_arguments(content)))), content=content)
+
+
+def check_estimate(call):
+    given = call.arguments
+    wild = call.content not in MODERATE
+    leaves = [leaf for name in ("rnn", "readout") for leaf in parameters_of(given[name])]
+    # A callable loss fails in words of its own.
+    quoting = call.spoiled != ("loss",) or not callable(given["loss"])
+    excuse = "is not finite" if wild else None
+    found = tried("estimate_grad_", anpgpu.estimate_grad_, call, errors=REFUSES, quoting=quoting, excuse=excuse)
+    if found is None:
+        assert all(leaf.grad is None for leaf in leaves)
+        return
+    rnn, loss = given["rnn"], given["loss"]
+    batched = given["inputs"].dim() == 3
+    outputs, h_n = rnn(given["inputs"], given["hx"])
+    if given["lengths"] is None:
+        outputs = outputs if given["readout"] is None else given["readout"](outputs)
+        assert_same_states(found.outputs, outputs)
+        assert_same_states(found.h_n, h_n)
+        if loss == "mse" and outputs.numel() and given["targets"].shape == outputs.shape:
+            assert_same_states(found.loss, nn.functional.mse_loss(outputs, given["targets"]))
+    assert found.outputs.dim() == 2 + batched
+    assert found.loss.shape == found.skipped.shape == found.split_half.shape == ()
+    if not wild:
+        assert all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in leaves if leaf.requires_grad)
+
+
+def parameters_of(value):
+    return list(value.parameters()) if isinstance(value, nn.Module) else []
+
+
+@st.composite
+def models(draw, depth=0):
+    """A module with some RNNs inside, some of them ours already."""
+    kind = draw(st.sampled_from(["rnn", "ours", "gru", "linear", "parametrized", "nested", "nested"]))
+    if kind == "nested" and depth < 3:
+        return nn.Sequential(*draw(st.lists(models(depth + 1), max_size=3)))
+    if kind == "parametrized":
+        return nn.utils.parametrizations.weight_norm(nn.RNN(2, 3), "weight_hh_l0")
+    return {"rnn": nn.RNN, "ours": anpgpu.RNN, "gru": nn.GRU}.get(kind, nn.Linear)(2, 3)
+
+
+class Derived(nn.RNN):
+    """Somebody's own RNN."""
+
+
+@st.composite
+def swap_calls(draw, with_perturbation):
+    model = draw(models())
+    if not draw(st.integers(0, 9)):
+        model = nn.Sequential(model, Derived(2, 3))
+    arguments = {"model": model} | ({"perturbation": draw(perturbations())} if with_perturbation else {})
+    arguments, spoiled = draw(spoilt(arguments))
+    return Call(arguments, spoiled)
+
+
+def check_swap(call):
+    model = call.arguments["model"]
+    before = [type(one) for one in model.modules()] if isinstance(model, nn.Module) else []
+    weights = [id(one) for one in parameters_of(model)]
+    derived = Derived in before
+    found = tried("swap_", anpgpu.swap_, call, excuse="Derived is a subclass" if derived else None)
+    assert found is None or not derived
+    after = [type(one) for one in model.modules()] if isinstance(model, nn.Module) else []
+    assert [id(one) for one in parameters_of(model)] == weights
+    if found is None:
+        assert after == before
+        return
+    assert found == sum(issubclass(kind, nn.RNN) for kind in before)
+    assert found == sum(issubclass(kind, anpgpu.RNN) for kind in after)
+    assert anpgpu.unswap_(model) == found
+
+
+def check_unswap(call):
+    model = call.arguments["model"]
+    found = tried("unswap_", anpgpu.unswap_, call)
+    if found is not None:
+        assert not any(isinstance(one, anpgpu.RNN) for one in model.modules())
+        assert anpgpu.unswap_(model) == 0
+
+
+@st.composite
+def diagnose_calls(draw):
+    given = draw(estimate_arguments(draw(st.sampled_from(CONTENTS))))
+    given.pop("generator")
+    grid = {
+        "methods": draw(st.sampled_from([("anp",), ["np"], ("wp",)])),
+        "rollouts": draw(st.sampled_from([(1,), [3]])),
+        "discounts": draw(st.sampled_from([(0,), (0.9,)])),
+        "sigmas": draw(st.sampled_from([(1e-3,), [1e-2]])),
+        "repeats": 2,
+        "tolerance": draw(st.sampled_from([0, 0.05])),
+        "seed": draw(st.sampled_from([0, 2**62])),
+        "progress": False,
+    }
+    return Call(*draw(spoilt(given | grid)))
+
+
+def check_diagnose(call):
+    given = call.arguments
+    leaves = [leaf for name in ("rnn", "readout") for leaf in parameters_of(given[name])]
+    before = [leaf.detach().clone() for leaf in leaves]
+    state = torch.get_rng_state()
+    quoting = call.spoiled != ("loss",) or not callable(given["loss"])
+    excuse = "no setting of the grid gives"
+    found = tried("diagnose", anpgpu.diagnose, call, errors=REFUSES, quoting=quoting, excuse=excuse)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(leaf.grad is None for leaf in leaves)
+    assert all(torch.equal(one, other) for one, other in zip(leaves, before, strict=True))
+    if found is not None:
+        assert found.rows
+        assert all(math.isnan(row.total.cosine) or -1.001 <= row.total.cosine <= 1.001 for row in found.rows)
+        assert isinstance(found.table(), str)
+
+
+@st.composite
+def decorrelate_calls(draw):
+    size = draw(st.sampled_from([1, 3]))
+    dtype, content = draw(st.sampled_from(FLOATS)), draw(st.sampled_from(CONTENTS))
+    arguments = {
+        "size": size,
+        "rate": draw(st.sampled_from([1e-3, 0.05])),
+        "every": draw(st.sampled_from([1, 2])),
+        "dtype": dtype,
+        "activity": draw(tensor((draw(st.integers(1, 3)), 2, size), dtype, content)),
+    }
+    return Call(*draw(spoilt(arguments)), content=content)
+
+
+def decorrelate(activity, **options):
+    module = decorrelation.Decorrelate(**options)
+    module.update_(activity)
+    return module, module(activity)
+
+
+def check_decorrelate(call):
+    excuse = None if call.content in MODERATE else "a step is stable"
+    # D x is torch's own linear function, whose words are its own.
+    quoting = call.spoiled != ("activity",)
+    found = tried("Decorrelate", decorrelate, call, errors=REFUSES, quoting=quoting, excuse=excuse)
+    if found is not None:
+        module, seen = found
+        assert bool(module.matrix.isfinite().all())
+        assert seen.shape == call.arguments["activity"].shape
+
+
+@st.composite
+def decorrelation_calls(draw):
+    given = draw(constructions())
+    content = draw(st.sampled_from(CONTENTS))
+    inputs, _, _ = draw(sequences(given, content))
+    width = given["hidden_size"] * (1 + given["bidirectional"])
+    arguments = {
+        "rnn": built(given),
+        "readout": draw(st.sampled_from([None, nn.Linear(width, 2, dtype=given["dtype"])])),
+        "hidden": True,
+        "inputs": draw(st.booleans()),
+        "rate": draw(st.sampled_from([1e-3, 0.05])),
+        "every": draw(st.sampled_from([1, 2])),
+        "average_over_time": draw(st.booleans()),
+    }
+    arguments, spoiled = draw(spoilt(arguments))
+    return Call(arguments | {"sequences": inputs}, spoiled, content)
+
+
+def decorrelated(sequences, **options):
+    made = decorrelation.Decorrelation(**options)
+    made.update_(sequences)
+    return made
+
+
+def check_decorrelation(call):
+    excuse = None if call.content in MODERATE else "a step is stable"
+    found = tried("Decorrelation", decorrelated, call, errors=REFUSES, excuse=excuse)
+    if found is not None:
+        assert found.matrices
+        assert all(bool(one.isfinite().all()) for one in found.matrices.values())
+
+
+@st.composite
+def correlation_calls(draw):
+    content = draw(st.sampled_from(CONTENTS))
+    shape = (draw(st.integers(2, 5)), draw(st.sampled_from([2, 4])))
+    arguments = {
+        "activity": draw(tensor(shape, draw(st.sampled_from(FLOATS)), content)),
+        "centred": draw(st.booleans()),
+    }
+    return Call(*draw(spoilt(arguments)), content=content)
+
+
+def check_correlation(call):
+    found = tried("squared_correlation", decorrelation.squared_correlation, call, errors=REFUSES)
+    if found is not None and not call.spoiled:
+        assert found.shape == ()
+        assert found.dtype == torch.float64
+        assert (
+            call.content in {"nan", "inf", "-inf", "huge"} or bool(found.isnan()) or -1e-9 <= float(found) <= 1 + 1e-9
+        )
+
+
+TARGETS = {
+    "RNN": (rnn_calls(), check_rnn),
+    "estimate_grad_": (estimate_calls(), check_estimate),
+    "swap_": (swap_calls(with_perturbation=True), check_swap),
+    "unswap_": (swap_calls(with_perturbation=False), check_unswap),
+    "diagnose": (diagnose_calls(), check_diagnose),
+    "Decorrelate": (decorrelate_calls(), check_decorrelate),
+    "Decorrelation": (decorrelation_calls(), check_decorrelation),
+    "squared_correlation": (correlation_calls(), check_correlation),
+}
+
+ELSEWHERE = {"Perturbation", "functional", "decorrelation"}
+"""Fuzzed in tests/test_fuzz.py, or a module whose functions and classes are targets here."""
+
+RESULTS = {"Estimate", "NOISE_STREAM_VERSION", "__version__"}
+"""What the library makes and takes from nobody."""
+
+
+def test_everything_public_is_fuzzed():
+    assert set(anpgpu.__all__) - RESULTS - ELSEWHERE <= set(TARGETS)
+
+
+@pytest.mark.parametrize("inputs", LEGS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_modules_answer_or_refuse(name, inputs):
+    assert fuzz(name, *TARGETS[name], inputs) >= inputs
