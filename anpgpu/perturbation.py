@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-METHODS = ("anp", "np", "anp-ls", "wp", "bptt")
+PUBLISHED = ("published-anp", "published-np", "published-wp")
+"""For comparison, in `estimate_grad_` alone: the rules as published, one rollout of Gaussian noise."""
+
+METHODS = ("anp", "np", "anp-ls", "wp", "bptt", *PUBLISHED)
 NOISES = ("rademacher", "gaussian")
 READOUTS = ("exact", "perturbed")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
@@ -14,16 +17,20 @@ BACKENDS = ("auto", "triton", "cupy", "torch")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How gradients are estimated from perturbed rollouts.
+    """How gradients are estimated from perturbed rollouts. The defaults are those of `profiling/defaults.py`.
 
     Attributes:
-        method: "anp" (activity-based node perturbation), "np" (node perturbation), "anp-ls" (least-squares ANP), "wp"
-            (weight perturbation) or "bptt" (exact, by autograd: the baseline).
+        method: "anp-ls" (least-squares activity-based node perturbation), "anp" (activity-based node perturbation),
+            "np" (node perturbation), "wp" (weight perturbation) or "bptt" (exact, by autograd: the baseline). For
+            comparison, in `estimate_grad_` alone: "published-anp", "published-np", "published-wp", the rules as
+            published. They need rollouts=1 and noise="gaussian", credit each step with its own loss and perturb the
+            readout, whatever `discount` and `readout` say.
         rollouts: perturbed rollouts per sample, at least 1. More rollouts, less variance.
         sigma: standard deviation of the injected noise. Rollouts carry deviations, so small values lose no precision.
         noise: "rademacher" (+-sigma) or "gaussian".
         discount: how much of the loss of later steps a perturbation is credited with, in [0, 1]: 0 sees the loss of
-            its own step alone, as published; 1 the whole rest of the sequence. "wp" and "bptt" do not use it.
+            its own step alone, as published; 1 the whole rest of the sequence. For "anp" and "np" less than 1 trades
+            bias for variance; "anp-ls" has no need of it. "wp" and "bptt" do not use it.
         ridge: regularisation of "anp-ls", relative to the mean squared activity difference of a rollout.
         rank: rank of the weight noise of "wp"; None is dense.
         readout: "exact" computes the readout's gradient in closed form, "perturbed" estimates it from perturbed
@@ -32,23 +39,32 @@ class Perturbation:
             float64 parameters, the autocast dtype under autocast, bf16 on CUDA, float32 on the CPU).
         backend: "triton", "cupy", "torch", or "auto" (triton for CUDA tensors, torch otherwise).
         max_memory: bytes the rollouts may use; None is an eighth of the device's total memory.
+        shard_rollouts: share the rollouts between the processes of torch.distributed's default group, all of which hold
+            the same model and the same batch: n of them make the update that one would, to rounding. "anp-ls" shares
+            samples instead. False is right for DistributedDataParallel, where every process has samples of its own.
+        baseline: take the mean return of the other rollouts off each rollout's. It pays where sigma is large (0.1 and
+            more), where all rollouts tend to raise the loss alike, and changes little where it is small (least
+            squares loses one of its equations); see `profiling/variance.py`. It needs two rollouts. "wp" and "bptt" do
+            not use it.
 
     Raises:
         ValueError: a value is outside its range; the message quotes it.
         TypeError: a value is of the wrong type.
     """
 
-    method: str = "anp"
+    method: str = "anp-ls"
     rollouts: int = 32
     sigma: float = 1e-3
     noise: str = "rademacher"
-    discount: float = 0.9
-    ridge: float = 0.1
+    discount: float = 1.0
+    ridge: float = 0.01
     rank: int | None = 1
     readout: str = "exact"
     precision: str = "auto"
     backend: str = "auto"
     max_memory: int | None = None
+    shard_rollouts: bool = False
+    baseline: bool = False
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
@@ -61,12 +77,26 @@ class Perturbation:
             whole("rank", self.rank, 1, 2**32)
         if self.max_memory is not None:
             whole("max_memory", self.max_memory, 1)
+        for name in ("baseline", "shard_rollouts"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if self.baseline and self.rollouts < 2:
+            raise ValueError(f"baseline=True needs at least 2 rollouts, got rollouts={self.rollouts!r}")
+        if self.baseline and self.shard_rollouts and self.method != "anp-ls":
+            raise ValueError("baseline=True needs all rollouts of a sample in one process, got shard_rollouts=True")
+        if self.shard_rollouts and self.method in PUBLISHED:
+            raise ValueError(f"method={self.method!r} has one rollout, which shard_rollouts=True cannot share")
         if not (0 < real("sigma", self.sigma) < math.inf):
             raise ValueError(f"sigma must be positive and finite, got {self.sigma!r}")
         if not 0 <= real("discount", self.discount) <= 1:
             raise ValueError(f"discount must be in [0, 1], got {self.discount!r}")
         if not 0 <= real("ridge", self.ridge) < math.inf:
             raise ValueError(f"ridge must be finite and not negative, got {self.ridge!r}")
+        if self.method in PUBLISHED and (self.rollouts, self.noise) != (1, "gaussian"):
+            raise ValueError(
+                f"method={self.method!r} is one rollout of Gaussian noise: it needs rollouts=1 and noise='gaussian', "
+                f"got rollouts={self.rollouts!r}, noise={self.noise!r}"
+            )
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

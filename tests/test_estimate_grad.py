@@ -178,6 +178,16 @@ def test_gradients_of_inputs_and_hx_go_to_leaves_that_want_them():
     assert rnn.weight_hh_l0.grad is not None
 
 
+@pytest.mark.parametrize("name", ["inputs", "hx"])
+def test_wp_says_that_it_has_no_gradient_of_inputs_and_hx(name):
+    rnn, head = networks()
+    given = {"inputs": draw(T, B, I), "hx": draw(1, B, H)}
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"'wp'.*{name} requires grad"):
+        anpgpu.estimate_grad_(rnn, head, targets=draw(T, B, O), perturbation=Perturbation("wp", rollouts=2), **given)
+    assert given[name].grad is None
+
+
 def test_it_works_without_autograd_and_in_inference_mode():
     rnn, head = networks()
     inputs, targets = draw(T, B, I), draw(T, B, O)

@@ -81,15 +81,15 @@ def test_perturbation_is_frozen_and_replaceable():
 
 def test_perturbation_has_the_documented_fields():
     fields = [field.name for field in dataclasses.fields(Perturbation)]
-    expected = "method rollouts sigma noise discount ridge rank readout precision backend max_memory"
-    assert fields == expected.split()
+    expected = "method rollouts sigma noise discount ridge rank readout precision backend max_memory shard_rollouts"
+    assert fields == [*expected.split(), "baseline"]
     assert Perturbation("np", 8, 0.1).rollouts == 8
 
 
 def test_public_names_are_what_all_says():
     names = {name for name in vars(anpgpu) if not name.startswith("_")}
     modules = {name for name in names if type(getattr(anpgpu, name)).__name__ == "module"}
-    assert names - modules == set(anpgpu.__all__) - {"__version__", "functional"}
+    assert names - modules == set(anpgpu.__all__) - {"__version__", "functional", "decorrelation"}
     assert set(anpgpu.__all__) >= {
         "RNN",
         "Estimate",
