@@ -232,7 +232,7 @@ class _RecurrentProduct:
 
 
 def _has_bf16_tiles(operand: Tensor) -> bool:
-    """Say whether the processor multiplies bfloat16 matrices itself (AMX), three times as fast as float32 ones."""
+    """Say whether the processor multiplies bfloat16 matrices itself (AMX)."""
     on_cpu = operand.device.type == "cpu" and operand.dtype == torch.float32
     return on_cpu and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 

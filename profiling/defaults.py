@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from collections import defaultdict
@@ -185,7 +186,7 @@ def plot(rows: list[dict], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ("np 1", "anp 0", "anp 0.9", "anp 1", "anp-ls 0.98 ridge 0.1", "anp-ls 1 ridge 0.1", "anp-ls 1 ridge 1")
+    names = ("np 1", "anp 0", "anp 0.9", "anp 1", "anp-ls 1 ridge 0.01", "anp-ls 1 ridge 0.1", "anp-ls 1 ridge 1")
     tasks_seen = list(dict.fromkeys(row["task"] for row in rows))
     hidden = sorted({row["hidden"] for row in rows})[len({row["hidden"] for row in rows}) // 2]
     figure, axes = plt.subplots(
@@ -218,7 +219,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two tasks, one small network")
     parser.add_argument("--repeats", type=int, default=3, help="seeds of the noise")
     parser.add_argument("--output", type=Path, help="folder for JSON, text and plot")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of a result again")
     options = parser.parse_args()
+    if options.plot:
+        plot(json.loads(options.plot.read_text())["rows"], options.plot.with_suffix(".png"))
+        return
     torch.set_num_threads(1)
     chosen = list(TASKS)[:2] if options.quick else list(TASKS)
     plan = [

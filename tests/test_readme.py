@@ -49,3 +49,20 @@ def test_files_it_names_exist():
     scripts = [path for block in SHELL for path in re.findall(r"\b((?:examples|profiling)/\w+\.py)", block)]
     missing = [path for path in (*links, *scripts) if not (ROOT / path).exists()]
     assert missing == []
+
+
+def test_tests_and_scripts_it_cites_exist():
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    cited = set(re.findall(r"`(test_\w+)`", README))
+    assert cited
+    assert cited <= defined, f"no such tests: {sorted(cited - defined)}"
+    # Every row that says what works names what shows it.
+    rows = re.findall(r"^\| .* \|$", README[README.index("## Works with") : README.index("## On a GPU")], re.MULTILINE)
+    assert [row for row in rows[1:] if "`test_" not in row] == []
+    scripts = re.findall(r"`python ((?:profiling|examples|tests)/\w+\.py)", README)
+    assert scripts
+    assert [path for path in scripts if not (ROOT / path).exists()] == []
