@@ -149,8 +149,14 @@ def within_memory(
         torch.OutOfMemoryError: memory ran out at the smallest division; the message says what that needs.
     """
     parts = choose(max_memory)
-    if alone and _lowered.get(device, max_memory) < max_memory:
-        parts = _at_most(_lowered[device], choose) or parts
+    limit = _lowered.get(device, max_memory)
+    while alone and limit < max_memory:
+        # Other work may need more at the least than what was left for that which ran out.
+        smaller = _at_most(limit, choose)
+        if smaller is not None:
+            parts = smaller
+            break
+        limit = FIXED_BYTES + 2 * max(limit - FIXED_BYTES, 1)
     while True:
         try:
             return work(parts)
