@@ -36,6 +36,7 @@ TUNING_SEED = 100
 AHEAD, LANES, STEPS, HIDDEN, WASHOUT = 15, 8, 50, 64, 100
 TRAIN, HELD_OUT = 10_000, 2_000
 GAIN = 0.95
+DISCOUNT, RIDGE = 0.9, 0.1
 """Of the orthogonal W_hh at the start: torch's default contracts so fast that all units follow the input alike."""
 
 
@@ -108,7 +109,8 @@ def train(
     data: Data, method: str, decorrelation_rate: float | None, lr: float, seed: int, options: argparse.Namespace
 ) -> dict[str, float]:
     """Return the errors after training, and the correlations; errors are infinite where training diverged."""
-    rnn, readout = network(seed, anpgpu.Perturbation(method, rollouts=options.rollouts))
+    how = anpgpu.Perturbation(method, rollouts=options.rollouts, discount=DISCOUNT, ridge=RIDGE)
+    rnn, readout = network(seed, how)
     decorrelation = None if decorrelation_rate is None else Decorrelation(rnn, readout, rate=decorrelation_rate)
     optimiser = torch.optim.Adam([*rnn.parameters(), *readout.parameters()], lr=lr)
     state = None

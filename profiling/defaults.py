@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from gate import estimate_check, require
 from machine import line, machine, short_name
 from report import table, write
 from torch import nn
@@ -232,6 +233,7 @@ def main() -> None:
         for task in chosen
         for updates in UPDATES
     ]
+    checks = require([estimate_check()])
     record = machine()
     rows: list[dict] = []
     with tqdm(total=sum(len(rollouts) for _, rollouts in plan) * len(SETTINGS), desc="settings") as bar:
@@ -242,7 +244,7 @@ def main() -> None:
     print(text)
     if options.output:
         path = options.output / f"defaults-{short_name(record)}-{record['date']}.json"
-        write(path, {"machine": record, "rows": rows}, text)
+        write(path, {"machine": record, "checks": checks, "rows": rows}, text)
         plot(rows, path.with_suffix(".png"))
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from gate import Check, require
 from machine import line, machine
 from report import table, write
 from torch import Tensor, nn
@@ -155,6 +156,14 @@ def measure(rollouts: int, sigma: float, method: str, seeds: int) -> dict[str, o
     return {**row, "+-": widest}
 
 
+def stepping_check() -> Check:
+    """Compare least squares from twice as many rollouts as units, as it is stepped here, with BPTT."""
+    clean = clean_run(0)
+    found = gradient_of(clean, "anp-ls", "plain", 2 * HIDDEN, 1e-3)
+    figure = float(F.cosine_similarity(found.flatten(), clean.gradient.flatten(), dim=0))
+    return Check("least squares stepped by hand against autograd: cosine", figure, 0.95, True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,11 +179,12 @@ def main() -> None:
         for sigma in ((1e-3, 0.3) if options.quick else (1e-3, 0.1, 0.3, 1.0))
     ]
     rows = [measure(*cell, options.seeds) for cell in tqdm(grid, desc="cells")]
+    checks = require([stepping_check()])
     record = machine()
     text = f"{line(record)}\n\ncosine to BPTT's dW_hh, mean of {options.seeds} seeds\n\n{table(rows)}"
     print(text)
     if options.output:
-        write(options.output, {"machine": record, "seeds": options.seeds, "rows": rows}, text)
+        write(options.output, {"machine": record, "checks": checks, "seeds": options.seeds, "rows": rows}, text)
 
 
 if __name__ == "__main__":

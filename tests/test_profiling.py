@@ -182,3 +182,36 @@ def test_decorrelation_answers_both_questions(tmp_path):
     assert with_matrix["power of D h / h"] < 1
     assert record["says"][0].startswith("anp: decorrelation ")
     assert output.with_suffix(".png").stat().st_size > 0
+
+
+def test_defaults_orders_the_methods(tmp_path):
+    printed = run_script("defaults.py", "--quick", "--repeats", 2, "--output", tmp_path)
+    (output,) = tmp_path.glob("defaults-*.json")
+    record = read(output, printed)
+    # Two tasks, two stages, two numbers of rollouts, every setting.
+    settings = {row["setting"] for row in record["rows"]}
+    assert len(record["rows"]) == 2 * 2 * 2 * len(settings)
+    mean = {
+        name: sum(row["cosine"] for row in record["rows"] if row["setting"] == name) / 8 for name in sorted(settings)
+    }
+    default = anpgpu.Perturbation()
+    assert mean[f"{default.method} {default.discount:g} ridge {default.ridge:g}"] == max(mean.values())
+    assert mean["anp-ls 1 ridge 0.1"] > mean["anp 0.9"] > mean["anp 0"]
+    picture = output.with_suffix(".png")
+    assert picture.stat().st_size > 0
+    picture.unlink()
+    run_script("defaults.py", "--plot", output)
+    assert picture.stat().st_size > 0
+
+
+def test_variance_finds_where_the_baseline_pays(tmp_path):
+    output = tmp_path / "variance.json"
+    record = read(output, run_script("variance.py", "--quick", "--seeds", 3, "--output", output))
+    by_cell = {(row["method"], row["sigma"]): row for row in record["rows"]}
+    assert len(by_cell) == 6
+    for method in ("anp", "anp-ls"):
+        small, large = by_cell[method, 1e-3], by_cell[method, 0.3]
+        assert large["baseline"] > large["plain"]
+        assert abs(small["baseline"] - small["plain"]) < 0.1
+        assert small["antithetic"] < small["plain"]
+        assert small["readout"] < small["plain"]
