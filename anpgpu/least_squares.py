@@ -85,13 +85,13 @@ def least_squares(
         counters=counters,
         dtype=delta_loss.dtype,
     )
-    room = delta_loss.new_empty((batch, rollouts, padded(units)))
     every = not delta_a.is_cuda and bool(finite.all())
     adjoint = delta_loss.new_empty((3, time, batch, units))
     credit = torch.empty_like(delta_loss)
     grown = torch.zeros((), dtype=torch.int64, device=delta_a.device)
     step_bytes = batch * rollouts * units * delta_loss.itemsize
-    length = max(1, BLOCK_BYTES.get(delta_a.device.type, BLOCK_BYTES["cuda"]) // step_bytes)
+    length = max(1, min(time, BLOCK_BYTES.get(delta_a.device.type, BLOCK_BYTES["cuda"]) // step_bytes))
+    room = delta_loss.new_empty((length, batch, rollouts, padded(units)))
     for stop in range(time, 0, -length):
         start = max(0, stop - length)
         steps = slice(start, stop)
@@ -103,6 +103,7 @@ def least_squares(
         factor, bad = _factored(gram, ridge, finite)
         grown += bad
         together = adjoint[2, steps]
+        noise = injected.fill(start, room[: stop - start])
         for step in range(stop - 1, start - 1, -1):
             here = step - start
             target = torch.add(delta_loss[step], carry, out=credit[step])
@@ -114,7 +115,7 @@ def least_squares(
             else:
                 estimate = _solve(factor[here], activity[here].mT @ target)
             together[here] = estimate.squeeze(-1)
-            carry = (target - injected.fill(step, room) @ estimate).squeeze(-1).mul_(discount)
+            carry = (target - noise[here] @ estimate).squeeze(-1).mul_(discount)
         for half, gram in enumerate(parts):
             mine = _half(activity[..., half::2, :], gram, credit[steps, :, half::2], ridge, finite[:, half::2])
             adjoint[half, steps] = mine / 2

@@ -248,9 +248,9 @@ class _Weights(_Perturbed):
             counters = self._counters(Purpose.WEIGHTS, steps, layer)
             shape = (length, rows, 1, columns)
             made = NoiseSteps(self.seed, shape, sigma=1.0, kind=kind, counters=counters, dtype=run.states.dtype)
-            sources.append((made, run.states.new_empty((rows, 1, padded(columns)))))
+            sources.append((made, run.states.new_empty((1, rows, 1, padded(columns)))))
         for step in range(length):
-            hidden, outputs = (made.fill(step, room).squeeze(1) for made, room in sources)
+            hidden, outputs = (made.fill(step, room)[0].squeeze(1) for made, room in sources)
             yield hidden, outputs
 
 

@@ -54,9 +54,9 @@ def perturb_readout(
         )
         delta_o = outputs.new_empty((time, batch, count, width))
         # Rows of noise have room for whole words of signs, many times what few outputs need.
-        room = outputs.new_empty((batch, count, padded(width)))
+        room = outputs.new_empty((1, batch, count, padded(width)))
         for now in range(time):
-            delta_o[now] = injected.fill(now, room)
+            delta_o[now] = injected.fill(now, room)[0]
         if change is not None:
             delta_loss = change.of(delta_o)
         elif not isinstance(spec, OutputsOnly):

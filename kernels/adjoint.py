@@ -19,6 +19,9 @@ from .rollout import Loss, RolloutOptions, loss_of_steps, rollout
 STEPS_AT_A_TIME = 8
 """Steps of rollouts whose activity is kept until it is summed, where nothing longer needs to be."""
 
+BLOCK_BYTES = 1 << 21
+"""Activity that is summed at once: few enough calls, and what the norm has read is still in the cache for the sum."""
+
 SAFE_TO_SQUARE = (1e-12, 1e12)
 """Range of sigma in which the square of delta_a stays a normal float32."""
 
@@ -69,7 +72,7 @@ def adjoint(
     time, batch, rollouts = credit.shape
     sums = credit.new_empty((2, time, batch, units))
     even = (torch.arange(rollouts, device=credit.device) + counters.rollout) % 2 == 0
-    halves = torch.stack((even, ~even))
+    halves = torch.stack((even, ~even)).to(credit.dtype)
     injected = NoiseSteps(
         seed,
         (time, batch, rollouts, units),
@@ -78,15 +81,16 @@ def adjoint(
         counters=counters,
         dtype=credit.dtype,
     )
-    room = credit.new_empty((batch, rollouts, padded(units)))
-    # Step by step: what the norm has read is still in the cache when the product comes.
-    for step in range(time):
+    length = max(1, min(time, BLOCK_BYTES // max(1, batch * rollouts * padded(units) * credit.itemsize)))
+    room = credit.new_empty((length if method == "np" else 0, batch, rollouts, padded(units)))
+    for start in range(0, time, length):
+        steps = slice(start, min(start + length, time))
         if method == "np" or delta_a is None:
-            part = injected.fill(step, room)
-            share = credit[step] / options.sigma
+            part = injected.fill(start, room[: steps.stop - start])
+            share = credit[steps] / options.sigma
         else:
-            share, part = _activity_share(credit[step], delta_a[step].to(credit.dtype), options.sigma)
-        sums[:, step] = (torch.where(halves, share.unsqueeze(1), 0) @ part).transpose(0, 1)
+            share, part = _activity_share(credit[steps], delta_a[steps].to(credit.dtype), options.sigma)
+        sums[:, steps] = ((share.unsqueeze(2) * halves) @ part).permute(2, 0, 1, 3)
     return sums
 
 

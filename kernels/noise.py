@@ -25,10 +25,10 @@ lane of a matrix unit that accumulates a unit also makes its noise:
 from __future__ import annotations
 
 import math
-import struct
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,12 +38,10 @@ NOISE_STREAM_VERSION = 1
 UNITS_PER_GROUP = {"rademacher": 512, "gaussian": 16}
 """Units served by four consecutive Philox blocks."""
 
-SIGNS_PER_WORD = 32
-SIGN_BITS = {
-    torch.float32: (torch.int32, 32, ("i", "f")),
-    torch.float64: (torch.int64, 64, ("q", "d")),
-}
-"""The integer type that shares a float's bits, its width, and both formats for `struct`."""
+ROW_UNITS = 32
+"""Rows of noise have room for a multiple of so many units."""
+
+SIGNS_PER_BYTE = 8
 
 
 def _index_swap(high: int, low: int) -> tuple[int, int]:
@@ -55,7 +53,7 @@ def _index_swap(high: int, low: int) -> tuple[int, int]:
 BIT_SWAPS = [_index_swap(high, low) for high, low in ((5, 3), (4, 2), (3, 1), (2, 1))]
 """Take bit 16 q + 2 a + b of an integer to bit 8 a + 2 q + b."""
 
-COUNTERS_AT_A_TIME = 1 << 16
+COUNTERS_AT_A_TIME = 1 << 14
 """Philox runs over blocks of about so many counters: its temporaries stay in the cache."""
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -111,14 +109,43 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tupl
     until a round mixes them, which makes the first rounds nearly free. `seed` is a 0-dim int64 tensor: the key's low
     word, then its high word.
     """
-    key0, key1 = seed & WORD, (seed >> 32) & WORD
+    on_cpu = seed.device.type == "cpu"
+    key = int(seed) if on_cpu else seed
+    given = tuple(_integers(word) for word in (c0, c1, c2, c3))
+    words = tuple(word & WORD for word in _rounds(given, (key & WORD, (key >> 32) & WORD)))
+    first, second, third, fourth = (torch.from_numpy(word) for word in words) if on_cpu else words
+    return first, second, third, fourth
+
+
+def _integers(values: Tensor) -> Any:
+    """Return integers as what their arithmetic runs in: on the CPU numpy, which takes half of torch's time."""
+    return values.numpy() if values.device.type == "cpu" else values
+
+
+def _rounds(words: tuple[Any, ...], key: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Return the words after all rounds; bits above 32 are left dirty and cut before the next product."""
+    (c0, c1, c2, c3), (key0, key1) = words, key
+    shift, spare = torch.bitwise_right_shift if isinstance(c0, Tensor) else np.right_shift, None
     for step in range(PHILOX_ROUNDS):
         if step:
             key0, key1 = (key0 + PHILOX_KEY_STEPS[0]) & WORD, (key1 + PHILOX_KEY_STEPS[1]) & WORD
+        if spare is not None:
+            c0 &= WORD
+            c2 &= WORD
+            c0 *= PHILOX_MULTIPLIERS[0]
+            c2 *= PHILOX_MULTIPLIERS[1]
+            c1 ^= key0
+            c3 ^= key1
+            c1 ^= shift(c2, 32, out=spare)
+            c3 ^= shift(c0, 32, out=spare)
+            c0, c1, c2, c3 = c1, c2, c3, c0
+            continue
         product0, product1 = (c0 & WORD) * PHILOX_MULTIPLIERS[0], (c2 & WORD) * PHILOX_MULTIPLIERS[1]
-        # Bits above 32 are left dirty and cut before the next product: half the masking.
         c0, c1, c2, c3 = (product1 >> 32) ^ (c1 ^ key0), product1, (product0 >> 32) ^ (c3 ^ key1), product0
-    return c0 & WORD, c1 & WORD, c2 & WORD, c3 & WORD
+        if c0.shape == c1.shape == c2.shape == c3.shape:
+            # Mixed, they are whole arrays of our own, and so is this one, whose values were needed last.
+            spare = product0 >> 32
+    return c0, c1, c2, c3
 
 
 def noise(
@@ -144,19 +171,16 @@ def noise(
         A tensor of that shape. Its rows may be padded: only the last dimension is contiguous.
     """
     steps = NoiseSteps(seed, shape, sigma=sigma, kind=kind, counters=counters, dtype=dtype)
-    room = seed.new_empty((*shape[:3], padded(shape[3])), dtype=dtype)
-    for step in range(shape[0]):
-        steps.fill(step, room[step])
-    return room[..., : shape[3]]
+    return steps.fill(0, seed.new_empty((*shape[:3], padded(shape[3])), dtype=dtype))
 
 
 def padded(hidden: int) -> int:
-    """Return the row length that has room for whole words of packed signs."""
-    return SIGNS_PER_WORD * -(-hidden // SIGNS_PER_WORD)
+    """Return the length of a row of noise, whose last units nobody looks at."""
+    return ROW_UNITS * -(-hidden // ROW_UNITS)
 
 
 class NoiseSteps:
-    """The noise of consecutive steps, made where it is needed: what is kept ahead is 32 signs to a word."""
+    """The noise of consecutive steps, made where it is needed: what is kept ahead is 8 signs to a byte."""
 
     def __init__(
         self,
@@ -174,90 +198,116 @@ class NoiseSteps:
         self.length = max(1, COUNTERS_AT_A_TIME // max(1, shape[1] * shape[2] * words))
         self.start = self.stop = 0
         self.ahead = torch.empty(0)
+        self.table = sign_table(sigma, dtype, seed.device) if kind == "rademacher" else None
 
-    def fill(self, step: int, room: Tensor) -> Tensor:
-        """Write the noise of a step into `room`, (B, P, padded(H)); return its (B, P, H) part."""
-        hidden = self.shape[3]
-        if not self.start <= step < self.stop:
-            # Blocks begin at multiples of their length, so that steps may also be asked for last to first.
-            self.start = step - step % self.length
-            self.stop = min(self.start + self.length, self.shape[0])
-            here = (self.stop - self.start, *self.shape[1:])
-            counters = self.counters._replace(time=self.counters.time + self.start)
-            if self.kind == "rademacher":
-                self.ahead = packed_signs(self.seed, here, counters)
+    def fill(self, first: int, room: Tensor) -> Tensor:
+        """Write the noise of steps from `first` on into `room`, (L, B, P, padded(H)); return its (L, B, P, H) part."""
+        hidden, written = self.shape[3], 0
+        while written < len(room):
+            step = first + written
+            if not self.start <= step < self.stop:
+                self._make(step)
+            ahead = self.ahead[step - self.start : step - self.start + len(room) - written]
+            here = room[written : written + len(ahead)]
+            if self.table is None:
+                here[..., :hidden] = ahead
             else:
-                self.ahead = _gaussians(_words(self.seed, here, self.kind, counters), hidden, self.sigma, self.dtype)
-        ahead = self.ahead[step - self.start]
+                unpack_signs(ahead, here, self.table)
+            written += len(ahead)
+        return room[..., :hidden]
+
+    def _make(self, step: int) -> None:
+        """Keep the noise of the block that a step is in."""
+        # Blocks begin at multiples of their length, so that steps may also be asked for last to first.
+        self.start = step - step % self.length
+        self.stop = min(self.start + self.length, self.shape[0])
+        here = (self.stop - self.start, *self.shape[1:])
+        counters = self.counters._replace(time=self.counters.time + self.start)
         if self.kind == "rademacher":
-            return unpack_signs(ahead, room, self.sigma)[..., :hidden]
-        return room[..., :hidden].copy_(ahead)
+            self.ahead = packed_signs(self.seed, here, counters)
+        else:
+            words = _words(self.seed, here, self.kind, counters)
+            self.ahead = _gaussians(words, self.shape[3], self.sigma, self.dtype)
 
 
 def _words(
     seed: Tensor, shape: tuple[int, int, int, int], kind: str, counters: Counters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four Philox words of every block, (T, B, P, 4 * groups) each."""
+    """Return the four Philox words of every block 4 g + q, (q, T, B, P, g) each."""
     time, batch, rollouts, hidden = shape
 
     def index(start: int, count: int, axis: int) -> Tensor:
-        view = [1, 1, 1, 1]
+        view = [1, 1, 1, 1, 1]
         view[axis] = count
         return torch.arange(start, start + count, dtype=torch.int64, device=seed.device).view(view)
 
-    blocks = 4 * -(-hidden // UNITS_PER_GROUP[kind])
+    groups = -(-hidden // UNITS_PER_GROUP[kind])
+    blocks = index(first_word(counters), 4 * groups, 0).view(groups, 4).t().reshape(4, 1, 1, 1, groups)
     first, second, third, fourth = philox(
-        index(first_word(counters), blocks, 3),
-        index(counters.time, time, 0),
-        index(counters.rollout, rollouts, 2),
-        index((counters.rank << 20) + counters.sample, batch, 1),
+        blocks,
+        index(counters.time, time, 1),
+        index(counters.rollout, rollouts, 3),
+        index((counters.rank << 20) + counters.sample, batch, 2),
         seed,
     )
-    whole = (time, batch, rollouts, blocks)
-    return first.expand(whole), second.expand(whole), third.expand(whole), fourth.expand(whole)
+    return first, second, third, fourth
 
 
 def packed_signs(seed: Tensor, shape: tuple[int, int, int, int], counters: Counters) -> Tensor:
-    """Return a block's signs as bits, (T, B, P, words) int32: bit i of word j is unit 32 j + i, set for -sigma."""
+    """Return signs as bits, (T, B, P, padded(H) / 8) uint8: unit 8 j + i is bit i of byte j, set for +sigma."""
     time, batch, rollouts, hidden = shape
+    length = padded(hidden) // SIGNS_PER_BYTE
     if 0 in shape:
-        return seed.new_empty((time, batch, rollouts, -(-hidden // SIGNS_PER_WORD)), dtype=torch.int32)
-    words = torch.stack(_words(seed, shape, "rademacher", counters)[: -(-hidden // 128)], dim=-2)
-    # (..., w, g, q, half) 16-bit halves of words, to one 64-bit integer of the four q for each (g, w, half).
-    groups = words.shape[-1] // 4
-    halves = words.to(torch.int32).view(torch.int16).view(time, batch, rollouts, words.shape[-2], groups, 4, 2)
-    bits = halves.permute(0, 1, 2, 4, 3, 6, 5).contiguous().view(torch.int64).squeeze(-1)
+        return seed.new_empty((time, batch, rollouts, length), dtype=torch.uint8)
+    words = [_integers(word) for word in _words(seed, shape, "rademacher", counters)[: -(-hidden // 128)]]
+    # The 16-bit halves that the four q of each (g, w) have in common make a 64-bit integer.
+    packed = seed.new_empty((time, batch, rollouts, words[0].shape[-1], len(words), 2), dtype=torch.int64)
+    bits = _integers(packed)
+    for number, word in enumerate(words):
+        for half in (0, 1):
+            joined = (word[0] >> 16 * half) & 0xFFFF
+            for q in (1, 2, 3):
+                part = word[q] >> 16 if half else word[q] & 0xFFFF
+                part <<= 16 * q
+                joined |= part
+            bits[..., number, half] = joined
     # From (q, a, b) order of bits within each to (a, q, b), which is the order of units.
     for mask, shift in BIT_SWAPS:
-        moved = (bits >> shift).bitwise_xor_(bits).bitwise_and_(mask)
-        bits = bits.bitwise_xor_(moved).bitwise_xor_(moved.bitwise_left_shift_(shift))
-    packed = bits.bitwise_not_().view(torch.int32).flatten(3)
-    return packed[..., : -(-hidden // SIGNS_PER_WORD)]
+        moved = bits >> shift
+        moved ^= bits
+        moved &= mask
+        bits ^= moved
+        moved <<= shift
+        bits ^= moved
+    return packed.view(torch.uint8).flatten(3)[..., :length]
 
 
-def unpack_signs(packed: Tensor, room: Tensor, sigma: float) -> Tensor:
-    """Fill `room`, (..., 32 words) contiguous, with +-sigma from packed signs, (..., words); return it."""
-    if room.dtype not in SIGN_BITS:
-        return room.copy_(unpack_signs(packed, room.new_empty(room.shape, dtype=torch.float32), sigma))
-    integer, bits, pattern = SIGN_BITS[room.dtype]
-    shifts = torch.arange(bits - 1, bits - 1 - SIGNS_PER_WORD, -1, dtype=integer, device=room.device)
-    target = room.view(integer).view(*packed.shape, SIGNS_PER_WORD)
-    # Each sign goes to the sign bit; the other bits are sigma's.
-    torch.bitwise_left_shift(packed.to(integer).unsqueeze(-1), shifts, out=target)
-    target.bitwise_and_(-(1 << (bits - 1)))
-    target.bitwise_xor_(struct.unpack(pattern[0], struct.pack(pattern[1], sigma))[0])
+def sign_table(sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the noise of every byte of packed signs, (256, 8)."""
+    byte, bit = torch.arange(256, device=device).unsqueeze(1), torch.arange(SIGNS_PER_BYTE, device=device)
+    return (2 * (byte >> bit & 1) - 1).to(dtype) * sigma
+
+
+def unpack_signs(packed: Tensor, room: Tensor, table: Tensor) -> Tensor:
+    """Fill `room`, (..., 8 bytes) contiguous, from packed signs, (..., bytes), and their `sign_table`; return it."""
+    target = room.view(*packed.shape, SIGNS_PER_BYTE)
+    if room.device.type == "cpu" and room.dtype in {torch.float32, torch.float64}:
+        # "clip" writes where it shall; a byte is never beyond the table.
+        np.take(table.numpy(), packed.numpy(), axis=0, out=target.numpy(), mode="clip")
+    else:
+        target.copy_(table[packed.int()])
     return room
 
 
 def _gaussians(words: tuple[Tensor, ...], hidden: int, sigma: float, dtype: torch.dtype) -> Tensor:
-    """Return Gaussians for `hidden` units from words of shape (T, B, P, 4 * groups)."""
-    time, batch, rollouts, blocks = words[0].shape
+    """Return Gaussians for `hidden` units from words of shape (q, T, B, P, groups)."""
+    _, time, batch, rollouts, groups = words[0].shape
     working = torch.promote_types(dtype, torch.float32)
     pairs = []
     for first, second in (words[:2], words[2:]):
         radius = torch.sqrt(-2 * torch.log(first.to(working) * 2.0**-32 + 2.0**-33)) * sigma
         angle = second.to(working) * (2 * math.pi * 2.0**-32)
         pairs.append(torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1))
-    # (..., groups, q, e, b) -> (..., groups, e, q, b): unit order.
-    elements = torch.stack(pairs, dim=-2).view(time, batch, rollouts, blocks // 4, 4, 2, 2).transpose(-3, -2)
-    return elements.reshape(time, batch, rollouts, 4 * blocks)[..., :hidden].to(dtype)
+    # (q, T, B, P, g, e, b) -> (T, B, P, g, e, q, b): unit order.
+    elements = torch.stack(pairs, dim=-2).movedim(0, -2)
+    return elements.reshape(time, batch, rollouts, 16 * groups)[..., :hidden].to(dtype)

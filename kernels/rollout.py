@@ -27,6 +27,9 @@ from torch import Tensor
 
 from .noise import Counters, NoiseSteps, padded
 
+NOISE_BYTES = 1 << 17
+"""Noise that waits for its step."""
+
 WAITING_BYTES = 1 << 19
 """Output deviations that wait for their loss differences."""
 
@@ -146,8 +149,10 @@ def rollout(
     deviation = DEVIATIONS[options.nonlinearity](preact, hidden)
     delta_h = None if delta_h0 is None else delta_h0.to(working)
     scratch = (preact.new_empty((batch, rollouts, units)), preact.new_empty((batch, rollouts, units)))
-    # One place for the noise of a step, which becomes its delta_a; or one for every step where delta_a is kept.
-    room = _spare_room(preact, (time if options.store_delta_a else 1, batch, rollouts, padded(units)))
+    # Places for the noise of some steps, which becomes their delta_a; or of every step where delta_a is kept.
+    ahead = min(time, max(1, NOISE_BYTES // max(1, batch * rollouts * padded(units) * preact.itemsize)))
+    room = _spare_room(preact, (time if options.store_delta_a else ahead, batch, rollouts, padded(units)))
+    places = room[..., :units].unbind(0)
     measure = _Measure(loss, preact, rollouts)
     injected = NoiseSteps(
         seed,
@@ -158,7 +163,10 @@ def rollout(
         dtype=working,
     )
     for step in range(time):
-        delta_a = injected.fill(step, room[step if options.store_delta_a else 0])
+        place = step if options.store_delta_a else step % ahead
+        if step % ahead == 0:
+            injected.fill(step, room[place : place + min(ahead, time - step)])
+        delta_a = places[place]
         if delta_h is not None:
             product.add_to(delta_a, delta_h)
         delta_h = deviation.step(step, delta_a, scratch)
@@ -258,14 +266,14 @@ class TanhDeviation:
         # comes from a: from h, a saturated unit keeps only the rounding of h. The floor keeps its inverse finite.
         tail = torch.exp(-2 * preact.abs())
         slope = (4 * tail / (1 + tail).square()).clamp_(min=SLOPE_FLOOR)
-        self.inverse = slope.reciprocal_()
-        self.ratio = hidden * self.inverse
+        inverse = slope.reciprocal_()
+        self.rows = list(zip(*(one.unsqueeze(2).unbind(0) for one in (inverse, hidden * inverse)), strict=True))
 
     def step(self, step: int, delta_a: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
         """Return delta_h of a step, (B, P, H), in the first scratch tensor."""
-        result, denominator = scratch
+        (result, denominator), (inverse, ratio) = scratch, self.rows[step]
         torch.tanh(delta_a, out=result)
-        torch.addcmul(self.inverse[step].unsqueeze(1), self.ratio[step].unsqueeze(1), result, out=denominator)
+        torch.addcmul(inverse, ratio, result, out=denominator)
         result.div_(denominator)
         if delta_a.is_cuda or not _all_below(delta_a, PLAIN_DIFFERENCE_ABOVE):
             preact = self.preact[step].unsqueeze(1)

@@ -115,10 +115,11 @@ def test_counters_are_injective(block, kind):
     assert bool((c0 >> 28 == first.purpose).all())
     assert bool((c0 >> 20 & 0xFF == first.layer).all())
     assert bool((c3 >> 20 == first.rank).all())
-    read_back = torch.stack([c1 - first.time, (c3 & 0xFFFFF) - first.sample, c2 - first.rollout, c0 & 0xFFFFF])
+    block = c0 & 0xFFFFF
+    places = [block % 4, c1 - first.time, (c3 & 0xFFFFF) - first.sample, c2 - first.rollout, block // 4]
     units = 512 if kind == "rademacher" else 16
-    expected = np.indices((*shape[:3], 4 * -(-shape[3] // units)))
-    assert np.array_equal(read_back.numpy(), expected)
+    expected = np.indices((4, *shape[:3], -(-shape[3] // units)))
+    assert np.array_equal(torch.stack(places).numpy(), expected)
 
 
 def test_no_counter_is_drawn_twice_in_an_update(drawn_counters):
