@@ -1,8 +1,8 @@
 """The study's runs: which tasks, methods, learning rates and seeds, how long, in which order.
 
 Every method gets the same: the learning rates of `Grid.rates` are tried with seed `TUNING_SEED` on `Grid.tuning` of the
-updates, the one with the lowest validation loss is taken for the seeds of the result. The order is breadth first, so
-that whenever the study is stopped, every task and method has got equally far.
+updates, the one with the lowest validation loss is taken for the seeds of the result. The order is breadth first, seed
+by seed and decorrelation last, so that whenever the study is stopped, every task and method has got equally far.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ SIZES = {
     "copying-5": Size(900, 8),
     "copying-10": Size(900, 8),
     "copying-20": Size(900, 8),
-    "weather-1h": Size(600, 8),
-    "weather-24h": Size(600, 8),
+    "weather-1h": Size(900, 8),
+    "weather-24h": Size(900, 8),
     "digits": Size(750, 8),
     "digits-permuted": Size(750, 8),
     "adding": Size(1200, 32),
@@ -126,9 +126,8 @@ def plan(grid: Grid, names: Sequence[str], methods: Sequence[str], seeds: int) -
                     )
     runs = []
     for decorrelated in grid.decorrelation:
-        runs += tuning[decorrelated] + results[decorrelated, 0]
-    for seed in range(1, seeds):
-        for decorrelated in grid.decorrelation:
+        runs += tuning[decorrelated]
+        for seed in range(seeds):
             runs += results[decorrelated, seed]
     return runs
 

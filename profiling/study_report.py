@@ -101,6 +101,11 @@ class Findings(NamedTuple):
     """For `OURS`: the better of np and wp minus it, in units of the two spreads added."""
 
 
+def share_of_gain(loss: float, bptt: float, memoryless: float) -> float | None:
+    """Return the share of BPTT's gain over the memoryless optimum that a loss keeps; None where there is no gain."""
+    return (memoryless - loss) / (memoryless - bptt) if bptt < memoryless else None
+
+
 def findings(task: str, rows: Sequence[Row], memoryless: float) -> Findings:
     """Compute what the report says of a task."""
     named = {row.name: row for row in rows}
@@ -109,10 +114,12 @@ def findings(task: str, rows: Sequence[Row], memoryless: float) -> Findings:
     if bptt is None or not forward:
         return Findings(task)
     best = min(forward, key=lambda row: row.loss)
-    share = (memoryless - best.loss) / (memoryless - bptt.loss)
-    more = None if shorter is None else (memoryless - best.loss) / (memoryless - shorter.loss)
+    share = share_of_gain(best.loss, bptt.loss, memoryless)
+    more = None if shorter is None else share_of_gain(best.loss, shorter.loss, memoryless)
     below = float(np.mean(bptt.accuracies) - np.mean(best.accuracies)) if best.accuracies else None
-    keeps = max(share, share if more is None else more) >= ENOUGH or (below is not None and below <= POINT)
+    keeps = None
+    if share is not None or below is not None:
+        keeps = max(share or 0.0, more or 0.0) >= ENOUGH or (below is not None and below <= POINT)
     older = [named[name] for name in OLDER if name in named]
     margins = None
     if len(older) == len(OLDER):
@@ -127,16 +134,19 @@ def findings(task: str, rows: Sequence[Row], memoryless: float) -> Findings:
 
 def sentence(found: Findings) -> str:
     """Return what a task's table says, in words."""
-    if found.best is None or found.share is None:
+    if found.best is None:
         return "Not enough runs yet to say anything."
     verdict = "keeps" if found.keeps else "falls short of"
-    text = f"The best forward-only method, {found.best}, has {found.share:.0%} of BPTT's gain over the memoryless "
-    text += "optimum after as many updates"
+    text = f"The best forward-only method, {found.best}, has "
+    if found.share is None:
+        text += "nothing to keep: BPTT after as many updates does not beat the memoryless optimum"
+    else:
+        text += f"{found.share:.0%} of BPTT's gain over the memoryless optimum after as many updates"
     text += "" if found.share_in_more is None else f", {found.share_in_more:.0%} of it with 1.5 times the updates"
     if found.accuracy_below is not None:
         points = 100 * abs(found.accuracy_below)
         text += f"; its accuracy is {points:.1f} points {'below' if found.accuracy_below > 0 else 'above'} BPTT's"
-    text += f": it {verdict} what was asked ({ENOUGH:.0%}, or 1 point)."
+    text += "." if found.keeps is None else f": it {verdict} what was asked ({ENOUGH:.0%}, or 1 point)."
     for name, margin in (found.margins or {}).items():
         if math.isnan(margin):
             continue
@@ -153,8 +163,8 @@ def table(rows: Sequence[Row], baselines: dict[str, tasks.Score], memoryless: fl
     bptt = next((row.loss for row in rows if row.name == SHORTER), math.nan)
 
     def share(loss: float) -> str:
-        value = (memoryless - loss) / (memoryless - bptt)
-        return f"{value:.3f}" if math.isfinite(value) else ""
+        value = share_of_gain(loss, bptt, memoryless)
+        return f"{value:.3f}" if value is not None and math.isfinite(value) else ""
 
     lines = []
     for name, one in baselines.items():

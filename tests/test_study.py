@@ -244,8 +244,8 @@ def test_the_plan_goes_breadth_first_and_tunes_all_alike():
     assert len(tuning) == len(cells) * len(FULL.rates)
     results = [one for one in planned if one.settings.seed != TUNING_SEED]
     assert {len(set(one.candidates)) for one in results} == {len(FULL.rates)}
-    seeds = [one.settings.seed for one in results]
-    assert seeds == sorted(seeds)
+    order = [(one.settings.decorrelated, one.settings.seed) for one in results]
+    assert order == sorted(order)
     place = {key_of(*one[:2]): number for number, one in enumerate(planned)}
     for number, one in enumerate(planned):
         assert all(place[candidate] < number for candidate in one.candidates)
@@ -343,6 +343,10 @@ def test_findings_of_a_table_computed_by_hand():
     assert "anp is within the spread" in text
     worse = study_report.findings("task", [*rows[:4], row("anp-ls", [0.9, 0.9])], memoryless=2.2)
     assert not worse.keeps
+    # Where BPTT gains nothing over the memoryless optimum there is no share of its gain.
+    none = study_report.findings("task", rows, memoryless=0.15)
+    assert none.share is none.share_in_more is none.keeps is None
+    assert "BPTT after as many updates does not beat the memoryless optimum" in study_report.sentence(none)
     # Within a point of BPTT's accuracy is enough.
     near = [row("bptt", [0.1], [0.95]), row("anp-ls", [0.5], [0.945])]
     assert study_report.findings("task", near, memoryless=1.0).keeps
