@@ -67,7 +67,13 @@ class Decorrelate(nn.Module):
         self.register_buffer("calls", torch.zeros((), device=device, dtype=torch.int64))
 
     def forward(self, activity: Tensor) -> Tensor:
-        """Return D x, of the shape of x, (..., size)."""
+        """Return D x, of the shape of x, (..., size).
+
+        Raises:
+            RuntimeError: the type of `activity` is not D's, outside autocast.
+        """
+        if activity.dtype != self.matrix.dtype and not torch.is_autocast_enabled(activity.device.type):
+            raise RuntimeError(f"activity must be {self.matrix.dtype}, as D is, got {activity.dtype}")
         return F.linear(activity, self.matrix)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from .diagnosis import Diagnosis, Row, advise, cheapest, closest_sigma, cost_of,
 from .estimate import estimate_grad_
 from .losses import LossFunction
 from .modules import Estimate, check_perturbation
-from .perturbation import Perturbation, real, whole
+from .perturbation import METHODS, Perturbation, one_of, real, whole
 
 PARTS = ("weight_hh", "weight_ih", "bias")
 """Kinds of parameters, by their names in `torch.nn.RNN`."""
@@ -101,6 +101,8 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     for name, values in (("methods", methods), ("rollouts", rollouts), ("discounts", discounts), ("sigmas", sigmas)):
         if not isinstance(values, (list, tuple)) or not values:
             raise ValueError(f"{name} must be a list or tuple of at least one value, got {values!r}")
+    for method in methods:
+        one_of("methods", method, METHODS)
     if "bptt" in methods:
         raise ValueError(f"methods must not hold 'bptt', which the others are compared with, got {methods!r}")
     checks.flag("progress", progress)

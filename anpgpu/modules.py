@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from .kernels.noise import COUNTER_LIMITS
 from .operators import forward_mode
 from .perturbation import PUBLISHED, Perturbation
 from .rnn_operators import Structure, autocast_dtype, new_seed, run_perturbed
@@ -36,6 +37,15 @@ class Estimate(NamedTuple):
     solved with one as large as the system itself; 0-dim int64."""
 
 
+def _check_depth(*args: Any, **kwargs: Any) -> None:
+    """Raise where layers and directions, given as to `torch.nn.RNN`, are more than a counter of noise can name."""
+    layers = kwargs.get("num_layers", args[2] if len(args) > 2 else 1)
+    both = kwargs.get("bidirectional", args[7] if len(args) > 7 else False)
+    most = COUNTER_LIMITS["layer"] // (2 if both is True else 1)
+    if isinstance(layers, int) and layers > most:
+        raise ValueError(f"num_layers must be at most {most}, got {layers}")
+
+
 class RNN(nn.RNN):
     """An Elman RNN trained by perturbed rollouts instead of backpropagation through time.
 
@@ -55,12 +65,17 @@ class RNN(nn.RNN):
         perturbation: how gradients are estimated; may be replaced at any time.
         **kwargs: as `torch.nn.RNN`.
 
+    Raises:
+        ValueError, TypeError: as `torch.nn.RNN`; ValueError also for more than 256 layers (128 of two directions), more
+            than the noise can tell apart.
+
     Source: Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967.
     """
 
     perturbation: Perturbation
 
     def __init__(self, *args: Any, perturbation: Perturbation | None = None, **kwargs: Any) -> None:
+        _check_depth(*args, **kwargs)
         super().__init__(*args, **kwargs)
         self.perturbation = check_perturbation(perturbation)
         self._record = Record()

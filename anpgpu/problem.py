@@ -228,7 +228,9 @@ def _initial_state(rnn: nn.RNN, values: Tensor, hx: Tensor | None, layout: Layou
     if hx.dim() != 2 + layout.batched:
         raise RuntimeError(f"hx should be {2 + layout.batched}-D for these inputs but got {hx.dim()}-D tensor")
     batched = hx if layout.batched else hx.unsqueeze(1)
-    rnn.check_hidden_size(batched, shape)
+    if batched.shape != shape:
+        wanted = shape if layout.batched else (shape[0], shape[2])
+        raise RuntimeError(f"Expected hidden size {wanted}, got {tuple(hx.shape)}")
     _same_device("hx", hx, values)
     mixed = torch.is_autocast_enabled(values.device.type) and hx.is_floating_point()
     if hx.dtype != values.dtype and not mixed:

@@ -327,6 +327,22 @@ def outcome(module, inputs, hx):
         return type(error)
 
 
+@pytest.mark.parametrize(
+    ("args", "options", "most"),
+    [
+        ((2, 1, 2**40), {}, 256),
+        ((2, 1), {"num_layers": 257}, 256),
+        ((2, 1), {"num_layers": 129, "bidirectional": True}, 128),
+        ((2, 1, 129, "tanh", True, False, 0.0, True), {}, 128),
+    ],
+)
+def test_more_layers_than_the_noise_can_name_are_refused(args, options, most):
+    layers = options.get("num_layers", 2**40 if len(args) == 3 else 129)
+    with pytest.raises(ValueError, match=f"num_layers must be at most {most}, got {layers}"):
+        anpgpu.RNN(*args, **options)
+    assert len(anpgpu.RNN(2, 1, 256).all_weights) == 256
+
+
 def test_hx_of_too_many_samples_raises_where_torch_takes_some_of_them():
     rnn, twin = Case().modules()
     inputs = pack_padded_sequence(torch.zeros(3, 2, 2), [2, 3], enforce_sorted=False)

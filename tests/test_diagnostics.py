@@ -394,6 +394,7 @@ def test_a_missing_matplotlib_is_named(tmp_path, monkeypatch):
         (ValueError, "methods.*'anp'", {"methods": "anp"}),
         (ValueError, "methods.*'bptt'", {"methods": ("anp", "bptt")}),
         (ValueError, "'nonsense'", {"methods": ("nonsense",)}),
+        (TypeError, "methods.*got 7", {"methods": ("anp", 7)}),
         (ValueError, "rollouts.*16", {"rollouts": 16}),
         (ValueError, "rollouts.*0", {"rollouts": (4, 0)}),
         (ValueError, r"discount.*1\.5", {"discounts": (1.5,)}),

@@ -178,6 +178,12 @@ def test_gradients_of_inputs_and_hx_go_to_leaves_that_want_them():
     assert rnn.weight_hh_l0.grad is not None
 
 
+def test_hx_of_another_shape_is_quoted_as_it_was_given():
+    rnn = anpgpu.RNN(2, 3)
+    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 3\), got \(0, 0\)"):
+        anpgpu.estimate_grad_(rnn, None, torch.zeros(4, 2), torch.zeros(4, 3), hx=torch.zeros(0, 0))
+
+
 @pytest.mark.parametrize("name", ["inputs", "hx"])
 def test_wp_says_that_it_has_no_gradient_of_inputs_and_hx(name):
     rnn, head = networks()
