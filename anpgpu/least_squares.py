@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import implementation
 from .kernels.adjoint import SAFE_TO_SQUARE
-from .kernels.noise import Counters, NoiseSteps, padded
+from .kernels.noise import Counters
 from .kernels.rollout import RolloutOptions
 from .ranges import within
 
@@ -58,6 +59,7 @@ def least_squares(
     ridge: float,
     baseline: bool,
     options: RolloutOptions,
+    backend: str,
     counters: Counters,
 ) -> LeastSquares:
     """Estimate the adjoint of a block of steps from all rollouts of its samples.
@@ -72,26 +74,19 @@ def least_squares(
         ridge: regularisation relative to the mean squared activity difference of a rollout.
         baseline: whether the mean return of the rollouts that count is taken off first.
         options: as in the rollout.
+        backend: what makes the noise again.
         counters: as in the rollout.
     """
     time, batch, rollouts, units = delta_a.shape
+    make_noise = implementation("noise", backend)
     # Everything below is the same for delta_a and sigma times a constant, the result aside.
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
-    injected = NoiseSteps(
-        seed,
-        (time, batch, rollouts, units),
-        sigma=options.sigma * scale,
-        kind=options.noise,
-        counters=counters,
-        dtype=delta_loss.dtype,
-    )
     every = not delta_a.is_cuda and bool(finite.all())
     adjoint = delta_loss.new_empty((3, time, batch, units))
     credit = torch.empty_like(delta_loss)
     grown = torch.zeros((), dtype=torch.int64, device=delta_a.device)
     step_bytes = batch * rollouts * units * delta_loss.itemsize
     length = max(1, min(time, BLOCK_BYTES.get(delta_a.device.type, BLOCK_BYTES["cuda"]) // step_bytes))
-    room = delta_loss.new_empty((length, batch, rollouts, padded(units)))
     for stop in range(time, 0, -length):
         start = max(0, stop - length)
         steps = slice(start, stop)
@@ -103,7 +98,14 @@ def least_squares(
         factor, bad = _factored(gram, ridge, finite)
         grown += bad
         together = adjoint[2, steps]
-        noise = injected.fill(start, room[: stop - start])
+        noise = make_noise(
+            seed,
+            tuple(activity.shape),
+            sigma=options.sigma * scale,
+            kind=options.noise,
+            counters=counters._replace(time=counters.time + start),
+            dtype=activity.dtype,
+        )
         for step in range(stop - 1, start - 1, -1):
             here = step - start
             target = torch.add(delta_loss[step], carry, out=credit[step])

@@ -193,6 +193,7 @@ class Sweep:
                     ridge=settings.ridge,
                     baseline=settings.baseline,
                     options=settings.options,
+                    backend=settings.backend,
                     counters=counters,
                 )
                 self.ridge_grown += grown

@@ -132,6 +132,7 @@ def regressed(
         ridge=ridge,
         baseline=baseline,
         options=RolloutOptions(rollouts, sigma),
+        backend="torch",
         counters=Counters(),
     )
 
