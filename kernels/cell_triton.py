@@ -27,6 +27,24 @@ def fast_reciprocal(x):
 
 
 @triton.jit
+def shared_reciprocal(x):
+    """Return 1 / x within three units in the last place, for x between 2^-63 and 2^63.
+
+    Two share one reciprocal, that of their product: special functions are scarcer than products.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 both;
+        mul.f32 both, $2, $3;
+        rcp.approx.ftz.f32 both, both;
+        mul.f32 $0, both, $3;
+        mul.f32 $1, both, $2;
+        }""",
+        "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
 def accurate_tanh(x):
     """Return tanh within 1e-6 relative: a polynomial near zero, elsewhere (1 - e) / (1 + e), e = exp(-2 |x|)."""
     square = x * x
@@ -38,27 +56,32 @@ def accurate_tanh(x):
 
 
 @triton.jit
-def tanh_deviation(delta_a, preact, hidden, scale, FAST: tl.constexpr, ACCURATE: tl.constexpr, WIDE: tl.constexpr):
-    """Return (tanh(a + delta_a) - tanh(a)) * scale; preact and hidden are rows, scale a scalar.
+def tanh_deviation(delta_a, first, second, scale, FAST: tl.constexpr, ACCURATE: tl.constexpr, WIDE: tl.constexpr):
+    """Return (tanh(a + delta_a) - tanh(a)) * scale; `first` and `second` are rows, scale a scalar.
 
-    FAST: the GPU's approximate tanh and reciprocal. ACCURATE: the slope 1 - h^2 from a, exact for saturated units too.
-    WIDE: the plain difference where |delta_a| > 0.5. Without it the quotient form serves for every delta_a: it is never
-    NaN and at most 2 in size, but where a large delta_a undoes the saturation of its unit its relative error grows to
-    2^-11 / (1 + h tanh(delta_a)).
+    FAST: the GPU's approximate tanh and reciprocal. WIDE: the rows are a and h, and where |delta_a| > 0.5 the plain
+    difference is taken; ACCURATE then has the slope 1 - h^2 from a, exact for saturated units too. Otherwise the rows
+    are None and h, or those of `rollout.quotient_rows` over scale, and the quotient form serves for every delta_a: it
+    is never NaN and at most 2 in size, but where a large delta_a undoes the saturation of its unit its relative error
+    grows to 2^-11 / (1 + h tanh(delta_a)).
     """
-    if ACCURATE:
-        tail = tl.exp(-2 * tl.abs(preact))
-        slope = 4 * tail / ((1 + tail) * (1 + tail))
-    else:
-        slope = 1 - hidden * hidden
-    slope = slope * scale
     change = fast_tanh(delta_a) if FAST else accurate_tanh(delta_a)
-    # Not 1: h = -th = +-1 must not give 0 / 0.
-    denominator = hidden * change + ONE_AND_A_BIT
-    result = change * slope * fast_reciprocal(denominator) if FAST else change * slope / denominator
+    if WIDE or first is None:
+        if ACCURATE:
+            tail = tl.exp(-2 * tl.abs(first))
+            slope = 4 * tail / ((1 + tail) * (1 + tail))
+        else:
+            slope = 1 - second * second
+        slope = slope * scale
+        # Not 1: h = -th = +-1 must not give 0 / 0.
+        denominator = second * change + ONE_AND_A_BIT
+        result = change * slope * fast_reciprocal(denominator) if FAST else change * slope / denominator
+    else:
+        denominator = second * change + first
+        result = change * shared_reciprocal(denominator) if FAST else change / denominator
     if WIDE:
-        moved = preact + delta_a
-        plain = (fast_tanh(moved) if FAST else accurate_tanh(moved)) - hidden
+        moved = first + delta_a
+        plain = (fast_tanh(moved) if FAST else accurate_tanh(moved)) - second
         result = tl.where(tl.abs(delta_a) > PLAIN_DIFFERENCE_ABOVE, plain * scale, result)
     return result
 

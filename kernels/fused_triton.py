@@ -136,7 +136,7 @@ def _step(
 
 @triton.jit(do_not_specialize=["time", "batch", "rollouts", "counters_low", "counters_high"])
 def fused_kernel(
-    clean,  # preact and hidden, both (time, batch, hidden), any strides; None where the nonlinearity needs no such
+    clean,  # two tensors (time, batch, hidden), any strides, or None: what `cell_triton` says the nonlinearity takes
     weight_ptr,  # (hidden, hidden), contiguous, operand type
     loss,  # grad, error or probs (time, batch, outputs); target, share (time, batch); readout (outputs, hidden)
     start_ptr,  # (batch, rollouts, hidden), contiguous, operand type: first delta_h / scale; None is zero
@@ -308,18 +308,19 @@ def fused_rollouts(
     kept = torch.float32 if operand is torch.float32 else torch.bfloat16
     delta_h = preact.new_empty((batch, options.rollouts, units), dtype=kept)
     low, high = counter_words(counters)
+    clean = _clean(preact, hidden, options)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(preact):
         fused_kernel[(batch * tiles,)](
-            _clean(preact, hidden, options),
+            clean,
             weight_hh.to(operand).contiguous(),
             (signal.values, signal.target, signal.share, readout),
             start,
             (delta_loss, None, None, delta_h, sums),
             seed,
             (
-                preact.stride(),
-                hidden.stride(),
+                _strides(clean[0], 3),
+                _strides(clean[1], 3),
                 _strides(signal.values, 3),
                 _strides(signal.target, 2),
                 _strides(signal.share, 2),

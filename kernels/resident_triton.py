@@ -229,7 +229,7 @@ def _place_of_program(batch, rollouts, BLOCK_ROWS: tl.constexpr, SAMPLES: tl.con
 
 @triton.jit(do_not_specialize=["time", "batch", "rollouts", "counters_low", "counters_high"])
 def resident_kernel(
-    clean,  # preact and hidden, both (time, batch, hidden), any strides; None where the nonlinearity needs no such
+    clean,  # two tensors (time, batch, hidden), any strides, or None: what `cell_triton` says the nonlinearity takes
     weight_ptr,  # (hidden, hidden), contiguous, operand type
     loss,  # grad, error or probs (time, batch, outputs); target, share (time, batch); readout (outputs, hidden)
     start_ptr,  # (batch, rollouts, hidden), contiguous, operand type: first delta_h / scale; None is zero

@@ -257,17 +257,24 @@ def _bf16_products() -> Iterator[None]:
         control.fp32_precision = before
 
 
+def quotient_rows(preact: Tensor, hidden: Tensor, floor: float = SLOPE_FLOOR) -> tuple[Tensor, Tensor]:
+    """Return 1 / s and h / s, (T, B, H), s = 1 - h^2: th (1 - h^2) / (1 + h th) = th / (1 / s + th h / s).
+
+    One pass over the rollouts less. The slope comes from a: from h, a saturated unit keeps only the rounding of h.
+    `floor`: the least slope, which keeps its inverse finite.
+    """
+    tail = torch.exp(-2 * preact.abs())
+    inverse = (4 * tail / (1 + tail).square()).clamp_(min=floor).reciprocal_()
+    return inverse, hidden * inverse
+
+
 class TanhDeviation:
     """tanh(a + delta_a) - tanh(a) around clean pre-activations, (T, B, H)."""
 
     def __init__(self, preact: Tensor, hidden: Tensor) -> None:
         self.preact = preact
-        # th (1 - h^2) / (1 + h th) as th / (inverse + ratio th): one pass less over the rollouts. The slope 1 - h^2
-        # comes from a: from h, a saturated unit keeps only the rounding of h. The floor keeps its inverse finite.
-        tail = torch.exp(-2 * preact.abs())
-        slope = (4 * tail / (1 + tail).square()).clamp_(min=SLOPE_FLOOR)
-        inverse = slope.reciprocal_()
-        self.rows = list(zip(*(one.unsqueeze(2).unbind(0) for one in (inverse, hidden * inverse)), strict=True))
+        rows = (one.unsqueeze(2).unbind(0) for one in quotient_rows(preact, hidden))
+        self.rows = list(zip(*rows, strict=True))
 
     def step(self, step: int, delta_a: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
         """Return delta_h of a step, (B, P, H), in the first scratch tensor."""

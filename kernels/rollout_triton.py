@@ -20,9 +20,9 @@ from torch import Tensor
 from .noise import Counters
 from .noise_triton import counter_words
 from .resident_triton import resident_kernel
-from .rollout import CrossEntropyLoss, LinearLoss, Loss, Rollout, RolloutOptions, SquaredLoss
+from .rollout import CrossEntropyLoss, LinearLoss, Loss, Rollout, RolloutOptions, SquaredLoss, quotient_rows
 from .stepwise_triton import measure_kernel, step_kernel, sum_partials_kernel
-from .tiles import INTERPRETED, NARROW_SIGMA, RolloutLaunch, rollout_launch
+from .tiles import INTERPRETED, NARROW_SIGMA, RolloutLaunch, rollout_launch, takes_quotient_rows
 
 OPERAND_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 INTERPRETED_ARCH = 90
@@ -31,6 +31,9 @@ ALIGNED_UNITS = 64
 
 PARTIAL_STEPS = 32
 """Steps whose partial sums of the loss difference are kept until they are added."""
+
+LEAST_SLOPE = 2.0**-60
+"""Of tanh, in `quotient_rows`: the product of two inverses must stay a float32."""
 
 SUM_BLOCK = 256
 
@@ -143,10 +146,20 @@ def _empty_results(preact: Tensor, signal: _Signal, outputs: int, options: Rollo
     )
 
 
-def _clean(preact: Tensor, hidden: Tensor, options: RolloutOptions) -> tuple[Tensor | None, Tensor | None]:
-    """Return which of the clean tensors the nonlinearity needs."""
+def _clean(
+    preact: Tensor, hidden: Tensor, options: RolloutOptions, *, rows: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what of the clean run the nonlinearity needs: two tensors, (T, B, H), or None; see `cell_triton`.
+
+    rows: tanh's narrow form takes `quotient_rows`.
+    """
     if options.nonlinearity == "relu":
         return preact, None
+    if rows and not _wide(options):
+        inverse, ratio = quotient_rows(preact.float(), hidden.float(), LEAST_SLOPE)
+        unit = options.sigma if options.precision == "fp16" else 1.0
+        # Above 1 by a bit: h = -th = +-1 must not give 0 / 0.
+        return inverse.mul_(unit * (1 + 2.0**-23)), ratio.mul_(unit)
     return (preact if _wide(options) else None), hidden
 
 
@@ -188,16 +201,25 @@ def _run_resident(
     stride = None if results.delta_a is None else results.delta_a.shape[-1]
     low, high = counter_words(counters)
     programs = triton.cdiv(batch, launch.samples) * triton.cdiv(options.rollouts, launch.block_rows)
+    rows = takes_quotient_rows(
+        launch,
+        units=units,
+        precision=options.precision,
+        arch=_arch(preact.device),
+        noise=options.noise,
+        keeps=results.delta_a is not None or start is not None,
+    )
+    clean = _clean(preact, hidden, options, rows=rows)
     resident_kernel[(programs,)](
-        _clean(preact, hidden, options),
+        clean,
         weight_hh.to(operand).contiguous(),
         (signal.values, signal.target, signal.share, readout),
         start,
         (measured, results.delta_a, stride, results.delta_h),
         seed,
         (
-            preact.stride(),
-            hidden.stride(),
+            _strides(clean[0], 3),
+            _strides(clean[1], 3),
             _strides(signal.values, 3),
             _strides(signal.target, 2),
             _strides(signal.share, 2),
@@ -266,15 +288,16 @@ def _run_stepwise(
     stride = None if results.delta_a is None else results.delta_a.shape[-1]
     measure = _measurement(launch, signal, options, inner, units, rows, row_tiles, results)
     low, high = counter_words(counters)
+    clean = _clean(preact, hidden, options)
     for step in range(time):
         step_kernel[(row_tiles * unit_tiles,)](
-            _clean(preact, hidden, options),
+            clean,
             weight,
             (states[0], states[1]),
             (signal.values if linear else None, partial),
             (results.delta_a, stride),
             seed,
-            (preact.stride(), hidden.stride(), _strides(signal.values, 3)),
+            (_strides(clean[0], 3), _strides(clean[1], 3), _strides(signal.values, 3)),
             step,
             step % slots,
             rows,

@@ -57,7 +57,7 @@ def _load_share(ptr, strides, step, sample):
 
 @triton.jit(do_not_specialize=["step", "slot", "rows", "rollouts", "counters_low", "counters_high"])
 def step_kernel(
-    clean,  # preact and hidden, both (time, batch, hidden), any strides; None where the nonlinearity needs no such
+    clean,  # two tensors (time, batch, hidden), any strides, or None: what `cell_triton` says the nonlinearity takes
     weight_ptr,  # (units, inner): W_hh padded with zeros to whole tiles, contiguous, operand type
     states,  # before and after the step: delta_h / scale, (rows, inner), rows padded to whole tiles, operand type
     loss,  # grad (time, batch, hidden); partial sums of the loss difference (slots, unit tiles, rows) float32

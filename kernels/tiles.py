@@ -207,6 +207,19 @@ def fused_drawback(launch: RolloutLaunch, fused: RolloutLaunch, arch: int) -> st
     return ""
 
 
+def takes_quotient_rows(
+    launch: RolloutLaunch, *, units: int, precision: str, arch: int, noise: str, keeps: bool
+) -> bool:
+    """Return whether tanh's quotient is made of two clean rows, h / s and 1 / s, rather than of h alone.
+
+    It then issues less and shares reciprocals, of which Hopper has too few; elsewhere, and where registers are short,
+    the second row costs barriers or spills. `keeps`: whether delta_a is stored, or rollouts begin from a state.
+    """
+    hopper = arch // 10 == 9 and launch.form == "resident" and precision in {"bf16", "fp16"}
+    fits = launch.block_units <= 128 or (noise == "rademacher" and not keeps)
+    return hopper and fits and launch.samples == 1 and units == launch.block_units and units >= 64
+
+
 def _fills_wide_tiles(batch: int, rollouts: int) -> bool:
     """Return whether tiles of 128 rows are enough for a large GPU, and no emptier than tiles of 64."""
     waste = -rollouts % 128 - -rollouts % 64 if rollouts > 64 else 0

@@ -24,6 +24,8 @@ def fused_case(arch, units, method, precision="bf16", rollouts=MANY, **variant):
     constexprs |= {"METHOD": method, "PRODUCT": launch.product, "BLOCK_ROWS": launch.block_rows}
     signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
     signature["results"] = (*signature["results"], "*fp32")
+    # These rollouts take h alone.
+    signature["clean"] = compile_cases_rollout._parts(precision, "tanh", "linear", False, False, False)[0]
     kernel, signature, constexprs, settings = compile_cases_rollout._case(
         fused_triton.fused_kernel, signature, constexprs, launch
     )

@@ -1,7 +1,7 @@
 """The noise and rollout kernels as the compile-only leg compiles them, with the launch configurations of `tiles.py`."""
 
 from anpgpu.kernels import noise_triton, resident_triton, stepwise_triton
-from anpgpu.kernels.tiles import NOISE_LAUNCH, next_power_of_two, rollout_launch
+from anpgpu.kernels.tiles import NOISE_LAUNCH, next_power_of_two, rollout_launch, takes_quotient_rows
 
 ARCHES = (80, 89, 90, 100)
 OPERANDS = {"bf16": "*bf16", "fp16": "*fp16", "tf32": "*fp32", "fp32": "*fp32"}
@@ -60,6 +60,10 @@ def resident_case(
 ):  # fmt: skip
     launch = _launch(units, loss, readout, precision, arch, "resident", rollouts)
     clean, signal, readout_ptr, kept, flags = _parts(precision, nonlinearity, loss, store, wide, readout)
+    if nonlinearity == "tanh" and takes_quotient_rows(
+        launch, units=units, precision=precision, arch=arch, noise=noise, keeps=store or start
+    ):
+        clean = ("*fp32", "*fp32")
     full = units == next_power_of_two(units) and units >= 16
     rows = ROWS if units % 16 == 0 else ("i32", "i32", ("=", 1))
     signature = {

@@ -31,7 +31,7 @@ TABLE = HERE / "compiled.json"
 ARCHES = (80, 89, 90, 100)
 WORKERS = 2
 
-SLACK = {"registers": 8, "stack": 32, "shared": 0, "local_in_loop": 0, "barriers": 0, "issued": 0.15}
+SLACK = {"registers": 8, "stack": 32, "shared": 0, "local_in_loop": 0, "barriers": 0, "issued": 0.15, "special": 0.05}
 """How far a figure may exceed the table's before the test fails: ptxas's choices move a little with every edit."""
 
 MATRIX_OPS = re.compile(r"(HGMMA|QGMMA|IGMMA|UTC\w*MMA|HMMA)")
@@ -96,6 +96,7 @@ def measure(kernel, signature, constexprs, options, arch):
         "shared": compiled.metadata.shared,
         "loop": issued,
         "issued": round(issued / elements, 2) if elements else 0,
+        "special": round(_count(loop, "MUFU") / elements, 2) if elements else 0,
         "barriers": _count(loop, "BAR"),
         "local_in_loop": _count(loop, "LDL", "STL"),
         "shared_in_loop": _count(loop, "LDS", "STS", "LDSM", "STSM"),

@@ -52,11 +52,17 @@ def test_warpgroup_products_on_hopper(rows, units, variant):
     assert "HGMMA" in rows[f"sm_90:resident-{units}-bf16-{variant}"]["matrix_in_loop"]
 
 
-@pytest.mark.parametrize(("variant", "issued"), [("loss", 14.5), ("loss-stored", 16)])
+@pytest.mark.parametrize(("variant", "issued"), [("loss", 13), ("loss-stored", 14.2)])
 def test_resident_step_of_128_units(rows, variant, issued):
     row = rows[f"sm_90:resident-128-bf16-{variant}"]
     assert row["issued"] <= issued
     assert row["stack"] == 0
+
+
+@pytest.mark.parametrize("case", ["64-bf16-loss-stored", "128-bf16-loss", "128-bf16-loss-stored", "256-bf16-loss"])
+def test_two_units_share_a_reciprocal(rows, case):
+    """Hopper makes 16 special functions a clock: at 2 a unit they, not the products, would bind up to 256 units."""
+    assert rows[f"sm_90:resident-{case}"]["special"] == 1.5
 
 
 def test_the_state_stays_in_registers(rows):

@@ -147,6 +147,32 @@ def test_saturated_units_and_large_deviations_stay_finite(form, nonlinearity):
         assert all(part.isfinite().all() for part in run(form, wild, options) if part is not None)
 
 
+@pytest.fixture
+def rows_taken(monkeypatch):
+    """Whether tanh took its quotient from two rows, launch by launch."""
+    taken = []
+    clean = rollout_triton._clean
+    monkeypatch.setattr(
+        rollout_triton, "_clean", lambda *given, rows=False: taken.append(rows) or clean(*given, rows=rows)
+    )
+    return taken
+
+
+@pytest.mark.parametrize("kind", ["linear", "squared"])
+def test_quotient_from_two_rows(rows_taken, kind):
+    """Also where units are saturated, and where a unit's two terms cancel to the last bit."""
+    sizes = (3, 1, 64, 3, 65)
+    preact, _, weight, loss, start = problem(sizes, kind)
+    preact[..., :3], preact[..., 3:6] = 9.0, -9.0
+    arguments = (preact, preact.tanh(), weight, loss, start)
+    options = RolloutOptions(sizes[-1], sigma=1e-3, precision="fp16")
+    assert_close(run("resident", arguments, options), oracle(arguments, options), TOLERANCES["bf16_adjoint"].bound)
+    preact[..., :8], preact[..., 8:16] = 60.0, -60.0
+    wild = (preact, preact.tanh(), weight, loss, torch.full_like(start, 30.0).mul_(torch.randn_like(start).sign()))
+    assert all(part.isfinite().all() for part in run("resident", wild, options) if part is not None)
+    assert rows_taken == [True, True]
+
+
 @pytest.mark.parametrize("kind", LOSSES[:4])
 @pytest.mark.parametrize("form", FORMS)
 def test_strides(form, kind):

@@ -105,6 +105,33 @@ def test_tiles_are_filled_from_several_samples(batch, rollouts, rows, samples):
     assert (chosen.block_rows, chosen.samples) == (rows, samples)
 
 
+@pytest.mark.parametrize(
+    ("changed", "taken"),
+    [
+        ({}, True),
+        ({"keeps": True}, True),
+        ({"noise": "gaussian"}, True),
+        ({"units": 64}, True),
+        ({"units": 256}, True),
+        ({"units": 256, "keeps": True}, False),
+        ({"units": 256, "noise": "gaussian"}, False),
+        ({"units": 100}, False),
+        ({"units": 16}, False),
+        ({"units": 512}, False),
+        ({"rollouts": 32}, False),
+        ({"precision": "tf32"}, False),
+        ({"arch": 80}, False),
+        ({"arch": 100}, False),
+    ],
+    ids=str,
+)
+def test_two_rows_of_the_quotient_where_they_cost_neither_spills_nor_barriers(changed, taken):
+    asked = {"units": 128, "precision": "bf16", "arch": 90, "noise": "rademacher", "keeps": False, **changed}
+    chosen = launch(**{key: asked[key] for key in asked.keys() - {"noise", "keeps"}})
+    asked.pop("rollouts", None)
+    assert tiles.takes_quotient_rows(chosen, **asked) == taken
+
+
 def test_the_choice_is_the_same_every_time():
     for arch, precision in itertools.product(ARCHES, tiles.OPERAND_BYTES):
         assert launch(arch=arch, precision=precision) == launch(arch=arch, precision=precision)
