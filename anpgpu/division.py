@@ -17,6 +17,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from .kernels.rollout import SPARE_BYTES
+
 Parts = TypeVar("Parts")
 Result = TypeVar("Result")
 
@@ -90,6 +92,8 @@ def needed_bytes(shape: Shape, division: Division) -> int:
 def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
     """Return the coarsest division that fits: whole if possible, then fewer rollouts or samples, then segments.
 
+    On a CPU a block of rollouts also keeps its activity in what stays allocated from update to update, if it can.
+
     Raises:
         MemoryError: one rollout of one sample at a time needs more; the message says how much.
     """
@@ -97,6 +101,10 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
     parts = [shape.rollouts] if shape.gram_floats else _halved(shape.rollouts)
     blocks = [(samples, rollouts) for samples in _halved(shape.batch) for rollouts in parts]
     full = [block for block in blocks if block[0] * block[1] >= rows_wanted]
+    if device_type == "cpu" and shape.stores_delta_a:
+        # Memory that does not stay allocated costs a page fault for every 4 KB, a seventh of an update.
+        each = shape.itemsize * shape.time * 32 * -(-shape.hidden // 32)
+        full = [block for block in full if block[0] * block[1] * each <= SPARE_BYTES] or full
     cuts = _doubled(shape.time)
     for candidates, segment_counts in ((full, [1]), (full, cuts), (blocks, [1, *cuts])):
         for samples, rollouts in candidates:

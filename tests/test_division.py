@@ -178,6 +178,17 @@ def test_with_room_enough_nothing_is_divided():
     assert divide(SHAPE, 1 << 40, "cpu") == Division(8, 64, 1)
 
 
+def test_on_a_cpu_activity_fits_in_what_stays_allocated_where_that_fills_it():
+    # 2 MB a row, 1 GB in all, and 256 MB stay allocated.
+    large = SHAPE._replace(time=1000, hidden=500)
+    assert divide(large, 1 << 40, "cuda") == Division(8, 64, 1)
+    assert divide(large, 1 << 40, "cpu") == Division(8, 16, 1)
+    assert divide(large._replace(gram_floats=1), 1 << 40, "cpu") == Division(2, 64, 1)
+    assert divide(large._replace(stores_delta_a=False), 1 << 40, "cpu") == Division(8, 64, 1)
+    # A block of 64 rows would not fit, and fewer do not fill a core.
+    assert divide(large._replace(time=3000), 1 << 40, "cpu") == Division(8, 64, 1)
+
+
 @pytest.mark.parametrize("time", [1, 2, 7, 100])
 @pytest.mark.parametrize("segments", [1, 2, 3, 8, 100])
 def test_segments_cover_every_step_once(time, segments):
