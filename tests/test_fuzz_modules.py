@@ -328,8 +328,8 @@ def decorrelate(activity, **options):
 
 def check_decorrelate(call):
     excuse = None if call.content in MODERATE else "a step is stable"
-    # D x is torch's own linear function, whose words are its own.
-    quoting = call.spoiled != ("activity",)
+    # Without a type D has torch's default, which is then what a message tells.
+    quoting = call.arguments["dtype"] is not None
     found = tried("Decorrelate", decorrelate, call, errors=REFUSES, quoting=quoting, excuse=excuse)
     if found is not None:
         module, seen = found
