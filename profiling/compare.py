@@ -67,6 +67,7 @@ CPU_SHAPES = {
 
 QUICK_SHAPES = {"quick": [Case(12, 2, 8, 16)]}
 GATE = Case(time=6, batch=3, rollouts=8, hidden=20, inputs=3, outputs=2)
+NARROW_GATE = GATE._replace(rollouts=64, hidden=64)
 BOUNDS = {"cpu": 1e-4, "cuda": 3e-2}
 """Largest relative error of a gradient: float32 operands, or bf16's on a GPU, which round by 2^-9 once a step."""
 
@@ -119,6 +120,16 @@ def ours_checks(device: torch.device) -> Iterable[Check]:
     yield Check("ours against float64", error(found, exact_update()[0]), BOUNDS[device.type], False)
 
 
+def narrow_checks(device: torch.device) -> Iterable[Check]:
+    """Yield ours with bfloat16 operands against float32, at a size that takes the processor's tiles."""
+    task = task_of(NARROW_GATE, device)
+    found, exact = (
+        [one.clone() for one in ours(task, torch.Generator().manual_seed(3), precision)]
+        for precision in ("bf16", "fp32")
+    )
+    yield Check("ours with bf16 operands against float32", error(found, exact), BOUNDS["cuda"], False)
+
+
 def backward_checks(device: torch.device) -> Iterable[Check]:
     """Yield `loss.backward()` against `estimate_grad_`: at this sigma the measured loss is nearly linear."""
     task = task_of(GATE, device)
@@ -158,6 +169,10 @@ def peers(device: torch.device, checkout: Path | None) -> dict[str, Peer]:
         "ours": Peer(lambda task: lambda: ours(task), rollout_steps, ours_checks),
         "ours, loss.backward()": Peer(lambda task: lambda: ours_backward(task), rollout_steps, backward_checks),
     }
+    if torch.cpu.get_capabilities().get("amx_bf16") and not cuda:
+        found["ours, bf16 operands"] = Peer(
+            lambda task: lambda: ours(task, precision="bf16"), rollout_steps, narrow_checks
+        )
     if cuda:
         found["ours, CUDA graph"] = Peer(lambda task: captured(task, lambda: ours(task)), rollout_steps, ours_checks)
     for name, make in anp_peers(cuda=cuda).items():

@@ -14,6 +14,7 @@ where results are checked. Operands are bf16 on a GPU and float32 on a CPU, as o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -186,11 +187,12 @@ def anp_update(task: Task, rollouts: Rollouts, noise: Tensor | None = None) -> l
     ]
 
 
-def ours(task: Task, generator: torch.Generator | None = None) -> list[Tensor]:
+def ours(task: Task, generator: torch.Generator | None = None, precision: str = "auto") -> list[Tensor]:
     """Return the gradients of `anp_update`, by `estimate_grad_`."""
     task.rnn.zero_grad()
     task.readout.zero_grad()
-    anpgpu.estimate_grad_(task.rnn, task.readout, task.inputs, task.targets, generator=generator)
+    how = dataclasses.replace(task.rnn.perturbation, precision=precision)
+    anpgpu.estimate_grad_(task.rnn, task.readout, task.inputs, task.targets, perturbation=how, generator=generator)
     return gradients(task.rnn, task.readout)
 
 

@@ -5,8 +5,8 @@
 Per (rollout, unit, step), on one multiprocessor and in clocks:
 
     tensor    2 H / (bf16 operations per clock)
-    special   2 for tanh and its division, 2 more for Gaussian noise, over 16 per clock
-    issue     instructions of the compiled loop (tests/compiled.json), over 128 lanes per clock
+    special   special functions of the compiled loop (tests/compiled.json), over 16 per clock
+    issue     instructions of the same loop, over 128 lanes per clock
     memory    2 bytes of delta_a written by the rollouts and 2 read by the reduction, over the memory's speed
 
 A tile's time is its elements times the clocks of the unit that binds; tiles go over the multiprocessors in waves. At
@@ -71,9 +71,8 @@ COPY_REACHED = 0.90
 
 SPECIAL_PER_CLOCK = 16
 LANES = 128
-SPECIAL = {"rademacher": 2, "gaussian": 4}
-GAUSSIAN_ISSUED = 15
-"""Further instructions of an element with Gaussian noise, from the two kinds' rows of the compile table on sm_90."""
+GAUSSIAN = {"issued": 15, "special": 2}
+"""What an element takes besides with Gaussian noise, from the two kinds' rows of the compile table on sm_90."""
 
 CLEAN_STEP_S = 4e-6
 LAUNCH_GAP_S = 1.5e-6
@@ -126,15 +125,15 @@ def launch_of(gpu: Gpu, case: Case) -> RolloutLaunch:
     )
 
 
-def issued(rows: dict[str, dict[str, float]], gpu: Gpu, launch: RolloutLaunch, units: int) -> float:
-    """Return the instructions issued per element and step.
+def in_loop(rows: dict[str, dict[str, float]], gpu: Gpu, launch: RolloutLaunch, units: int, column: str) -> float:
+    """Return what an element and step take of a column of the table, "issued" or "special".
 
     The loop of the resident kernel is a whole step. That of the stepwise kernel is one block of its product, whose
     epilogue lies outside any loop: it counts as a step of the resident kernel.
     """
 
     def found(*names: str) -> float:
-        return next(rows[f"sm_{gpu.arch}:{name}"]["issued"] for name in names if f"sm_{gpu.arch}:{name}" in rows)
+        return next(rows[f"sm_{gpu.arch}:{name}"][column] for name in names if f"sm_{gpu.arch}:{name}" in rows)
 
     size = launch.block_units if launch.form == "resident" else 256
     step = found(*(f"resident-{wide}-bf16{kind}" for wide in (size, 128) for kind in ("-loss-stored", "")))
@@ -167,7 +166,10 @@ def bounds(
     waves = -(-tiles // gpu.multiprocessors)
     elements = case.time * waves * launch.block_rows * launch.block_units
     clock = gpu.gigahertz * 1e9
-    instructions = issued(rows, gpu, launch, case.hidden) + (GAUSSIAN_ISSUED if noise == "gaussian" else 0)
+    taken = {
+        column: in_loop(rows, gpu, launch, case.hidden, column) + (more if noise == "gaussian" else 0)
+        for column, more in GAUSSIAN.items()
+    }
     moved = DELTA_A_BYTES * case.rollout_steps * case.hidden / (gpu.memory * COPY_REACHED)
     inner = launch.block_units if launch.form == "resident" else case.hidden
     added = moved + case.time * CLEAN_STEP_S
@@ -178,8 +180,8 @@ def bounds(
         added += ALL_REDUCE_S + 2 * (gpus - 1) / gpus * weights / gpu.link
     return Bounds(
         tensor=elements * 2 * inner / (gpu.matrix * MATRIX_REACHED) / clock,
-        special=elements * SPECIAL[noise] / SPECIAL_PER_CLOCK / clock,
-        issue=elements * instructions / LANES / clock,
+        special=elements * taken["special"] / SPECIAL_PER_CLOCK / clock,
+        issue=elements * taken["issued"] / LANES / clock,
         store=moved,
         added=added,
     )
@@ -265,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", default=",".join(map(str, HIDDEN)), help="hidden units, comma-separated")
     parser.add_argument("--case", default=",".join(map(str, DEFAULT)), help="T,B,P")
-    parser.add_argument("--noise", default="rademacher", choices=tuple(SPECIAL))
+    parser.add_argument("--noise", default="rademacher", choices=("rademacher", "gaussian"))
     parser.add_argument("--check", type=Path, help="a result of compare.py or time_ops.py on a GPU to compare with")
     parser.add_argument("--output", type=Path, help="JSON file to write; the table goes beside it as .txt")
     arguments = parser.parse_args()
