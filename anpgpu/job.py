@@ -37,14 +37,17 @@ class Job(NamedTuple):
 
 
 class Found:
-    """What a method finds, filled in piece by piece: clean results and gradients, in canonical form."""
+    """What a method finds, filled in piece by piece: clean results and gradients, in canonical form.
 
-    def __init__(self, problem: Problem) -> None:
+    parts: of the gradients' estimates, as `GradientSums` has them.
+    """
+
+    def __init__(self, problem: Problem, parts: int = 2) -> None:
         time, batch, _ = problem.inputs.shape
         self.outputs = problem.inputs.new_zeros((time, batch, problem.outputs_size))
         self.h_n = torch.zeros_like(problem.h_0)
         self.loss = problem.inputs.new_zeros(())
-        self.layers = [GradientSums(weights) for layer in problem.network.layers for weights in layer]
+        self.layers = [GradientSums(weights, parts) for layer in problem.network.layers for weights in layer]
         self.weight_o = None if problem.weight_o is None else torch.zeros_like(problem.weight_o)
         self.bias_o = None if problem.bias_o is None else torch.zeros_like(problem.bias_o)
         self.inputs = torch.zeros_like(problem.inputs)

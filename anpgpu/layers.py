@@ -181,30 +181,29 @@ def valid_steps(time: int, lengths: Tensor, device: torch.device) -> Tensor:
 
 
 class GradientSums:
-    """Gradients of one layer's weights in parts that add up to the estimate, (3, ...) each.
+    """Gradients of one layer's weights in parts that add up to the estimate, (parts, ...) each.
 
-    The first two are what the even and the odd rollouts say; the third is what only all of them together can.
+    The first two are what the even and the odd rollouts say; a third is what only all of them together can.
     """
 
-    def __init__(self, weights: LayerWeights) -> None:
-        self.weight_ih = weights.weight_ih.new_zeros((3, *weights.weight_ih.shape))
-        self.weight_hh = weights.weight_hh.new_zeros((3, *weights.weight_hh.shape))
-        self.bias = weights.weight_hh.new_zeros((3, weights.weight_hh.shape[0]))
+    def __init__(self, weights: LayerWeights, parts: int = 2) -> None:
+        self.weight_ih = weights.weight_ih.new_zeros((parts, *weights.weight_ih.shape))
+        self.weight_hh = weights.weight_hh.new_zeros((parts, *weights.weight_hh.shape))
+        self.bias = weights.weight_hh.new_zeros((parts, weights.weight_hh.shape[0]))
 
     @within("weight_gradients")
     def add(self, adjoint: Tensor, inputs: Tensor, previous: Tensor) -> None:
         """Add sum_t lam_t (x_t, h_{t-1}, 1)^T.
 
         Args:
-            adjoint: parts of the adjoint estimate, (2, T, B, H) or (3, T, B, H).
+            adjoint: parts of the adjoint estimate, (parts, T, B, H).
             inputs: presynaptic inputs, (T, B, I).
             previous: presynaptic states h_{t-1}, (T, B, H).
         """
-        parts = len(adjoint)
         rows = adjoint.flatten(1, 2).transpose(1, 2)
-        self.weight_ih[:parts] += rows @ inputs.flatten(0, 1)
-        self.weight_hh[:parts] += rows @ previous.flatten(0, 1)
-        self.bias[:parts] += adjoint.sum((1, 2))
+        for total, presynaptic in ((self.weight_ih, inputs), (self.weight_hh, previous)):
+            total.baddbmm_(rows, presynaptic.flatten(0, 1).expand(len(rows), -1, -1))
+        self.bias += adjoint.sum((1, 2))
 
     def totals(self, *, biases: bool) -> tuple[Tensor, ...]:
         """Return the gradients in the order of the layer's parameters; both biases have the same."""
@@ -217,9 +216,9 @@ def split_half(sums: Sequence[GradientSums]) -> Tensor:
 
     It shows the estimate's variance, not its bias; NaN where a half is zero, as with one rollout.
     """
-    every = [part for one in sums for part in (one.weight_ih, one.weight_hh, one.bias)]
+    every = [part.flatten(1) for one in sums for part in (one.weight_ih, one.weight_hh, one.bias)]
     dot, first, second = (
-        torch.stack([(part[left] * part[right]).sum() for part in every]).sum()
+        torch.stack([part[left] @ part[right] for part in every]).sum()
         for left, right in ((0, 1), (0, 0), (1, 1))
     )
     return dot / (first.sqrt() * second.sqrt())

@@ -21,7 +21,7 @@ from .sweep import estimate_layer
 def two_directions(job: Job) -> Found:
     """Estimate all gradients of a network of two directions, which meet each other at every step."""
     problem, settings, loss = job.problem, job.settings, job.problem.loss
-    found = Found(problem)
+    found = Found(problem, settings.parts)
     masks = draw_masks(problem)
     job = job.agreed(*masks)
     drawn = iter(masks)

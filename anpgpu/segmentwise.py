@@ -43,7 +43,7 @@ def one_direction(job: Job) -> Found:
 def _all_chunks(job: Job, masks: tuple[Tensor, ...], shape: Shape, division: Division) -> Found:
     """Do all of the work, divided like that."""
     job = job._replace(max_memory=min(job.max_memory, needed_bytes(shape, division)))
-    found = Found(job.problem)
+    found = Found(job.problem, job.settings.parts)
     segments = segments_of(shape.time, division)
     own = job.settings.share.samples(shape.batch)
     for first in range(own.start, own.stop, max(division.samples, 1)):

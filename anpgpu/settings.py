@@ -29,6 +29,11 @@ class Settings(NamedTuple):
     process_rank: int
     share: Share
 
+    @property
+    def parts(self) -> int:
+        """How many parts the estimates come in; see `layers.GradientSums`."""
+        return 3 if self.method == "anp-ls" else 2
+
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type of deviations, losses and sums: float32, or float64 for float64 parameters."""

@@ -275,7 +275,7 @@ def estimate_layer(
             differences, (T, b, p).
     """
     time, batch, _ = run.inputs.shape
-    sums = GradientSums(weights)
+    sums = GradientSums(weights, settings.parts)
     d_inputs = torch.zeros_like(run.inputs)
     d_h_0 = torch.zeros_like(run.states[0])
     skipped = torch.zeros((), dtype=torch.int64, device=seed.device)
