@@ -59,7 +59,8 @@ class Grid(NamedTuple):
     """Share of the updates that a learning rate is tried for."""
     hidden: int
     rollouts: int
-    decorrelation: tuple[bool, ...]
+    decorrelated: tuple[str, ...]
+    """Tasks that every method is also run on with decorrelation."""
 
 
 SIZES = {
@@ -74,10 +75,12 @@ SIZES = {
     "adding": Size(1200, 32),
 }
 
-FULL = Grid(SIZES, (3e-4, 1e-3, 3e-3, 1e-2), 1 / 4, 64, 64, (False, True))
+ONE_OF_A_KIND = ("mackey-glass-15", "copying-10", "weather-24h", "digits", "adding")
+
+FULL = Grid(SIZES, (3e-4, 1e-3, 3e-3, 1e-2), 1 / 4, 64, 64, ONE_OF_A_KIND)
 
 QUICK = Grid(
-    {name: Size(size.updates // 3, size.batch) for name, size in SIZES.items()}, (1e-3, 3e-3), 1 / 2, 32, 32, (False,)
+    {name: Size(size.updates // 3, size.batch) for name, size in SIZES.items()}, (1e-3, 3e-3), 1 / 2, 32, 32, ()
 )
 
 
@@ -100,8 +103,8 @@ def plan(grid: Grid, names: Sequence[str], methods: Sequence[str], seeds: int) -
     """Return all runs, the most important first."""
     tuning: dict[bool, list[Planned]] = {}
     results: dict[tuple[bool, int], list[Planned]] = {}
-    for decorrelated in grid.decorrelation:
-        for task in names:
+    for decorrelated in (False, True):
+        for task in names if not decorrelated else [name for name in names if name in grid.decorrelated]:
             size = grid.sizes[task]
             for method in methods:
                 shared = training.Settings(
@@ -125,10 +128,10 @@ def plan(grid: Grid, names: Sequence[str], methods: Sequence[str], seeds: int) -
                         for updates in lengths
                     )
     runs = []
-    for decorrelated in grid.decorrelation:
-        runs += tuning[decorrelated]
+    for decorrelated in (False, True):
+        runs += tuning.get(decorrelated, [])
         for seed in range(seeds):
-            runs += results[decorrelated, seed]
+            runs += results.get((decorrelated, seed), [])
     return runs
 
 

@@ -239,7 +239,8 @@ METHODS = list(training.METHODS)
 def test_the_plan_goes_breadth_first_and_tunes_all_alike():
     planned = plan(FULL, list(FULL.sizes), METHODS, 3)
     cells = {(one.task, one.settings.method, one.settings.decorrelated) for one in planned}
-    assert len(cells) == len(FULL.sizes) * len(METHODS) * 2
+    assert len(cells) == (len(FULL.sizes) + len(FULL.decorrelated)) * len(METHODS)
+    assert {task for task, _, decorrelated in cells if decorrelated} == set(FULL.decorrelated)
     tuning = [one for one in planned if one.settings.seed == TUNING_SEED]
     assert len(tuning) == len(cells) * len(FULL.rates)
     results = [one for one in planned if one.settings.seed != TUNING_SEED]
