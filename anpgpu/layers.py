@@ -218,7 +218,6 @@ def split_half(sums: Sequence[GradientSums]) -> Tensor:
     """
     every = [part.flatten(1) for one in sums for part in (one.weight_ih, one.weight_hh, one.bias)]
     dot, first, second = (
-        torch.stack([part[left] @ part[right] for part in every]).sum()
-        for left, right in ((0, 1), (0, 0), (1, 1))
+        torch.stack([part[left] @ part[right] for part in every]).sum() for left, right in ((0, 1), (0, 0), (1, 1))
     )
     return dot / (first.sqrt() * second.sqrt())

@@ -37,6 +37,7 @@ METHODS = {
     "wp": {"method": "wp"},
     "anp-0": {"method": "anp", "discount": 0.0},
     "anp": {"method": "anp", "discount": 0.9},
+    "anp-1": {"method": "anp", "discount": 1.0},
     "anp-ls": {"method": "anp-ls", "discount": 1.0},
     "published-anp": {"method": "published-anp", "rollouts": 1, "noise": "gaussian"},
 }
