@@ -168,7 +168,10 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
     queue = Queue(plan(grid, names, methods, seeds), finished, deadline)
     if queue.waiting:
         checks = require([estimate_check()])
-        (folder / "machine.json").write_text(json.dumps({"machine": machine(), "checks": checks}, indent=1) + "\n")
+        path, here = folder / "machine.json", machine()
+        before = json.loads(path.read_text())["commits"] if path.exists() else []
+        commits = list(dict.fromkeys([*before, here["commit"]]))
+        path.write_text(json.dumps({"machine": here, "commits": commits, "checks": checks}, indent=1) + "\n")
     started = time.monotonic()
     with tqdm(total=len(queue.waiting), desc="runs", unit="run") as bar:
         threads = [
