@@ -61,9 +61,9 @@ def tanh_deviation(delta_a, first, second, scale, FAST: tl.constexpr, ACCURATE: 
 
     FAST: the GPU's approximate tanh and reciprocal. WIDE: the rows are a and h, and where |delta_a| > 0.5 the plain
     difference is taken; ACCURATE then has the slope 1 - h^2 from a, exact for saturated units too. Otherwise the rows
-    are None and h, or those of `rollout.quotient_rows` over scale, and the quotient form serves for every delta_a: it
-    is never NaN and at most 2 in size, but where a large delta_a undoes the saturation of its unit its relative error
-    grows to 2^-11 / (1 + h tanh(delta_a)).
+    are None and h, or (scale being 1) those of `rollout.quotient_rows`, and the quotient form serves for every delta_a:
+    it is never NaN and at most 2 in size, but where a large delta_a undoes the saturation of its unit its relative
+    error grows to 2^-11 / (1 + h tanh(delta_a)).
     """
     change = fast_tanh(delta_a) if FAST else accurate_tanh(delta_a)
     if WIDE or first is None:

@@ -157,9 +157,8 @@ def _clean(
         return preact, None
     if rows and not _wide(options):
         inverse, ratio = quotient_rows(preact.float(), hidden.float(), LEAST_SLOPE)
-        unit = options.sigma if options.precision == "fp16" else 1.0
         # Above 1 by a bit: h = -th = +-1 must not give 0 / 0.
-        return inverse.mul_(unit * (1 + 2.0**-23)), ratio.mul_(unit)
+        return inverse.mul_(1 + 2.0**-23), ratio
     return (preact if _wide(options) else None), hidden
 
 

@@ -213,9 +213,10 @@ def takes_quotient_rows(
     """Return whether tanh's quotient is made of two clean rows, h / s and 1 / s, rather than of h alone.
 
     It then issues less and shares reciprocals, of which Hopper has too few; elsewhere, and where registers are short,
-    the second row costs barriers or spills. `keeps`: whether delta_a is stored, or rollouts begin from a state.
+    the second row costs barriers or spills. Not with fp16, whose rows would be over 1 / sigma: their products could
+    leave the range of float32. `keeps`: whether delta_a is stored, or rollouts begin from a state.
     """
-    hopper = arch // 10 == 9 and launch.form == "resident" and precision in {"bf16", "fp16"}
+    hopper = arch // 10 == 9 and launch.form == "resident" and precision in {"bf16", "tf32"}
     fits = launch.block_units <= 128 or (noise == "rademacher" and not keeps)
     return hopper and fits and launch.samples == 1 and units == launch.block_units and units >= 64
 

@@ -165,8 +165,8 @@ def test_quotient_from_two_rows(rows_taken, kind):
     preact, _, weight, loss, start = problem(sizes, kind)
     preact[..., :3], preact[..., 3:6] = 9.0, -9.0
     arguments = (preact, preact.tanh(), weight, loss, start)
-    options = RolloutOptions(sizes[-1], sigma=1e-3, precision="fp16")
-    assert_close(run("resident", arguments, options), oracle(arguments, options), TOLERANCES["bf16_adjoint"].bound)
+    options = RolloutOptions(sizes[-1], sigma=1e-3, precision="tf32")
+    assert_close(run("resident", arguments, options), oracle(arguments, options), TOLERANCES["float32_long"].bound)
     preact[..., :8], preact[..., 8:16] = 60.0, -60.0
     wild = (preact, preact.tanh(), weight, loss, torch.full_like(start, 30.0).mul_(torch.randn_like(start).sign()))
     assert all(part.isfinite().all() for part in run("resident", wild, options) if part is not None)
