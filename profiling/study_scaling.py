@@ -107,14 +107,21 @@ def plot(record: dict[str, list[dict[str, object]]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(record), figsize=(4.2 * len(record), 4), layout="constrained")
-    for axis, (name, rows) in zip(axes, record.items(), strict=True):
+    figure, axes = plt.subplots(-(-len(record) // 3), 3, figsize=(13, 3.8 * -(-len(record) // 3)), layout="constrained")
+    colours = {name: f"C{number}" for number, name in enumerate(training.METHODS)}
+    for axis, (name, rows) in zip(axes.flat, record.items(), strict=True):
         letter = name.split()[-1]
         for method in [one for one in rows[0] if one not in {"H", "T", "P"}]:
             given = [(row[letter], row[method]) for row in rows if row[method] is not None]
-            axis.plot([one for one, _ in given], [one for _, one in given], marker=".", label=method)
-        axis.set(xlabel=letter, ylabel=name.split()[0], xscale="log", ylim=(0, None))
-    axes[0].legend()
+            horizontal, vertical = [one for one, _ in given], [one for _, one in given]
+            axis.plot(horizontal, vertical, marker="o", markersize=4, color=colours[method], label=method)
+        axis.set(xlabel=letter, ylabel=name.split()[0], xscale="log", title=name)
+        ticks = [row[letter] for row in rows]
+        axis.set_xticks(ticks, [str(one) for one in ticks])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
