@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from .kernels.noise import padded
 from .kernels.rollout import SPARE_BYTES
 
 Parts = TypeVar("Parts")
@@ -73,8 +74,7 @@ def needed_bytes(shape: Shape, division: Division) -> int:
     """Return what a division needs, in bytes: an upper estimate, checked against measured peaks."""
     length = -(-shape.time // division.segments)
     block = division.samples * division.rollouts
-    # Rows of delta_a are padded to whole words of packed signs.
-    per_step = block * (32 * -(-shape.hidden // 32) * shape.stores_delta_a + 4)
+    per_step = block * (padded(shape.hidden) * shape.stores_delta_a + 4)
     per_step += division.samples * (6 * shape.hidden + shape.clean_floats + shape.gram_floats)
     tiles = block * (6 * shape.hidden + 2 * shape.outputs)
     # Output deviations in segments and put together, outputs, and temporaries of the loss that is called.
@@ -101,12 +101,13 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
     parts = [shape.rollouts] if shape.gram_floats else _halved(shape.rollouts)
     blocks = [(samples, rollouts) for samples in _halved(shape.batch) for rollouts in parts]
     full = [block for block in blocks if block[0] * block[1] >= rows_wanted]
+    whole = full
     if device_type == "cpu" and shape.stores_delta_a:
-        # Memory that does not stay allocated costs a page fault for every 4 KB, a seventh of an update.
-        each = shape.itemsize * shape.time * 32 * -(-shape.hidden // 32)
-        full = [block for block in full if block[0] * block[1] * each <= SPARE_BYTES] or full
+        # Memory that does not stay allocated costs a page fault for every 4 KB.
+        each = shape.itemsize * shape.time * padded(shape.hidden)
+        whole = [block for block in full if block[0] * block[1] * each <= SPARE_BYTES] or full
     cuts = _doubled(shape.time)
-    for candidates, segment_counts in ((full, [1]), (full, cuts), (blocks, [1, *cuts])):
+    for candidates, segment_counts in ((whole, [1]), (full, cuts), (blocks, [1, *cuts])):
         for samples, rollouts in candidates:
             for segments in segment_counts:
                 division = Division(samples, rollouts, segments)

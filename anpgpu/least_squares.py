@@ -28,7 +28,7 @@ from .ranges import within
 RIDGE_FLOOR = 8
 """The ridge is at least so many units of rounding, which keeps a singular system solvable."""
 
-BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Activity that is regressed at once: what a core's cache holds, or enough systems to fill a GPU."""
 
 LEAF = 32

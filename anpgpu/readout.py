@@ -53,7 +53,7 @@ def perturb_readout(
             dtype=outputs.dtype,
         )
         delta_o = outputs.new_empty((time, batch, count, width))
-        # Rows of noise have room for whole words of signs, many times what few outputs need.
+        # Rows of noise are padded to many times what few outputs need.
         room = outputs.new_empty((1, batch, count, padded(width)))
         for now in range(time):
             delta_o[now] = injected.fill(now, room)[0]

@@ -73,23 +73,18 @@ def adjoint(
     sums = credit.new_empty((2, time, batch, units))
     even = (torch.arange(rollouts, device=credit.device) + counters.rollout) % 2 == 0
     halves = torch.stack((even, ~even)).to(credit.dtype)
-    injected = NoiseSteps(
-        seed,
-        (time, batch, rollouts, units),
-        sigma=1.0,
-        kind=options.noise,
-        counters=counters,
-        dtype=credit.dtype,
-    )
+    stored, shape = (None if method == "np" else delta_a), (time, batch, rollouts, units)
     length = max(1, min(time, BLOCK_BYTES // max(1, batch * rollouts * padded(units) * credit.itemsize)))
-    room = credit.new_empty((length if method == "np" else 0, batch, rollouts, padded(units)))
+    if stored is None:
+        injected = NoiseSteps(seed, shape, sigma=1.0, kind=options.noise, counters=counters, dtype=credit.dtype)
+        room = credit.new_empty((length, batch, rollouts, padded(units)))
     for start in range(0, time, length):
         steps = slice(start, min(start + length, time))
-        if method == "np" or delta_a is None:
+        if stored is None:
             part = injected.fill(start, room[: steps.stop - start])
             share = credit[steps] / options.sigma
         else:
-            share, part = _activity_share(credit[steps], delta_a[steps].to(credit.dtype), options.sigma)
+            share, part = _activity_share(credit[steps], stored[steps].to(credit.dtype), options.sigma)
         sums[:, steps] = ((share.unsqueeze(2) * halves) @ part).permute(2, 0, 1, 3)
     return sums
 
@@ -141,7 +136,7 @@ def rollout_adjoint(
 
 
 def _activity_share(credit: Tensor, delta_a: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Return c H / ||delta_a||^2, (B, P), and delta_a with rows that do not count cleared."""
+    """Return c H / ||delta_a||^2, (..., P), and delta_a with rows that do not count cleared."""
     if not SAFE_TO_SQUARE[0] < sigma < SAFE_TO_SQUARE[1]:
         share, scaled = _activity_share(credit, delta_a / sigma, 1.0)
         return share / sigma, scaled

@@ -30,7 +30,8 @@ def fast_reciprocal(x):
 def shared_reciprocal(x):
     """Return 1 / x within three units in the last place, for x between 2^-63 and 2^63.
 
-    Two share one reciprocal, that of their product: special functions are scarcer than products.
+    Two share one reciprocal, that of their product: special functions are scarcer than products. In an accumulator's
+    layout the two are neighbouring units of one rollout, so what is not finite stays in its rollout.
     """
     return tl.inline_asm_elementwise(
         """{
@@ -40,7 +41,7 @@ def shared_reciprocal(x):
         mul.f32 $0, both, $3;
         mul.f32 $1, both, $2;
         }""",
-        "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+        "=&f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
     )  # fmt: skip
 
 

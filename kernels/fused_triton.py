@@ -142,7 +142,7 @@ def fused_kernel(
     start_ptr,  # (batch, rollouts, hidden), contiguous, operand type: first delta_h / scale; None is zero
     results,  # delta_loss; None; None; last delta_h, as start; sums (tiles, 2, time, batch, hidden), contiguous
     seed_ptr,  # ()
-    strides,  # of preact, hidden, grad (3 each), target, share (2 each)
+    strides,  # of the two clean tensors, grad (3 each), target, share (2 each)
     time,
     batch,
     rollouts,

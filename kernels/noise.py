@@ -203,6 +203,8 @@ class NoiseSteps:
     def fill(self, first: int, room: Tensor) -> Tensor:
         """Write the noise of steps from `first` on into `room`, (L, B, P, padded(H)); return its (L, B, P, H) part."""
         hidden, written = self.shape[3], 0
+        if not 0 <= first <= self.shape[0] - len(room):
+            raise IndexError(f"steps {first} to {first + len(room)} are not among the {self.shape[0]} there are")
         while written < len(room):
             step = first + written
             if not self.start <= step < self.stop:
@@ -292,7 +294,7 @@ def unpack_signs(packed: Tensor, room: Tensor, table: Tensor) -> Tensor:
     """Fill `room`, (..., 8 bytes) contiguous, from packed signs, (..., bytes), and their `sign_table`; return it."""
     target = room.view(*packed.shape, SIGNS_PER_BYTE)
     if room.device.type == "cpu" and room.dtype in {torch.float32, torch.float64}:
-        # "clip" writes where it shall; a byte is never beyond the table.
+        # By default numpy would buffer `out`, for indices beyond the table; a byte is never beyond it.
         np.take(table.numpy(), packed.numpy(), axis=0, out=target.numpy(), mode="clip")
     else:
         target.copy_(table[packed.int()])

@@ -235,7 +235,7 @@ def resident_kernel(
     start_ptr,  # (batch, rollouts, hidden), contiguous, operand type: first delta_h / scale; None is zero
     results,  # delta_loss or delta_o; delta_a (time, batch, rollouts, stride) and stride; last delta_h, as start
     seed_ptr,  # ()
-    strides,  # of preact, hidden, grad (3 each), target, share (2 each)
+    strides,  # of the two clean tensors, grad (3 each), target, share (2 each)
     time,
     batch,
     rollouts,

@@ -192,7 +192,7 @@ def _spare_room(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 def give_back(delta_a: Tensor | None) -> None:
     """Let the next rollout on the CPU write into the memory of a delta_a that nobody will look at again.
 
-    Fresh memory costs the CPU a page fault per 4 KB, an eighth of an update; CUDA tensors come from torch's own cache.
+    Fresh memory costs the CPU a page fault per 4 KB, a seventh of an update; CUDA tensors come from torch's own cache.
     """
     if delta_a is None or delta_a.device.type != "cpu":
         return

@@ -200,7 +200,7 @@ def _run_resident(
     stride = None if results.delta_a is None else results.delta_a.shape[-1]
     low, high = counter_words(counters)
     programs = triton.cdiv(batch, launch.samples) * triton.cdiv(options.rollouts, launch.block_rows)
-    rows = takes_quotient_rows(
+    rows = preact.dtype == hidden.dtype == torch.float32 and takes_quotient_rows(
         launch,
         units=units,
         precision=options.precision,

@@ -63,7 +63,7 @@ def step_kernel(
     loss,  # grad (time, batch, hidden); partial sums of the loss difference (slots, unit tiles, rows) float32
     kept,  # delta_a (time, rows, stride) and its row stride
     seed_ptr,  # ()
-    strides,  # of preact, hidden, grad
+    strides,  # of the two clean tensors, grad
     step,
     slot,
     rows,

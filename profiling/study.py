@@ -169,7 +169,7 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
     if queue.waiting:
         checks = require([estimate_check()])
         path, here = folder / "machine.json", machine()
-        before = json.loads(path.read_text())["commits"] if path.exists() else []
+        before = json.loads(path.read_text()).get("commits", []) if path.exists() else []
         commits = list(dict.fromkeys([*before, here["commit"]]))
         path.write_text(json.dumps({"machine": here, "commits": commits, "checks": checks}, indent=1) + "\n")
     started = time.monotonic()

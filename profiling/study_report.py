@@ -248,7 +248,7 @@ def report(folder: Path, finished: dict[str, dict], grid: Grid, csv_path: Path |
     head = [
         "# The study",
         f"`{command}`: {len(finished)} runs, {spent / 60:.0f} minutes of processor time, one thread each.",
-        f"{line(record['machine'])}; runs of commits {', '.join(record['commits'])}" if record else "",
+        f"{line(record['machine'])}; runs of commits {', '.join(record.get('commits', []))}" if record else "",
         conditions,
         overview(found),
     ]

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 
 import pytest
 
@@ -12,6 +13,7 @@ pytest.importorskip("triton", reason="needs Triton")
 import compile_kernels
 import triton
 
+from anpgpu.kernels import cell_triton
 from anpgpu.kernels.tiles import SHARED_BYTES
 
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
@@ -77,3 +79,24 @@ def test_the_state_stays_in_registers(rows):
 @pytest.mark.parametrize("variant", ["no_loss", "loss", "loss-stored"])
 def test_no_spills_in_the_time_loop(rows, units, variant):
     assert rows[f"sm_90:resident-{units}-bf16-{variant}"]["local_in_loop"] == 0
+
+
+def test_a_shared_reciprocal_overwrites_none_of_its_operands(tmp_path, monkeypatch):
+    """Its first result is there before its second operand has been read for the last time."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    @triton.jit
+    def repeated(ptr, count, SIZE: tl.constexpr):
+        values = tl.load(ptr + tl.arange(0, SIZE))
+        for _ in range(count):
+            values = cell_triton.shared_reciprocal(values)
+        tl.store(ptr + tl.arange(0, SIZE), values)
+
+    source = compile_kernels.ast_source(repeated, {"ptr": "*fp32", "count": "i32", "SIZE": "constexpr"}, {"SIZE": 1024})
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    pairs = re.findall(r"mul\.f32 both, (%r\d+), (%r\d+);.*?mul\.f32 (%r\d+), both", ptx, re.DOTALL)
+    assert len(pairs) >= 4
+    assert all(first not in {left, right} for left, right, first in pairs)

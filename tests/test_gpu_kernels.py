@@ -156,6 +156,20 @@ def test_rollout(shape, loss, nonlinearity, precision):
                 )
 
 
+@pytest.mark.parametrize("units", [64, 128, 256])
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_rollout_whose_neighbouring_units_share_a_reciprocal(units, precision):
+    """Nothing stored and no start, so that 256 units too take two rows; every other unit is saturated."""
+    (preact, _, weight, loss, seed), options = setting(3, 2, 130, units, precision=precision, store_delta_a=False)
+    preact[..., ::4], preact[..., 2::4] = 60.0, -60.0
+    arguments = to((preact, preact.tanh(), weight, loss, seed), dtype=torch.float32)
+    fast = implementation("rollout", "triton")(*arguments, options=options)
+    oracle = implementation("rollout", "cupy")(*to(arguments, dtype=torch.float64), options=options)
+    for name in ("delta_loss", "delta_h"):
+        actual, expected = getattr(fast, name), getattr(oracle, name)
+        assert relative_error(actual, expected) <= max(PRECISIONS[precision], torch.finfo(actual.dtype).eps), name
+
+
 # Returns and adjoint
 
 ADJOINT_SHAPES = (*SHAPES, (50, 16, 64, 500), (1, 1, 4096, 128), (2, 3, 17, 2048), (1, 1, 5, 20_000))

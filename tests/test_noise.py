@@ -277,3 +277,13 @@ def test_the_stream_is_pinned():
     gaussians = noise(SEED, (1, 1, 1, 8), kind="gaussian", counters=where, dtype=torch.float64).flatten()
     pinned = torch.tensor(PINNED_GAUSSIANS, dtype=torch.float64)
     assert float((gaussians - pinned).abs().max()) < TOLERANCES["gaussian"].bound
+
+
+def test_steps_that_are_not_there_are_refused():
+    steps = noise_module.NoiseSteps(
+        torch.tensor(1), (4, 1, 2, 3), sigma=1.0, kind="rademacher", counters=Counters(), dtype=torch.float32
+    )
+    whole = noise(1, (4, 1, 2, 3))
+    assert torch.equal(steps.fill(2, torch.empty(2, 1, 2, 32)), whole[2:])
+    with pytest.raises(IndexError, match="steps 3 to 5 are not among the 4 there are"):
+        steps.fill(3, torch.empty(2, 1, 2, 32))

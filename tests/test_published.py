@@ -290,7 +290,7 @@ def test_updates_do_not_depend_on_max_memory(method, loss, monkeypatch):
     time = 60
     inputs, targets = draw(time, B, I), draw(time, B, O) if loss == "mse" else classes(time, B)
     whole = estimated(method, rnn, head, inputs, targets, loss)
-    # Beside the fixed part, 12 (H in whole words of signs) + 8 O floats per step and sample.
+    # Beside the fixed part, 12 (H padded to 32) + 8 O floats per step and sample.
     memory = FIXED_BYTES + 20_000 + 10 * 8 * B * (12 * 32 + 8 * O)
     segments = []
 
