@@ -1,7 +1,7 @@
 """How much memory does the gradient of a very long sequence take, from rollouts and from BPTT?
 
 Every figure is the peak resident memory of a fresh process that makes one update of a long sequence, minus that of
-another which makes one of `SHORT` steps. BPTT's length is doubled until its process has no more than `LIMIT` of address
+another which makes one of `SHORT` steps, and minus inputs, targets and outputs, which all methods hold. BPTT's length is doubled until its process has no more than `LIMIT` of address
 space; the rollouts run under the same limit.
 """
 
@@ -62,7 +62,8 @@ def row(method: str, steps: int, batch: int = 1) -> dict[str, object]:
     """Return one row of the table."""
     found, short = measured(method, steps, batch), measured(method, SHORT, batch)
     assert short is not None
-    used = None if found is None else (found["bytes"] - short["bytes"]) / MIB
+    held = 4 * (INPUTS + 2 * OUTPUTS) * (steps - SHORT) * batch
+    used = None if found is None else (found["bytes"] - short["bytes"] - held) / MIB
     return {
         "method": method,
         "T": steps,
