@@ -1,8 +1,8 @@
 """How much memory does the gradient of a very long sequence take, from rollouts and from BPTT?
 
 Every figure is the peak resident memory of a fresh process that makes one update of a long sequence, minus that of
-another which makes one of `SHORT` steps, and minus inputs, targets and outputs, which all methods hold. BPTT's length is doubled until its process has no more than `LIMIT` of address
-space; the rollouts run under the same limit.
+another which makes one of `SHORT` steps, and minus inputs, targets and outputs, which all methods hold. BPTT's length
+is doubled until its process has no more than `LIMIT` of address space; the rollouts run under the same limit.
 """
 
 from __future__ import annotations
