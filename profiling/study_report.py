@@ -110,8 +110,12 @@ def findings(task: str, rows: Sequence[Row], memoryless: float) -> Findings:
     """Compute what the report says of a task."""
     named = {row.name: row for row in rows}
     bptt, shorter = named.get(SHORTER), named.get(f"{SHORTER}, 2/3 of the updates")
-    forward = [row for row in rows if row.method.removesuffix("+d") in FORWARD]
-    if bptt is None or not forward:
+    if bptt is None:
+        return Findings(task)
+    # A lucky seed must not stand against the mean of several.
+    whole = [row for row in rows if len(row.losses) >= len(bptt.losses)]
+    forward = [row for row in whole if row.method.removesuffix("+d") in FORWARD]
+    if not forward:
         return Findings(task)
     best = min(forward, key=lambda row: row.loss)
     share = share_of_gain(best.loss, bptt.loss, memoryless)

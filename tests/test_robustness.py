@@ -334,5 +334,7 @@ def test_activity_of_another_type_is_refused_but_under_autocast():
     head = anpgpu.decorrelation.Decorrelate(3)
     with pytest.raises(RuntimeError, match=r"activity must be torch.float32, as D is, got torch.float64"):
         head(torch.zeros(2, 3, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"activity must be torch.float32, as D is, got torch.float64"):
+        head(torch.zeros(2, 3, dtype=torch.float64, device="meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert head(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
