@@ -75,9 +75,7 @@ BUGS = {
     "mean over rollouts forgotten": Bug(
         "sweep.py", "return sums.div_(self.counts.view(1, 1, -1, 1))", "return sums", NP_BACKWARD
     ),
-    "bias gradient dropped": Bug(
-        "layers.py", "self.bias += adjoint.sum((1, 2))", "self.bias += 0", NP_BACKWARD
-    ),
+    "bias gradient dropped": Bug("layers.py", "self.bias += adjoint.sum((1, 2))", "self.bias += 0", NP_BACKWARD),
     "recurrent matrix transposed": Bug(
         "kernels/rollout.py",
         "self._rounded(weight_hh).t()",
