@@ -72,7 +72,7 @@ def adjoint(
     time, batch, rollouts = credit.shape
     sums = credit.new_empty((2, time, batch, units))
     even = (torch.arange(rollouts, device=credit.device) + counters.rollout) % 2 == 0
-    halves = torch.stack((even, ~even)).to(credit.dtype)
+    halves = torch.stack((even, ~even))
     stored, shape = (None if method == "np" else delta_a), (time, batch, rollouts, units)
     length = max(1, min(time, BLOCK_BYTES // max(1, batch * rollouts * padded(units) * credit.itemsize)))
     if stored is None:
@@ -85,7 +85,7 @@ def adjoint(
             share = credit[steps] / options.sigma
         else:
             share, part = _activity_share(credit[steps], stored[steps].to(credit.dtype), options.sigma)
-        sums[:, steps] = ((share.unsqueeze(2) * halves) @ part).permute(2, 0, 1, 3)
+        sums[:, steps] = (torch.where(halves, share.unsqueeze(2), 0) @ part).permute(2, 0, 1, 3)
     return sums
 
 
