@@ -220,11 +220,12 @@ def report(folder: Path, finished: dict[str, dict], grid: Grid, csv_path: Path |
     """Write study.json, study.md and one PNG a task into `folder`, from the runs that are finished."""
     known = tasks.by_name(csv_path)
     summary, parts, found = {}, [], []
+    every: dict[str, list[Row]] = {}
     for name, size in grid.sizes.items():
         rows = rows_of([run for run in finished.values() if run["task"] == name and fits(run, grid)])
         if not rows or name not in known:
             continue
-        task = known[name]()
+        task, every[name] = known[name](), rows
         baselines = task.baselines()
         memoryless = baselines["memoryless"].loss
         plot(task, rows, baselines, folder / f"{name}.png")
@@ -255,11 +256,12 @@ def report(folder: Path, finished: dict[str, dict], grid: Grid, csv_path: Path |
         f"{line(record['machine'])}; runs of commits {', '.join(record.get('commits', []))}" if record else "",
         conditions,
         overview(found),
+        decorrelation_table(every),
     ]
     (folder / "study.md").write_text("\n\n".join([part for part in head if part] + parts) + "\n")
     text = json.dumps({**record, "processor_seconds": spent, "runs": len(finished), "tasks": summary}, indent=1)
     (folder / "study.json").write_text(text + "\n")
-    print(overview(found))
+    print(overview(found), decorrelation_table(every), sep="\n\n")
 
 
 def fits(run: dict, grid: Grid) -> bool:
@@ -269,6 +271,32 @@ def fits(run: dict, grid: Grid) -> bool:
     lengths = {size.updates, round(size.updates / 1.5)}
     same = (settings["hidden"], settings["rollouts"], settings["batch"]) == (grid.hidden, grid.rollouts, size.batch)
     return same and (settings["seed"] == TUNING_SEED or settings["updates"] in lengths)
+
+
+def decorrelation_table(rows: dict[str, list[Row]]) -> str:
+    """Return what decorrelation did to each method on each task where both were run; "" where that is nowhere."""
+    margins: dict[str, dict[str, float]] = {}
+    for task, mine in rows.items():
+        named = {row.name: row for row in mine}
+        for name, plain in named.items():
+            helped = named.get(f"{name} + decorrelation")
+            if helped is not None:
+                margins.setdefault(name, {})[task] = (plain.loss - helped.loss) / (plain.spread + helped.spread)
+    columns = [task for task in rows if any(task in found for found in margins.values())]
+    if not columns:
+        return ""
+    lines = [
+        f"| | {' | '.join(columns)} | lower | higher |",
+        "|---|" + "---:|" * (len(columns) + 2),
+    ]
+    for name, found in margins.items():
+        cells = [f"{found[task]:.1f}" if task in found else "" for task in columns]
+        lower, higher = (sum(sign * margin > 1 for margin in found.values()) for sign in (1, -1))
+        lines.append(f"| {name} | {' | '.join(cells)} | {lower} | {higher} |")
+    return (
+        "What decorrelation does: the loss without it minus the loss with it, in units of the two spreads added; above "
+        "1 it lowers the loss, below -1 it raises it.\n\n" + "\n".join(lines)
+    )
 
 
 def overview(found: Sequence[Findings]) -> str:

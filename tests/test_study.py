@@ -356,6 +356,21 @@ def test_findings_of_a_table_computed_by_hand():
     assert study_report.findings("task", near, memoryless=1.0).keeps
 
 
+def test_decorrelation_is_set_beside_the_spread():
+    plain, helped = row("np", [0.9, 1.1]), row("np + decorrelation", [0.3, 0.5])
+    tasks_rows = {
+        "first": [plain, helped],
+        "second": [row("np", [0.3, 0.5]), row("np + decorrelation", [0.9, 1.1]), row("wp", [1.0, 2.0])],
+        "third": [plain],
+    }
+    text = study_report.decorrelation_table(tasks_rows)
+    # Both spreads are sqrt(2) / 10, and the means .6 apart.
+    assert [line for line in text.splitlines() if line.startswith("| np")] == ["| np | 2.1 | -2.1 | 1 | 1 |"]
+    assert "wp" not in text
+    assert "third" not in text
+    assert study_report.decorrelation_table({"third": [plain]}) == ""
+
+
 @pytest.mark.slow
 def test_quick_grid_orders_the_methods(tmp_path):
     names = ("copying-5", "mackey-glass-15")
