@@ -23,12 +23,12 @@ help: ## list the targets
 SOURCES := .ci/setup pyproject.toml constraints.txt anpgpu/_version.py
 
 .venv/.ready: $(SOURCES)
-	.ci/setup examples,plot $(PYTHON)
+	.ci/setup cpu,examples,plot $(PYTHON)
 	@touch $@
 
 # Linters, pytest and NVRTC, a compiler the tests of the CuPy kernels use: what only a developer needs.
 .venv/.testable: $(SOURCES)
-	.ci/setup examples,plot,test,dev $(PYTHON)
+	.ci/setup cpu,examples,plot,test,dev $(PYTHON)
 	@touch .venv/.ready $@
 
 setup: $(TESTABLE) ## make .venv (the other targets do this when needed)

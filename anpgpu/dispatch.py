@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +21,15 @@ OP_MODULES = {
     "adjoint": "adjoint",
     "rollout_adjoint": "adjoint",
 }
-SUFFIXES = {"torch": "", "triton": "_triton", "cupy": "_cupy"}
+SUFFIXES = {"torch": "", "numba": "_numba", "triton": "_triton", "cupy": "_cupy"}
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return "triton", "cupy" or "torch".
+    """Return "triton", "cupy", "numba" or "torch".
 
     Args:
-        requested: one of these, or "auto": triton for CUDA tensors, torch otherwise. Triton's kernels have no float64;
-            "auto" runs float64 in torch.
+        requested: one of these, or "auto": triton for CUDA tensors, numba for the CPU's where it is installed, torch
+            otherwise. Triton's and Numba's kernels have no float64; "auto" runs float64 in torch.
         device: where the tensors are.
         dtype: the rollouts' working type.
 
@@ -36,14 +37,21 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         ImportError: the requested backend is not installed.
         ValueError: it cannot run on that device or type.
     """
-    on_cuda = device.type == "cuda"
+    on_cuda, on_cpu = device.type == "cuda", device.type == "cpu"
     if requested == "auto":
-        return "triton" if on_cuda and dtype != torch.float64 else "torch"
+        if dtype == torch.float64:
+            return "torch"
+        return "triton" if on_cuda else "numba" if on_cpu and _has_numba() else "torch"
     if requested == "torch":
         return "torch"
+    if requested in {"triton", "numba"} and dtype == torch.float64:
+        others = "'torch' or 'cupy'" if requested == "triton" else "'torch'"
+        raise ValueError(f"backend={requested!r} has no float64 kernels; use backend={others}, or float32")
+    if requested == "numba":
+        if not on_cpu:
+            raise ValueError(f"backend='numba' needs CPU tensors, got {device}")
+        return _imported("numba", "Numba: pip install 'anpgpu[cpu]'")
     if requested == "triton":
-        if dtype == torch.float64:
-            raise ValueError("backend='triton' has no float64 kernels; use backend='torch' or 'cupy', or float32")
         if importlib.util.find_spec("triton") is None:
             raise ImportError("backend='triton' needs the package triton, which is not installed")
         if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -53,13 +61,32 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         return "triton"
     if not on_cuda:
         raise ValueError(f"backend='cupy' needs CUDA tensors, got {device}")
+    return _imported("cupy", "CuPy: pip install 'anpgpu[cuda12]' or 'anpgpu[cuda13]', after the CUDA version")
+
+
+def _imported(backend: str, needs: str) -> str:
     try:
-        importlib.import_module("cupy")
+        importlib.import_module(backend)
     except ImportError as error:
-        raise ImportError(
-            "backend='cupy' needs CuPy: pip install 'anpgpu[cuda12]' or 'anpgpu[cuda13]', after the CUDA version"
-        ) from error
-    return "cupy"
+        raise ImportError(f"backend={backend!r} needs {needs} ({error})") from error
+    return backend
+
+
+@functools.cache
+def _has_numba() -> bool:
+    """Say whether Numba can be used; warn where it is installed in vain."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        warnings.warn(
+            f"Numba is installed but does not import ({error}); rollouts on the CPU run in torch, several times slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @functools.cache

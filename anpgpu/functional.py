@@ -2,7 +2,7 @@
 
 Shapes: T time steps, B batch, P rollouts per sample, H hidden units, O outputs; time first. The equations stand in
 `anpgpu.kernels.noise`, `.rollout` and `.adjoint`. Each op runs where its tensors are; `backend=` chooses another
-implementation ("triton", "cupy", "torch") and raises where that is missing.
+implementation ("triton", "cupy", "numba", "torch") and raises where that is missing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def noise(
         counters: global indices of element (0, 0, 0, 0).
         dtype: floating type of the result.
         device: where to make it; the default is the seed's device, or the CPU.
-        backend: "auto", "triton", "cupy" or "torch".
+        backend: "auto", "triton", "cupy", "numba" or "torch".
 
     Raises:
         ValueError, TypeError: an argument is out of its range; the message quotes it.
@@ -109,7 +109,7 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
         store_delta_a: whether to return delta_a.
         counters: global indices of the first step, sample and rollout.
         delta_h0: deviation of the state before the first step, (B, P, H); None is zero.
-        backend: "auto", "triton", "cupy" or "torch".
+        backend: "auto", "triton", "cupy", "numba" or "torch".
 
     Returns:
         `Rollout`: delta_loss (T, B, P), delta_a (T, B, P, H) or None, the last delta_h (B, P, H), and with
@@ -161,7 +161,7 @@ def returns(delta_loss: Tensor, discount: float, *, carry: Tensor | None = None,
         delta_loss: (T, B, P), float32 or float64.
         discount: gamma in [0, 1].
         carry: the return of the step after the last, (B, P); None is zero.
-        backend: "auto", "triton", "cupy" or "torch".
+        backend: "auto", "triton", "cupy", "numba" or "torch".
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message quotes it.
@@ -199,7 +199,7 @@ def adjoint(
         sigma: standard deviation of the noise, as in `rollout`.
         noise: kind of noise, as in `rollout`.
         counters: as in `rollout`.
-        backend: "auto", "triton", "cupy" or "torch".
+        backend: "auto", "triton", "cupy", "numba" or "torch".
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message quotes it.

@@ -12,7 +12,7 @@ METHODS = ("anp", "np", "anp-ls", "wp", "bptt", *PUBLISHED)
 NOISES = ("rademacher", "gaussian")
 READOUTS = ("exact", "perturbed")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
-BACKENDS = ("auto", "triton", "cupy", "torch")
+BACKENDS = ("auto", "triton", "cupy", "numba", "torch")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Perturbation:
             outputs. `estimate_grad_` alone uses it.
         precision: operand type of the rollouts' matrix products: "bf16", "fp16", "tf32", "fp32", or "auto" (float64 for
             float64 parameters, the autocast dtype under autocast, bf16 on CUDA, float32 on the CPU).
-        backend: "triton", "cupy", "torch", or "auto" (triton for CUDA tensors, torch otherwise).
+        backend: "triton", "cupy", "numba", "torch", or "auto": triton for CUDA tensors; numba for float32 on the
+            CPU, where it is installed; torch otherwise.
         max_memory: bytes the rollouts may use; None is an eighth of the device's total memory.
         shard_rollouts: share the rollouts between the processes of torch.distributed's default group, all of which hold
             the same model and the same batch: n of them make the update that one would, to rounding. "anp-ls" shares

@@ -142,9 +142,8 @@ class Sweep:
             rollouts contribute to the mean over finite rollouts; or (3, L, B, H) as `least_squares` has them.
         """
         settings = self.settings
-        length, batch, units = preact.shape
-        sums = preact.new_zeros((2, length, batch, units))
-        unit_credit = torch.zeros_like(sums) if settings.baseline else sums
+        length, batch, _ = preact.shape
+        sums = unit_credit = None
         total = preact.new_zeros((length, batch))
         for block in self.blocks:
             counters = self._counters(block, steps.start)
@@ -162,7 +161,7 @@ class Sweep:
                     delta_h0=self._start(block, steps.start),
                 )
                 self.mark(block, Rollout(delta_loss, None, delta_h, None))
-                sums += halves
+                sums = _added(sums, halves)
                 continue
             part: Rollout = implementation("rollout", settings.backend)(
                 preact,
@@ -203,17 +202,19 @@ class Sweep:
                 delta_loss, settings.discount, carry=self.carry[:, block]
             )
             self.carry[:, block] = credit[0]
-            sums += self._adjoint(credit, part.delta_a, block, counters)
+            sums = _added(sums, self._adjoint(credit, part.delta_a, block, counters))
             if settings.baseline:
                 total += credit.sum(-1)
                 counted = self.finite[:, block].to(credit.dtype).expand_as(credit)
-                unit_credit += self._adjoint(counted, part.delta_a, block, counters)
+                unit_credit = _added(unit_credit, self._adjoint(counted, part.delta_a, block, counters))
             give_back(part.delta_a)
         if not self.segmented:
             self.check()
+        assert sums is not None  # noqa: S101  (for the type checker; there is at least one block)
         if settings.method == "anp-ls":
             return sums
         if settings.baseline:
+            assert unit_credit is not None  # noqa: S101  (for the type checker)
             # sum_p (c_p - mean of the other c) f_p / n = (sum_p c_p f_p - mean c sum_p f_p) / (n - 1): rollouts may
             # come in blocks.
             sums -= (total / self.counts).unsqueeze(-1) * unit_credit
@@ -236,6 +237,11 @@ class Sweep:
     def skipped(self) -> Tensor:
         """Number of rollouts left out so far, a 0-dim tensor on the rollouts' device."""
         return (~self.finite).sum()
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """Return the sum so far; the first part becomes it."""
+    return part if total is None else total.add_(part)
 
 
 class LayerEstimate(NamedTuple):

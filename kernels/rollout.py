@@ -33,6 +33,9 @@ NOISE_BYTES = 1 << 17
 WAITING_BYTES = 1 << 19
 """Output deviations that wait for their loss differences."""
 
+CLEAN_BYTES = 1 << 19
+"""Clean activity that is worked on at once."""
+
 SPARE_BYTES = 256 << 20
 """Memory that may stay allocated between updates."""
 
@@ -145,15 +148,15 @@ def rollout(
     """
     time, batch, units = preact.shape
     rollouts, working = options.rollouts, preact.dtype
-    product = _RecurrentProduct(weight_hh, options, batch * rollouts)
+    product = RecurrentProduct(weight_hh, options, batch * rollouts)
     deviation = DEVIATIONS[options.nonlinearity](preact, hidden)
     delta_h = None if delta_h0 is None else delta_h0.to(working)
     scratch = (preact.new_empty((batch, rollouts, units)), preact.new_empty((batch, rollouts, units)))
     # Places for the noise of some steps, which becomes their delta_a; or of every step where delta_a is kept.
     ahead = min(time, max(1, NOISE_BYTES // max(1, batch * rollouts * padded(units) * preact.itemsize)))
-    room = _spare_room(preact, (time if options.store_delta_a else ahead, batch, rollouts, padded(units)))
+    room = spare_room(preact, (time if options.store_delta_a else ahead, batch, rollouts, padded(units)))
     places = room[..., :units].unbind(0)
-    measure = _Measure(loss, preact, rollouts)
+    measure = Measure(loss, preact, rollouts)
     injected = NoiseSteps(
         seed,
         (time, batch, rollouts, units),
@@ -180,7 +183,7 @@ def rollout(
 _spare: dict[torch.dtype, Tensor] = {}
 
 
-def _spare_room(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def spare_room(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Return an uninitialised tensor, in memory given back by `give_back` where it fits."""
     size = math.prod(shape)
     spare = _spare.pop(like.dtype, None) if like.device.type == "cpu" else None
@@ -203,7 +206,7 @@ def give_back(delta_a: Tensor | None) -> None:
         )
 
 
-class _RecurrentProduct:
+class RecurrentProduct:
     """delta_a += delta_h W_hh^T with the operands rounded as `precision` says."""
 
     def __init__(self, weight_hh: Tensor, options: RolloutOptions, rows: int) -> None:
@@ -226,17 +229,17 @@ class _RecurrentProduct:
             return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
         return operand
 
-    def add_to(self, delta_a: Tensor, delta_h: Tensor) -> None:
-        """Add to delta_a, (B, P, H), in place."""
+    def add_to(self, delta_a: Tensor, delta_h: Tensor, *, keep: float = 1.0) -> None:
+        """Add to `keep` times delta_a, (B, P, H), in place; 0 overwrites what is there, NaN too."""
         rows = delta_a.view(-1, delta_a.shape[-1])
         operand = delta_h.reshape(-1, delta_h.shape[-1])
         if self.on_tiles:
             with _bf16_products():
-                rows.addmm_(operand, self.weight)
+                rows.addmm_(operand, self.weight, beta=keep)
             return
         if self.scale != 1.0:
             operand = operand / self.scale
-        rows.addmm_(self._rounded(operand), self.weight, alpha=self.scale)
+        rows.addmm_(self._rounded(operand), self.weight, beta=keep, alpha=self.scale)
 
 
 def _has_bf16_tiles(operand: Tensor) -> bool:
@@ -263,9 +266,17 @@ def quotient_rows(preact: Tensor, hidden: Tensor, floor: float = SLOPE_FLOOR) ->
     One pass over the rollouts less. The slope comes from a: from h, a saturated unit keeps only the rounding of h.
     `floor`: the least slope, which keeps its inverse finite.
     """
-    tail = torch.exp(-2 * preact.abs())
-    inverse = (4 * tail / (1 + tail).square()).clamp_(min=floor).reciprocal_()
-    return inverse, hidden * inverse
+    inverse, ratio = torch.empty_like(preact), torch.empty_like(preact)
+    # On a CPU a few steps at a time, so that the passes find them in the cache.
+    step_bytes = max(1, preact[:1].numel() * preact.itemsize)
+    length = max(1, len(preact) if preact.is_cuda else CLEAN_BYTES // step_bytes)
+    for start in range(0, len(preact), length):
+        steps = slice(start, start + length)
+        tail = torch.abs(preact[steps], out=inverse[steps]).mul_(-2).exp_()
+        # 1 / s = (1 + tail)^2 / (4 tail)
+        torch.div((1 + tail).square_(), tail, out=tail).mul_(0.25).clamp_(max=1 / floor)
+        torch.mul(hidden[steps], tail, out=ratio[steps])
+    return inverse, ratio
 
 
 class TanhDeviation:
@@ -313,7 +324,7 @@ class ReluDeviation:
 DEVIATIONS: dict[str, type[TanhDeviation] | type[ReluDeviation]] = {"tanh": TanhDeviation, "relu": ReluDeviation}
 
 
-class _Measure:
+class Measure:
     """Collects what the states of each step do to the outputs and the loss.
 
     Output deviations wait for a block of steps, whose loss differences are then found at once.
@@ -348,7 +359,13 @@ class _Measure:
             self.waiting[place] = delta_h
         else:
             torch.matmul(delta_h, self.loss.readout.t(), out=self.waiting[place])
+        self.taken(step)
+
+    def taken(self, step: int) -> None:
+        """Find the loss differences of waiting deviations, of which those of `step` are the last."""
+        place = step % self.length
         if self.delta_loss is not None and (place + 1 == self.length or step + 1 == self.time):
+            assert not isinstance(self.loss, LinearLoss | None)  # noqa: S101  (for the type checker)
             steps = slice(step - place, step + 1)
             self.delta_loss[steps] = loss_differences(self.loss, steps, self.waiting[: place + 1])
 

@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers, help="B P, comma-separated (GPU form)")
     parser.add_argument("--baselines", type=numbers, help="hidden units at which baselines are timed; default: all")
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "cupy", "torch"))
+    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "cupy", "numba", "torch"))
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     repeats = arguments.repeats or (3 if arguments.quick else 11)

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -17,6 +18,24 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # The tests' tensors are small. On shared cores the threads of a pool spin while they wait for each other, and a run
 # takes ten times as long; `make` says so to its processes with OMP_NUM_THREADS, this to a pytest called by hand.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["torch", "numba"])
+def cpu_backend(request):
+    """What "auto" takes for float32 tensors on the CPU: every test that uses this runs with both."""
+    from anpgpu import dispatch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_has_numba", lambda: request.param == "numba")
+        yield request.param
+
+
+@pytest.fixture
+def torch_backend(monkeypatch):
+    """Let "auto" take torch on the CPU."""
+    from anpgpu import dispatch
+
+    monkeypatch.setattr(dispatch, "_has_numba", lambda: False)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -12,6 +12,8 @@ from anpgpu.functional import Counters, LinearLoss, adjoint, returns, rollout
 from anpgpu.kernels import adjoint as adjoint_module
 from anpgpu.kernels.rollout import RolloutOptions
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 SEED = 77
 
 

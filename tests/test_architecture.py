@@ -11,6 +11,7 @@ PACKAGE_FILES = sorted(PACKAGE.glob("*.py"))
 KERNEL_FILES = sorted(KERNELS.glob("*.py"))
 TEST_FILES = sorted(TESTS.glob("test_*.py"))
 OPS = ("noise", "rollout", "adjoint")
+BACKENDS = ("_triton", "_cupy", "_numba")
 LONGEST = 500
 
 FACES = {"modules", "estimate", "swap", "diagnostics", "__init__", "__main__"}
@@ -47,9 +48,7 @@ def graph():
 
 def test_there_is_source_to_read():
     assert len(PACKAGE_FILES) > 5
-    assert {path.stem for path in KERNEL_FILES} >= {
-        f"{op}{suffix}" for op in OPS for suffix in ("", "_triton", "_cupy")
-    }
+    assert {path.stem for path in KERNEL_FILES} >= {f"{op}{suffix}" for op in OPS for suffix in ("", *BACKENDS)}
     assert len(TEST_FILES) > 10
 
 
@@ -89,9 +88,9 @@ def test_kernels_import_neither_the_package_nor_anything_above(path):
     known = {one.stem for one in KERNEL_FILES}
     assert siblings(path) <= known
     # The reference is below every kernel, and one backend does not lean on another.
-    backend = path.stem.rpartition("_")[2] if path.stem.endswith(("_triton", "_cupy")) else ""
+    backend = path.stem.rpartition("_")[2] if path.stem.endswith(BACKENDS) else ""
     for name in siblings(path):
-        other = name.rpartition("_")[2] if name.endswith(("_triton", "_cupy")) else ""
+        other = name.rpartition("_")[2] if name.endswith(BACKENDS) else ""
         assert other in {"", backend}, f"{path.stem} imports {name}"
 
 
@@ -100,16 +99,17 @@ def test_only_a_backends_own_files_need_it(path):
     tops = {name.split(".")[0] for name in imports(path)}
     assert ("triton" not in tops) or path.stem.endswith("_triton")
     assert ("cupy" not in tops) or path.stem.endswith("_cupy")
+    assert ("numba" not in tops) or path.stem.endswith("_numba")
 
 
 def test_only_dispatch_knows_the_backends():
     # Everything else asks it for an implementation; the reference's types are for all.
     for path in PACKAGE_FILES:
-        wrong = [name for name in imports(path) if name.endswith(("_triton", "_cupy"))]
+        wrong = [name for name in imports(path) if name.endswith(BACKENDS)]
         assert wrong == [], f"{path.name} imports {wrong}"
         if path.stem != "dispatch":
             names = {name.split(".")[0] for name in imports(path)}
-            assert not names & {"triton", "cupy", "importlib"}, path.name
+            assert not names & {"triton", "cupy", "numba", "importlib"}, path.name
 
 
 def functions(path):
@@ -121,7 +121,7 @@ def signature(node):
     return ast.unparse(node.args), ast.unparse(node.returns) if node.returns else ""
 
 
-@pytest.mark.parametrize("suffix", ["_triton", "_cupy"])
+@pytest.mark.parametrize("suffix", BACKENDS)
 @pytest.mark.parametrize(
     ("module", "op"), [("noise", "noise"), ("rollout", "rollout"), ("adjoint", "adjoint"), ("adjoint", "returns")]
 )

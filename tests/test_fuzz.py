@@ -297,7 +297,7 @@ FIELDS = {
     "rank": ([None, 1, 7], lambda value: value is None or (type(value) is int and 1 <= value < 2**32)),
     "readout": (["exact", "perturbed"], lambda value: value in {"exact", "perturbed"}),
     "precision": (["auto", "bf16", "fp32"], lambda value: value in {"auto", "bf16", "fp16", "tf32", "fp32"}),
-    "backend": (["auto", "torch"], lambda value: value in {"auto", "torch", "triton", "cupy"}),
+    "backend": (["auto", "torch"], lambda value: value in {"auto", "torch", "triton", "cupy", "numba"}),
     "max_memory": ([None, 1, 2**40], lambda value: value is None or (type(value) is int and value >= 1)),
 }
 

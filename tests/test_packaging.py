@@ -17,7 +17,7 @@ import pytest
 import anpgpu
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = ("triton", "cupy", "matplotlib", "sklearn")
+OPTIONAL = ("triton", "cupy", "numba", "matplotlib", "sklearn")
 
 
 def run_python(source: str) -> str:
@@ -119,7 +119,7 @@ def test_no_file_shadows_a_dependency() -> None:
     folders = ["anpgpu", "kernels", "tests", "profiling", "examples"]
     names = {path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")}
     assert names
-    assert not names & {"triton", "cupy", "torch"}
+    assert not names & {"triton", "cupy", "numba", "torch"}
 
 
 def test_version_is_written_once() -> None:
@@ -163,7 +163,8 @@ def test_wheel_built_from_the_sdist_holds_the_kernels_inside_the_package(tmp_pat
     assert f"{info}/licenses/LICENSE" in names
 
 
-def test_triton_is_here_where_it_is_a_dependency() -> None:
-    # Else the tests of the kernels, which pass a machine without Triton by, would hide that they did not run.
+def test_triton_and_numba_are_here_where_they_run() -> None:
+    # Else the tests of the kernels, which pass a machine without them by, would hide that they did not run.
     needed = sys.platform == "linux" and platform.machine() == "x86_64"
     assert not needed or importlib.util.find_spec("triton") is not None
+    assert importlib.util.find_spec("numba") is not None

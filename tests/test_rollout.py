@@ -20,6 +20,8 @@ from anpgpu.functional import (
     rollout,
 )
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 SEED = 20240509
 SIGMAS = (1e-6, 1e-3, 0.1, 3.0)
 LOSSES = ("linear", "squared", "squared, no readout", "cross-entropy", "cross-entropy, no readout")

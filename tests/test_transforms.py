@@ -249,7 +249,7 @@ def test_activation_checkpointing_gives_the_same_gradients(method, reentrant, co
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_operands_follow_autocast_and_sums_do_not(dtype, inside, monkeypatch):
+def test_operands_follow_autocast_and_sums_do_not(dtype, inside, torch_backend, monkeypatch):
     seen = []
     original = rollout_kernel.rollout
 

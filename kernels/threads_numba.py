@@ -1,0 +1,73 @@
+"""How the Numba kernels are compiled, and on how many threads they run: torch's."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+
+_MOST_THREADS: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009  (set when it is imported)
+
+CONTRACT = {"contract"}
+"""Products and sums may fuse. Nothing may assume that values are finite: what is not must stay so."""
+
+REASSOCIATE = {"contract", "reassoc", "nsz"}
+"""For sums: in vectors, in any order."""
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call."""
+    return _compiled(function, parallel=False, fastmath=CONTRACT)
+
+
+def summing(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call and whose sums may be taken in any order."""
+    return _compiled(function, parallel=False, fastmath=REASSOCIATE)
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., None]:
+    """Compile a function whose `prange` is spread over as many threads as torch uses; both forms when first needed.
+
+    Numba's own number of threads is set to torch's and left there: changing it back and forth makes the threads anew
+    each time, milliseconds. The GIL stays held, since not every threading layer allows two kernels at once.
+    """
+    alone = _compiled(function, parallel=False, fastmath=CONTRACT)
+    spread = _compiled(_renamed(function, "_parallel"), parallel=True, fastmath=CONTRACT)
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> None:
+        threads = min(torch.get_num_threads(), _MOST_THREADS)
+        if threads == 1:
+            alone(*arguments)
+            return
+        if numba.get_num_threads() != threads:
+            numba.set_num_threads(threads)
+        spread(*arguments)
+
+    return run
+
+
+def _renamed(function: Callable[..., Any], ending: str) -> types.FunctionType:
+    """Return a copy of another name: Numba keeps what it compiled by name, whatever the options were."""
+    assert isinstance(function, types.FunctionType)  # noqa: S101  (for the type checker)
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__qualname__ = function.__qualname__ + ending
+    copy.__module__ = function.__module__
+    return copy
+
+
+def _compiled(function: Callable[..., Any], *, parallel: bool, fastmath: set[str]) -> Any:
+    """Compile a function at its first call and keep the result on the disk."""
+    compiler: Any = numba.njit
+    options = {"parallel": parallel, "fastmath": fastmath, "error_model": "numpy"}
+    try:
+        return compiler(cache=True, **options)(function)
+    except RuntimeError:
+        # There is no folder to keep it in: each process compiles it anew.
+        return compiler(**options)(function)
