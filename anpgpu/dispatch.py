@@ -21,6 +21,7 @@ OP_MODULES = {
     "adjoint": "adjoint",
     "rollout_adjoint": "adjoint",
 }
+SPECIAL_FORMS = {("deflate", "numba"): "least_squares_numba"}
 SUFFIXES = {"torch": "", "numba": "_numba", "triton": "_triton", "cupy": "_cupy"}
 
 
@@ -94,3 +95,12 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     """Return the function that is `op` on `backend`, in the range of its name."""
     module = importlib.import_module(f"anpgpu.kernels.{OP_MODULES[op]}{SUFFIXES[backend]}")
     return within(op)(getattr(module, op))
+
+
+@functools.cache
+def special_form(op: str, backend: str) -> Callable[..., Any] | None:
+    """Return a backend's own form of a step that every other takes in torch; None where it has none."""
+    if (op, backend) not in SPECIAL_FORMS:
+        return None
+    form: Callable[..., Any] = getattr(importlib.import_module(f"anpgpu.kernels.{SPECIAL_FORMS[op, backend]}"), op)
+    return form

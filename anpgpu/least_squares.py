@@ -14,13 +14,15 @@ their factors are made for a block of steps at once; only matrix-vector products
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dispatch import implementation
+from .dispatch import implementation, special_form
 from .kernels.adjoint import SAFE_TO_SQUARE
+from .kernels.least_squares import Deflation, deflate, dual, solve
 from .kernels.noise import Counters
 from .kernels.rollout import RolloutOptions
 from .ranges import within
@@ -78,7 +80,8 @@ def least_squares(
         counters: as in the rollout.
     """
     time, batch, rollouts, units = delta_a.shape
-    make_noise = implementation("noise", backend)
+    draw = implementation("noise", backend)
+    compiled = special_form("deflate", backend) if options.noise == "rademacher" else None
     # Everything below is the same for delta_a and sigma times a constant, the result aside.
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
     every = not delta_a.is_cuda and bool(finite.all())
@@ -98,26 +101,16 @@ def least_squares(
         factor, bad = _factored(gram, ridge, finite)
         grown += bad
         together = adjoint[2, steps]
-        noise = make_noise(
-            seed,
-            tuple(activity.shape),
+        how = Deflation(
+            finite=finite,
+            discount=discount,
+            baseline=baseline,
             sigma=options.sigma * scale,
             kind=options.noise,
             counters=counters._replace(time=counters.time + start),
-            dtype=activity.dtype,
         )
-        for step in range(stop - 1, start - 1, -1):
-            here = step - start
-            target = torch.add(delta_loss[step], carry, out=credit[step])
-            if baseline:
-                target -= torch.where(finite, target, 0).sum(-1, keepdim=True) / finite.sum(-1, keepdim=True)
-            target = target.unsqueeze(-1)
-            if _dual(activity):
-                estimate = activity[here].mT @ _solve(factor[here], target)
-            else:
-                estimate = _solve(factor[here], activity[here].mT @ target)
-            together[here] = estimate.squeeze(-1)
-            carry = (target - noise[here] @ estimate).squeeze(-1).mul_(discount)
+        run = compiled if compiled is not None and dual(activity) else functools.partial(deflate, draw=draw)
+        carry = run(delta_loss[steps], activity, factor, carry, seed, how, estimate=together, credit=credit[steps])
         for half, gram in enumerate(parts):
             mine = _half(activity[..., half::2, :], gram, credit[steps, :, half::2], ridge, finite[:, half::2])
             adjoint[half, steps] = mine / 2
@@ -164,34 +157,22 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     return factor, bad | worse
 
 
-def _solve(factor: Tensor, target: Tensor) -> Tensor:
-    """Solve L L^T x = target, (..., n, 1); torch.cholesky_solve would copy the factor first."""
-    halfway = torch.linalg.solve_triangular(factor, target, upper=False)
-    solution: Tensor = torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
-    return solution
-
-
 def _parts(gram: Tensor, activity: Tensor) -> tuple[Tensor, Tensor]:
     """Return the even and the odd rollouts' own Gram matrices, each in its smaller form."""
-    if _dual(activity):
+    if dual(activity):
         return gram[..., ::2, ::2].clone(), gram[..., 1::2, 1::2].clone()
     first, second = (_smaller_gram(activity[..., half::2, :]) for half in (0, 1))
     return first, second
 
 
 def _smaller_gram(activity: Tensor) -> Tensor:
-    return activity @ activity.mT if _dual(activity) else activity.mT @ activity
-
-
-def _dual(activity: Tensor) -> bool:
-    """Say whether activity differences, (..., P, H), are regressed in the dual form."""
-    return activity.shape[-2] <= activity.shape[-1]
+    return activity @ activity.mT if dual(activity) else activity.mT @ activity
 
 
 def _half(activity: Tensor, gram: Tensor, credit: Tensor, ridge: float, finite: Tensor) -> Tensor:
     """Return the estimate, (L, B, H), of some rollouts, (L, B, p, H), from their deflated returns, (L, B, p)."""
     factor, _ = _factored(gram, ridge, finite)
     target = credit.unsqueeze(-1)
-    if _dual(activity):
-        return (activity.mT @ _solve(factor, target)).squeeze(-1)
-    return _solve(factor, activity.mT @ target).squeeze(-1)
+    if dual(activity):
+        return (activity.mT @ solve(factor, target)).squeeze(-1)
+    return solve(factor, activity.mT @ target).squeeze(-1)

@@ -14,7 +14,7 @@ from .adjoint import SAFE_TO_SQUARE
 from .noise import Counters, padded
 from .noise_numba import packed_signs
 from .rollout import RolloutOptions
-from .threads_numba import inlined, kernel, summing
+from .threads_numba import inlined, kernel, rows_of, summing
 
 SIGNS_BYTES = 1 << 20
 """Packed signs that are made at once."""
@@ -128,18 +128,6 @@ def adjoint(
             _signs(sums.numpy(), share, words, counters.rollout, start)
         return sums
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
-    rows = _rows(delta_a.to(credit.dtype)).numpy()
+    rows = rows_of(delta_a.to(credit.dtype)).numpy()
     _activity(sums.numpy(), credit.contiguous().numpy(), rows, counters.rollout, _F(scale))
     return sums
-
-
-def _rows(activity: Tensor) -> Tensor:
-    """Return (T, B, P, H) as (T B P, padded), without copying what a rollout left."""
-    time, batch, rollouts, units = activity.shape
-    length = activity.stride(2) if rollouts > 1 else units
-    nested = (batch * rollouts * length, rollouts * length, length, 1)
-    rows = time * batch * rollouts
-    fits = activity.storage_offset() + rows * length <= activity.untyped_storage().nbytes() // activity.element_size()
-    if length >= units and activity.stride() == nested and fits:
-        return activity.as_strided((rows, length), (length, 1))
-    return activity.reshape(rows, units).contiguous()

@@ -1,4 +1,4 @@
-"""How the Numba kernels are compiled, and on how many threads they run: torch's."""
+"""How the Numba kernels are compiled, on how many threads they run (torch's), and how they see tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numba
 import torch
+from torch import Tensor
 
 _MOST_THREADS: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009  (set when it is imported)
 
@@ -71,3 +72,15 @@ def _compiled(function: Callable[..., Any], *, parallel: bool, fastmath: set[str
     except RuntimeError:
         # There is no folder to keep it in: each process compiles it anew.
         return compiler(**options)(function)
+
+
+def rows_of(activity: Tensor) -> Tensor:
+    """Return (T, B, P, H) as (T B P, padded), without copying what a rollout left."""
+    time, batch, rollouts, units = activity.shape
+    length = activity.stride(2) if rollouts > 1 else units
+    nested = (batch * rollouts * length, rollouts * length, length, 1)
+    rows = time * batch * rollouts
+    fits = activity.storage_offset() + rows * length <= activity.untyped_storage().nbytes() // activity.element_size()
+    if length >= units and activity.stride() == nested and fits:
+        return activity.as_strided((rows, length), (length, 1))
+    return activity.reshape(rows, units).contiguous()

@@ -120,11 +120,26 @@ def ours_checks(device: torch.device) -> Iterable[Check]:
     yield Check("ours against float64", error(found, exact_update()[0]), BOUNDS[device.type], False)
 
 
+def torch_checks(device: torch.device) -> Iterable[Check]:
+    """Yield ours without compiled loops against float64."""
+    found = ours(task_of(GATE, device), torch.Generator().manual_seed(3), backend="torch")
+    yield Check("ours in torch against float64", error(found, exact_update()[0]), BOUNDS[device.type], False)
+
+
+def least_squares_checks(device: torch.device) -> Iterable[Check]:
+    """Yield least squares against float64 at the same seed."""
+    found, exact = (
+        [one.clone() for one in ours(task_of(GATE, *where), torch.Generator().manual_seed(3), method="anp-ls")]
+        for where in ((device,), (CPU, torch.float64))
+    )
+    yield Check("anp-ls against float64", error(found, exact), 10 * BOUNDS[device.type], False)
+
+
 def narrow_checks(device: torch.device) -> Iterable[Check]:
     """Yield ours with bfloat16 operands against float32, at a size that takes the processor's tiles."""
     task = task_of(NARROW_GATE, device)
     found, exact = (
-        [one.clone() for one in ours(task, torch.Generator().manual_seed(3), precision)]
+        [one.clone() for one in ours(task, torch.Generator().manual_seed(3), precision=precision)]
         for precision in ("bf16", "fp32")
     )
     yield Check("ours with bf16 operands against float32", error(found, exact), BOUNDS["cuda"], False)
@@ -169,6 +184,11 @@ def peers(device: torch.device, checkout: Path | None) -> dict[str, Peer]:
         "ours": Peer(lambda task: lambda: ours(task), rollout_steps, ours_checks),
         "ours, loss.backward()": Peer(lambda task: lambda: ours_backward(task), rollout_steps, backward_checks),
     }
+    found["ours, anp-ls"] = Peer(lambda task: lambda: ours(task, method="anp-ls"), rollout_steps, least_squares_checks)
+    if not cuda:
+        found["ours, without Numba"] = Peer(
+            lambda task: lambda: ours(task, backend="torch"), rollout_steps, torch_checks
+        )
     if torch.cpu.get_capabilities().get("amx_bf16") and not cuda:
         found["ours, bf16 operands"] = Peer(
             lambda task: lambda: ours(task, precision="bf16"), rollout_steps, narrow_checks

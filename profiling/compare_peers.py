@@ -187,11 +187,11 @@ def anp_update(task: Task, rollouts: Rollouts, noise: Tensor | None = None) -> l
     ]
 
 
-def ours(task: Task, generator: torch.Generator | None = None, precision: str = "auto") -> list[Tensor]:
-    """Return the gradients of `anp_update`, by `estimate_grad_`."""
+def ours(task: Task, generator: torch.Generator | None = None, **changed: str) -> list[Tensor]:
+    """Return the gradients of `anp_update`, by `estimate_grad_`; `changed` are fields of the perturbation."""
     task.rnn.zero_grad()
     task.readout.zero_grad()
-    how = dataclasses.replace(task.rnn.perturbation, precision=precision)
+    how = dataclasses.replace(task.rnn.perturbation, **changed)
     anpgpu.estimate_grad_(task.rnn, task.readout, task.inputs, task.targets, perturbation=how, generator=generator)
     return gradients(task.rnn, task.readout)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "numpy")
+PACKAGES = ("torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "numpy", "numba")
 GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
 
 

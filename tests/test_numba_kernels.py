@@ -16,12 +16,14 @@ from anpgpu import dispatch
 from anpgpu.kernels import (
     adjoint as reference_adjoint,
     adjoint_numba,
+    least_squares_numba,
     noise as reference_noise,
     noise_numba,
     rollout as reference_rollout,
     rollout_numba,
     threads_numba,
 )
+from anpgpu.kernels.least_squares import Deflation, deflate as deflate_in_torch
 from anpgpu.kernels.noise import COUNTER_LIMITS, Counters
 from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
 
@@ -233,6 +235,34 @@ def test_adjoint_takes_any_strides():
     assert_close(found, reference_adjoint.adjoint(credit.double(), delta_a.double(), SEED, **named), "float32")
     half = adjoint_numba.adjoint(credit, delta_a.half(), SEED, **named)
     assert_close(half, found, "bfloat16")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (4, 3, 7, 20), (3, 2, 40, 100)], ids=str)
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("discount", [0.0, 0.9])
+def test_deflation_is_the_references(shape, baseline, discount):
+    length, batch, rollouts, units = shape
+    finite = draw(batch, rollouts, seed=3) > -1
+    finite[:, 0] = True
+    # Rows padded, as a rollout leaves them, where every rollout counts.
+    room = torch.zeros(length, batch, rollouts, units + 3, dtype=torch.float64)
+    room[..., :units] = draw(*shape).float() * finite.unsqueeze(-1)
+    activity = room[..., :units]
+    gram = activity @ activity.mT + torch.eye(rollouts, dtype=torch.float64)
+    factor = torch.linalg.cholesky(gram).float().double()
+    delta_loss = draw(length, batch, rollouts, seed=1).float().double() * finite
+    carry = draw(batch, rollouts, seed=2).float().double()
+    how = Deflation(finite, discount, baseline, 0.3, "rademacher", WHERE)
+    found = []
+    for deflate, dtype in ((deflate_in_torch, torch.float64), (least_squares_numba.deflate, torch.float32)):
+        inputs = [one.to(dtype) for one in (delta_loss, factor, carry)]
+        estimate, credit = torch.empty(length, batch, units, dtype=dtype), torch.empty_like(inputs[0])
+        after = deflate(
+            inputs[0], room.to(dtype)[..., :units], *inputs[1:], SEED, how, estimate=estimate, credit=credit
+        )
+        found.append((estimate, credit, after))
+    for exact, mine in zip(*found, strict=True):
+        assert_close(mine, exact, "float32_long")
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
