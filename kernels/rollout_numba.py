@@ -201,7 +201,9 @@ def rollout(
     weight = _with_columns(weight_hh, joined) if worth_a_copy else weight_hh
     product = RecurrentProduct(weight, options, rows)
     moved = preact.new_zeros((rows, len(weight)))
-    delta_h = preact.new_zeros((batch, rollouts, units)) if delta_h0 is None else delta_h0.to(preact.dtype, copy=True)
+    delta_h = preact.new_zeros((batch, rollouts, units))
+    if delta_h0 is not None:
+        delta_h.copy_(delta_h0)
     room = spare_room(preact, (time if options.store_delta_a else 0, batch, rollouts, padded(units)))
     measure, draw = Measure(loss, preact, rollouts), _Noise(seed, preact, options, counters)
     tanh = options.nonlinearity == "tanh"

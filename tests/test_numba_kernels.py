@@ -153,6 +153,21 @@ def test_rounded_operands(precision):
     assert_close(found.delta_loss, expected.delta_loss, "bfloat16")
 
 
+def test_any_strides_of_what_is_given():
+    shape = (4, 3, 5, 20)
+    clean, measured = [narrowed(one) for one in network(shape)], narrowed(losses(shape)["linear"])
+    start = draw(5, 20, 3).float()
+    options = RolloutOptions(5, 1e-2, store_delta_a=True)
+    preact, hidden = (torch.stack((one, -one), dim=-1)[..., 0] for one in clean[:2])
+    weight, grad = clean[2].t().contiguous().t(), measured.grad.transpose(0, 1).contiguous().transpose(0, 1)
+    found = rollout_numba.rollout(
+        preact, hidden, weight, LinearLoss(grad), SEED, options=options, delta_h0=start.permute(2, 0, 1)
+    )
+    plain = rollout_numba.rollout(*clean, measured, SEED, options=options, delta_h0=start.permute(2, 0, 1).contiguous())
+    for name in ("delta_loss", "delta_a", "delta_h"):
+        assert_close(getattr(found, name), getattr(plain, name), "float32")
+
+
 def test_saturated_units_and_large_deviations():
     shape = (6, 2, 40, 33)
     clean = network(shape, drive=30.0)
