@@ -21,13 +21,17 @@ REASSOCIATE = {"contract", "reassoc", "nsz"}
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """Compile a function that kernels call."""
-    return _compiled(function, parallel=False, fastmath=CONTRACT)
+    """Compile a function into the kernels that call it.
+
+    Not called, since a process that compiled it for itself would call that, and one that found the kernel on the disk
+    what was compiled with the kernel: two roundings of the same thing.
+    """
+    return _compiled(function, parallel=False, fastmath=CONTRACT, forceinline=True)
 
 
 def summing(function: Callable[..., Any]) -> Any:
-    """Compile a function that kernels call and whose sums may be taken in any order."""
-    return _compiled(function, parallel=False, fastmath=REASSOCIATE)
+    """Compile a function whose sums may be taken in any order into the kernels that call it."""
+    return _compiled(function, parallel=False, fastmath=REASSOCIATE, forceinline=True)
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., None]:
@@ -63,10 +67,10 @@ def _renamed(function: Callable[..., Any], ending: str) -> types.FunctionType:
     return copy
 
 
-def _compiled(function: Callable[..., Any], *, parallel: bool, fastmath: set[str]) -> Any:
+def _compiled(function: Callable[..., Any], *, parallel: bool, fastmath: set[str], forceinline: bool = False) -> Any:
     """Compile a function at its first call and keep the result on the disk."""
     compiler: Any = numba.njit
-    options = {"parallel": parallel, "fastmath": fastmath, "error_model": "numpy"}
+    options = {"parallel": parallel, "fastmath": fastmath, "error_model": "numpy", "forceinline": forceinline}
     try:
         return compiler(cache=True, **options)(function)
     except RuntimeError:

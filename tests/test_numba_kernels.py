@@ -1,7 +1,10 @@
 """The compiled loops of the CPU against the reference in float64, and against themselves on more threads."""
 
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -380,6 +383,32 @@ def test_without_a_folder_for_compiled_code_it_is_compiled_anew(monkeypatch):
     values = np.zeros(5)
     threads_numba.kernel(fill)(values)
     assert values.tolist() == [0, 1, 2, 3, 4]
+
+
+ESTIMATE = """
+import hashlib, torch, anpgpu
+torch.set_num_threads(1)
+for method in ("np", "anp", "anp-ls"):
+    torch.manual_seed(0)
+    rnn, readout = anpgpu.RNN(3, 40, 2, perturbation=anpgpu.Perturbation(method, 20, sigma=0.1)), torch.nn.Linear(40, 2)
+    anpgpu.estimate_grad_(rnn, readout, torch.randn(9, 3, 3), torch.randn(9, 3, 2))
+    for one in (*rnn.parameters(), *readout.parameters()):
+        print(hashlib.sha256(one.grad.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_code_from_the_disk_rounds_like_code_just_compiled(tmp_path):
+    where = {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent)}
+    said = []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", ESTIMATE], env={**os.environ, **where}, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        said.append(run.stdout.split())
+        assert list(tmp_path.rglob("*.nbc"))
+    assert len(said[0]) == 3 * 10
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("method", ["np", "anp", "anp-ls"])
