@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 _MOST_THREADS: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009  (set when it is imported)
+
+_PROCESS = os.getpid()
+"""A fork of it must not use its threads: GNU's OpenMP would end it."""
 
 CONTRACT = {"contract"}
 """Products and sums may fuse. Nothing may assume that values are finite: what is not must stay so."""
@@ -38,7 +42,8 @@ def kernel(function: Callable[..., Any]) -> Callable[..., None]:
     """Compile a function whose `prange` is spread over as many threads as torch uses; both forms when first needed.
 
     Numba's own number of threads is set to torch's and left there: changing it back and forth makes the threads anew
-    each time, milliseconds. The GIL stays held, since not every threading layer allows two kernels at once.
+    each time, milliseconds. A forked process stays on one thread. The GIL stays held, since not every threading layer
+    allows two kernels at once.
     """
     alone = _compiled(function, parallel=False, fastmath=CONTRACT)
     spread = _compiled(_renamed(function, "_parallel"), parallel=True, fastmath=CONTRACT)
@@ -46,7 +51,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*arguments: Any) -> None:
         threads = min(torch.get_num_threads(), _MOST_THREADS)
-        if threads == 1:
+        if threads == 1 or os.getpid() != _PROCESS:
             alone(*arguments)
             return
         if numba.get_num_threads() != threads:

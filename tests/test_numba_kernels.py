@@ -34,6 +34,8 @@ SEED = torch.tensor(-0x1234567890ABCDEF)
 SHAPES = [(4, 2, 3, 1), (7, 3, 5, 6), (2, 1, 3, 65), (5, 2, 33, 100), (3, 4, 2, 496)]
 """(T, B, P, H): with and without whole vectors, and (the third) too little work to copy the readout beside W_hh."""
 
+HERE = {**os.environ, "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent)}
+
 WHERE = Counters(purpose=1, layer=3, time=7, rollout=5, sample=2, rank=1)
 
 
@@ -329,6 +331,26 @@ def test_threads_change_nothing():
     )
 
 
+FORK = """
+import os, torch
+from anpgpu.kernels import adjoint_numba
+torch.set_num_threads(2)
+values = torch.ones(5, 2, 300)
+assert float(adjoint_numba.returns(values, 1.0)[0].sum()) == 3000
+child = os.fork()
+if not child:
+    os._exit(0 if float(adjoint_numba.returns(values, 1.0)[0].sum()) == 3000 else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_goes_on_alone():
+    run = subprocess.run([sys.executable, "-c", FORK], env=HERE, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["0"], run.stderr
+
+
 def test_auto_takes_numba_for_float32_on_the_cpu():
     cpu, meta = torch.device("cpu"), torch.device("meta")
     assert dispatch.choose_backend("auto", cpu, torch.float32) == "numba"
@@ -398,12 +420,10 @@ for method in ("np", "anp", "anp-ls"):
 
 
 def test_code_from_the_disk_rounds_like_code_just_compiled(tmp_path):
-    where = {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent)}
+    where = {**HERE, "NUMBA_CACHE_DIR": str(tmp_path)}
     said = []
     for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, "-c", ESTIMATE], env={**os.environ, **where}, capture_output=True, text=True, check=False
-        )
+        run = subprocess.run([sys.executable, "-c", ESTIMATE], env=where, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         said.append(run.stdout.split())
         assert list(tmp_path.rglob("*.nbc"))
