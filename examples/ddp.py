@@ -69,7 +69,7 @@ def main() -> None:
     if distributed.get_rank() == 0:
         first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
         print(f"{distributed.get_world_size()} processes share {options.share}: loss {first:.4f} -> {last:.4f}")
-    # DistributedDataParallel holds the group in reference cycles, and gloo's threads abort a process that ends before them.
+    # DistributedDataParallel holds the group in cycles of references; a process that ends before gloo's threads aborts.
     gc.collect()
     distributed.destroy_process_group()
 
