@@ -35,10 +35,16 @@ from .threads_numba import inlined, kernel, summing
 SIGNS_BYTES = 1 << 16
 """Packed signs that wait for their step."""
 
+SMALL_PRODUCT = 5 << 19
+"""Multiplications of a step up to which calling torch takes longer than its faster products save."""
+
+ROWS_TOGETHER = 8
+"""Rollouts that one thread takes through their steps together."""
+
 COLUMNS = 16
 """Products get zeros up to a multiple of so many columns: a vector that is masked takes longer than a whole one."""
 
-_NO_ROWS, _NO_LOSS = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
+_NO_ROWS, _NO_WEIGHTS = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
 
 _F = np.float32
 _BOUND = _F(PLAIN_DIFFERENCE_ABOVE)
@@ -119,15 +125,58 @@ def _product(delta_h: Any, row: Any, grad: Any, step: Any, sample: Any, units: A
     return total
 
 
+@inlined
+def _multiply(moved: Any, delta_h: Any, first: Any, last: Any, weights: Any, units: Any) -> None:
+    """Write weights^T delta_h for some rows; two at a time, so that every weight read serves two products."""
+    columns = weights.shape[1]
+    for row in range(first, last):
+        for column in range(columns):
+            moved[row, column] = _F(0)
+    for pair in range((last - first) // 2):
+        row = first + 2 * pair
+        for group in range(units // 4):
+            k = 4 * group
+            a0, a1, a2, a3 = delta_h[row, k], delta_h[row, k + 1], delta_h[row, k + 2], delta_h[row, k + 3]
+            b0, b1, b2, b3 = (
+                delta_h[row + 1, k],
+                delta_h[row + 1, k + 1],
+                delta_h[row + 1, k + 2],
+                delta_h[row + 1, k + 3],
+            )
+            for column in range(columns):
+                w0, w1, w2, w3 = (
+                    weights[k, column],
+                    weights[k + 1, column],
+                    weights[k + 2, column],
+                    weights[k + 3, column],
+                )
+                moved[row, column] += a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3
+                moved[row + 1, column] += b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3
+        for k in range(units // 4 * 4, units):
+            a0, b0 = delta_h[row, k], delta_h[row + 1, k]
+            for column in range(columns):
+                moved[row, column] += a0 * weights[k, column]
+                moved[row + 1, column] += b0 * weights[k, column]
+    if (last - first) % 2:
+        row = last - 1
+        for k in range(units):
+            a0 = delta_h[row, k]
+            for column in range(columns):
+                moved[row, column] += a0 * weights[k, column]
+
+
 @kernel
-def _step(
+def _steps(
     tanh: Any,
-    step: Any,
+    start: Any,
+    stop: Any,
     rollouts: Any,
+    weights: Any,
+    started: Any,
     moved: Any,
     delta_h: Any,
     words: Any,
-    place: Any,
+    words_start: Any,
     noise: Any,
     sigma: Any,
     first: Any,
@@ -135,49 +184,56 @@ def _step(
     preact: Any,
     kept: Any,
     outputs: Any,
-    outputs_place: Any,
     grad: Any,
     delta_loss: Any,
 ) -> None:
-    """Take all rollouts through what a step has besides its product. An array of length 0 is not there.
+    """Take all rollouts through some steps. An array of length 0 is not there.
 
     Args:
         tanh: whether it is tanh, or else relu.
-        step: the step.
+        start: the first step.
+        stop: the step after the last.
         rollouts: P.
-        moved: W_hh delta_h of the step before, then, where there are outputs, W_o delta_h; (B P, H + O). Gets delta_a.
-        delta_h: (B P, H), written.
+        weights: W_hh^T, then, where there are outputs, W_o^T, (H, H + O or more); none where `moved` is made already.
+        started: whether the first step of all has a delta_h before it.
+        moved: W_hh delta_h of the step before, then W_o delta_h; (B P, H + O or more). Gets delta_a.
+        delta_h: (B P, H), of the step before, then of the last.
         words: packed signs of some steps, (L, B P, words).
-        place: the step's place among them.
+        words_start: the first of these.
         noise: noise that is not packed, (B P, padded).
         sigma: of the packed signs.
         first: 1 / s, or min(a, 0) for relu, (T, B, H).
         second: h / s, or -max(a, 0).
         preact: a.
         kept: gets delta_a, (T, B P, padded).
-        outputs: gets delta_o of the step before, (L, B P, O).
-        outputs_place: where among them; negative for nowhere.
+        outputs: gets delta_o of each step before one of these, (L, B P, O); step t is at t modulo L.
         grad: a linear loss's, (T, B, H).
         delta_loss: its differences, (T, B P), written.
     """
     rows, units = delta_h.shape
-    for row in numba.prange(rows):
-        sample = row // rollouts
-        if words.shape[0]:
-            _add_signs(moved, row, words, place, sigma, units)
-        else:
-            _add_row(moved, row, noise, units)
-        if tanh:
-            if _tanh_row(moved, row, delta_h, first, second, step, sample, units):
-                _plain_row(moved, row, delta_h, preact, step, sample, units)
-        else:
-            _relu_row(moved, row, delta_h, first, second, step, sample, units)
-        if kept.shape[0]:
-            _copy_row(kept, step, row, moved, 0, units)
-        if outputs_place >= 0:
-            _copy_row(outputs, outputs_place, row, moved, units, outputs.shape[2])
-        if grad.shape[0]:
-            delta_loss[step, row] = _product(delta_h, row, grad, step, sample, units)
+    for block in numba.prange((rows + ROWS_TOGETHER - 1) // ROWS_TOGETHER):
+        top = block * ROWS_TOGETHER
+        end = min(top + ROWS_TOGETHER, rows)
+        for step in range(start, stop):
+            if weights.shape[0] and (step or started):
+                _multiply(moved, delta_h, top, end, weights, units)
+            for row in range(top, end):
+                sample = row // rollouts
+                if words.shape[0]:
+                    _add_signs(moved, row, words, step - words_start, sigma, units)
+                else:
+                    _add_row(moved, row, noise, units)
+                if tanh:
+                    if _tanh_row(moved, row, delta_h, first, second, step, sample, units):
+                        _plain_row(moved, row, delta_h, preact, step, sample, units)
+                else:
+                    _relu_row(moved, row, delta_h, first, second, step, sample, units)
+                if kept.shape[0]:
+                    _copy_row(kept, step, row, moved, 0, units)
+                if outputs.shape[0] and step:
+                    _copy_row(outputs, (step - 1) % outputs.shape[0], row, moved, units, outputs.shape[2])
+                if grad.shape[0]:
+                    delta_loss[step, row] = _product(delta_h, row, grad, step, sample, units)
 
 
 def rollout(
@@ -196,34 +252,58 @@ def rollout(
     rollouts, rows = options.rollouts, batch * options.rollouts
     # Where operands are not rounded, one product serves delta_o of a step and delta_a of the next.
     readout = None if loss is None or isinstance(loss, LinearLoss) else loss.readout
-    worth_a_copy = 4 * units <= time * rows
-    joined = readout if worth_a_copy and options.precision == "fp32" else None
+    outputs = 0 if readout is None else len(readout)
+    exact = options.precision == "fp32"
+    # Small products are made here, many steps in one call; torch needs a call for each, but multiplies faster.
+    small = exact and rows * units * (units + outputs) <= SMALL_PRODUCT and options.noise == "rademacher"
+    resident = small and (loss is None or isinstance(loss, LinearLoss) or readout is not None)
+    worth_a_copy = resident or 4 * units <= time * rows
+    joined = readout if worth_a_copy and exact else None
     weight = _with_columns(weight_hh, joined) if worth_a_copy else weight_hh
     product = RecurrentProduct(weight, options, rows)
+    weights = weight.t().contiguous().numpy() if resident else _NO_WEIGHTS
     moved = preact.new_zeros((rows, len(weight)))
     delta_h = preact.new_zeros((batch, rollouts, units))
     if delta_h0 is not None:
         delta_h.copy_(delta_h0)
     room = spare_room(preact, (time if options.store_delta_a else 0, batch, rollouts, padded(units)))
     measure, draw = Measure(loss, preact, rollouts), _Noise(seed, preact, options, counters)
-    tanh = options.nonlinearity == "tanh"
+    tanh, started = options.nonlinearity == "tanh", delta_h0 is not None
     clean = quotient_rows(preact, hidden) if tanh else (preact.clamp(max=0), -hidden)
     fixed = (*(one.contiguous().numpy() for one in (*clean, preact)), room.view(len(room), rows, padded(units)).numpy())
-    waiting = _NO_ROWS if joined is None else measure.waiting.view(measure.length, rows, len(joined)).numpy()
-    grad, delta_loss = _NO_ROWS, _NO_LOSS
+    waiting = _NO_ROWS if joined is None else measure.waiting.view(measure.length, rows, outputs).numpy()
+    grad, delta_loss = _NO_ROWS, _NO_WEIGHTS
     if isinstance(loss, LinearLoss) and measure.delta_loss is not None:
         grad, delta_loss = loss.grad.contiguous().numpy(), measure.delta_loss.view(time, rows).numpy()
     states = moved.numpy(), delta_h.view(rows, units).numpy()
-    for step in range(time):
-        if step or delta_h0 is not None:
+    stop = 0
+    while stop < time:
+        start, stop = stop, stop + 1
+        if resident:
+            stop = min(time, start + draw.length)
+            if joined is not None:
+                # Until the outputs that wait are complete: those of the step before are read in each step.
+                stop = min(stop, max(1, -(-start // measure.length) * measure.length + 1))
+        elif start or started:
             product.add_to(moved, delta_h, keep=0.0)
-        read = joined is not None and step > 0
-        outputs = waiting, (step - 1) % measure.length if read else -1
-        _step(tanh, step, rollouts, *states, *draw.of(step), *fixed, *outputs, grad, delta_loss)
-        if read:
-            measure.taken(step - 1)
-        if not isinstance(loss, LinearLoss) and (joined is None or step + 1 == time):
-            measure.step(step, delta_h)
+        _steps(
+            tanh,
+            start,
+            stop,
+            rollouts,
+            weights,
+            started,
+            *states,
+            *draw.of(start, stop),
+            *fixed,
+            waiting,
+            grad,
+            delta_loss,
+        )
+        if joined is not None and stop > 1:
+            measure.taken(stop - 2)
+        if not isinstance(loss, LinearLoss) and (joined is None or stop == time):
+            measure.step(stop - 1, delta_h)
     kept = room[..., :units] if options.store_delta_a else None
     return Rollout(measure.delta_loss, kept, delta_h, measure.delta_o)
 
@@ -242,13 +322,13 @@ def _with_columns(weight_hh: Tensor, readout: Tensor | None) -> Tensor:
 
 
 class _Noise:
-    """The noise of consecutive steps as `_step` takes it."""
+    """The noise of consecutive steps as `_steps` takes it."""
 
     def __init__(self, seed: Tensor, preact: Tensor, options: RolloutOptions, counters: Counters) -> None:
         time, batch, units = preact.shape
         self.shape, self.seed, self.counters = (time, batch, options.rollouts, units), seed, counters
         self.sigma = _F(options.sigma)
-        self.words, self.noise = np.empty((0, 0, 0), np.uint32), np.empty((0, 0), np.float32)
+        self.first, self.words, self.noise = 0, np.empty((0, 0, 0), np.uint32), _NO_WEIGHTS
         step_bytes = batch * options.rollouts * padded(units) // 8
         self.length = max(1, SIGNS_BYTES // max(1, step_bytes))
         self.drawn: NoiseSteps | None = None
@@ -258,13 +338,13 @@ class _Noise:
             self.room = preact.new_empty((1, batch, options.rollouts, padded(units)))
             self.noise = self.room.view(batch * options.rollouts, padded(units)).numpy()
 
-    def of(self, step: int) -> tuple[Any, int, Any, Any]:
-        """Return words, the step's place among them, noise and sigma."""
+    def of(self, start: int, stop: int) -> tuple[Any, int, Any, Any]:
+        """Return words of some steps, of which the first is the second value, noise, and sigma."""
         if self.drawn is not None:
-            self.drawn.fill(step, self.room)
-        elif step % self.length == 0:
+            self.drawn.fill(start, self.room)
+        elif not self.first <= start < stop <= self.first + len(self.words):
             time, batch, rollouts, units = self.shape
-            here = (min(self.length, time - step), batch, rollouts, units)
-            words = packed_signs(self.seed, here, self.counters._replace(time=self.counters.time + step))
-            self.words = words.reshape(len(words), batch * rollouts, words.shape[-1])
-        return self.words, step % self.length, self.noise, self.sigma
+            here = (min(self.length, time - start), batch, rollouts, units)
+            words = packed_signs(self.seed, here, self.counters._replace(time=self.counters.time + start))
+            self.first, self.words = start, words.reshape(len(words), batch * rollouts, words.shape[-1])
+        return self.words, self.first, self.noise, self.sigma

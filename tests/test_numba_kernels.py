@@ -68,6 +68,12 @@ def test_signs_by_brute_force():
     assert torch.equal(made.double(), noise_block(42, shape, "rademacher", **where._asdict()))
 
 
+@pytest.fixture(params=["torch's products", "own products"])
+def product(request, monkeypatch):
+    """Which of the two forms of the rollout runs; the size of the product would decide."""
+    monkeypatch.setattr(rollout_numba, "SMALL_PRODUCT", 0 if request.param == "torch's products" else 1 << 62)
+
+
 def network(shape, nonlinearity="tanh", drive=1.0):
     """Clean pre-activations and states, (T, B, H), and W_hh, in values that float32 has."""
     time, batch, _, units = shape
@@ -117,7 +123,7 @@ def assert_as_good(found, small, exact):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("loss", list(losses(SHAPES[0])))
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-def test_rollout_is_as_good_as_the_reference(shape, loss, nonlinearity):
+def test_rollout_is_as_good_as_the_reference(shape, loss, nonlinearity, product):
     measured = losses(shape)[loss]
     clean = network(shape, nonlinearity)
     for sigma in (1e-6, 1e-3, 0.1, 3.0):
@@ -134,7 +140,7 @@ def test_rollout_is_as_good_as_the_reference(shape, loss, nonlinearity):
 
 
 @pytest.mark.parametrize("waiting", [1, 2500, 5000])
-def test_outputs_that_wait_reach_their_steps(waiting, monkeypatch):
+def test_outputs_that_wait_reach_their_steps(waiting, monkeypatch, product):
     shape = (11, 2, 30, 20)
     monkeypatch.setattr(reference_rollout, "WAITING_BYTES", waiting)
     measured, clean = losses(shape)["squared of readout"], network(shape)
@@ -158,7 +164,7 @@ def test_rounded_operands(precision):
     assert_close(found.delta_loss, expected.delta_loss, "bfloat16")
 
 
-def test_any_strides_of_what_is_given():
+def test_any_strides_of_what_is_given(product):
     shape = (4, 3, 5, 20)
     clean, measured = [narrowed(one) for one in network(shape)], narrowed(losses(shape)["linear"])
     start = draw(5, 20, 3).float()
@@ -173,7 +179,7 @@ def test_any_strides_of_what_is_given():
         assert_close(getattr(found, name), getattr(plain, name), "float32")
 
 
-def test_saturated_units_and_large_deviations():
+def test_saturated_units_and_large_deviations(product):
     shape = (6, 2, 40, 33)
     clean = network(shape, drive=30.0)
     assert float(clean[0].abs().max()) > 40
@@ -207,7 +213,7 @@ def test_tanh_of_anything():
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_with_its_rollout(wild, nonlinearity):
+def test_what_is_not_finite_stays_with_its_rollout(wild, nonlinearity, product):
     shape = (3, 2, 4, 40)
     clean, measured = [narrowed(one) for one in network(shape, nonlinearity)], narrowed(losses(shape)["linear"])
     start = torch.zeros(2, 4, 40)
@@ -298,7 +304,7 @@ def test_returns_are_the_references(shape, discount):
     assert found is not delta_loss
 
 
-def test_threads_change_nothing():
+def test_threads_change_nothing(product):
     shape = (6, 3, 40, 70)
     clean, measured = [narrowed(one) for one in network(shape)], narrowed(losses(shape)["squared of readout"])
     options = RolloutOptions(40, 0.2, store_delta_a=True)
