@@ -26,13 +26,17 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
-def sigma(value: object, dtype: torch.dtype) -> float:
-    """Return `value`, a standard deviation that `dtype` holds as a normal number; raise otherwise."""
+def sigma_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Return the least and the largest sigma: a normal number, of which Gaussian noise reaches 6.7 times as much."""
     limits = torch.finfo(dtype)
-    if not limits.tiny <= real("sigma", value) <= limits.max:
-        raise ValueError(
-            f"sigma must be positive and finite, in [{limits.tiny}, {limits.max}] for {dtype}, got {value!r}"
-        )
+    return limits.tiny, limits.max / 8
+
+
+def sigma(value: object, dtype: torch.dtype) -> float:
+    """Return `value`, a standard deviation whose noise `dtype` holds; raise otherwise."""
+    least, most = sigma_range(dtype)
+    if not least <= real("sigma", value) <= most:
+        raise ValueError(f"sigma must be positive and finite, in [{least}, {most}] for {dtype}, got {value!r}")
     return float(value)  # type: ignore[arg-type]
 
 

@@ -9,10 +9,12 @@ half the memory.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -31,6 +33,9 @@ DEFAULT_SHARE = 8
 
 FIXED_BYTES = 16 << 20
 """Blocks of noise and other temporaries that do not grow with the shapes."""
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+"""glibc's; other C libraries have none."""
 
 _lowered: dict[torch.device, int] = {}
 """Per device the bytes to divide by since memory ran out there, so that the next update does not run out again."""
@@ -118,6 +123,18 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
         f"max_memory={max_memory} bytes is too little for T={shape.time}, H={shape.hidden}: "
         f"{parts[-1]} of {shape.rollouts} rollouts of one sample at a time needs {smallest} bytes"
     )
+
+
+def one_after_another(segments: Iterable[slice], device: torch.device) -> Iterator[slice]:
+    """Yield segments; on a CPU have the C library return what each has freed.
+
+    It keeps freed blocks up to a size that grows with use, and what the next segment asks for does not always fit them:
+    several times the memory of a segment would stay.
+    """
+    for number, steps in enumerate(segments):
+        if number and device.type == "cpu" and _malloc_trim is not None:
+            _malloc_trim(0)
+        yield steps
 
 
 def divided(

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .division import Division, Shape, divided, gram_floats, needed_bytes, segments_of
+from .division import Division, Shape, divided, gram_floats, needed_bytes, one_after_another, segments_of
 from .job import BlackBoxChange, CleanChunk, Found, Job, draw_masks, keep_final
 from .kernels.rollout import LinearLoss, Loss
 from .layers import CleanRun, preactivations
@@ -92,7 +92,7 @@ class _ChunkOfSamples:
         if self.top.segmented:
             for sweep in self.sweeps:
                 sweep.check()
-        for steps in reversed(self.segments):
+        for steps in one_after_another(reversed(self.segments), self.outputs.device):
             run = self.clean.run(steps)
             if self.problem.weight_o is not None:
                 here = self.outputs[steps]
@@ -111,7 +111,7 @@ class _ChunkOfSamples:
     def _clean_pass(self) -> None:
         """Run the network; where time is cut and the loss is ours, take the rollouts along."""
         last = self.loss.last_step[self.samples]
-        for steps in self.segments:
+        for steps in one_after_another(self.segments, self.outputs.device):
             run = self.clean.run(steps)
             self.outputs[steps] = self.problem.read(run.outputs)
             keep_final(self.found.h_n[:, self.samples], run, steps, last)
@@ -130,7 +130,8 @@ class _ChunkOfSamples:
             return
         parts = []
         for block in self.top.blocks:
-            moves = [self._advance(self.clean.run(steps), steps, block) for steps in self.segments]
+            ordered = one_after_another(self.segments, self.outputs.device)
+            moves = [self._advance(self.clean.run(steps), steps, block) for steps in ordered]
             parts.append(self.change.of(torch.cat([move for move in moves if move is not None])))
         self.measured = torch.cat(parts, dim=-1)
         self.top.finite &= torch.isfinite(self.measured).all(0)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import sigma_range
 from .dispatch import choose_backend
 from .kernels.rollout import RolloutOptions
 from .perturbation import Perturbation
@@ -51,9 +52,9 @@ def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Se
     if not weight.is_floating_point():
         raise TypeError(f"perturbation learning needs floating parameters, got {weight.dtype}; use method='bptt'")
     dtype = working_dtype(weight.dtype)
-    limits = torch.finfo(dtype)
-    if not limits.tiny <= perturbation.sigma <= limits.max:
-        raise ValueError(f"sigma must be in [{limits.tiny}, {limits.max}] for {dtype}, got {perturbation.sigma!r}")
+    least, most = sigma_range(dtype)
+    if not least <= perturbation.sigma <= most:
+        raise ValueError(f"sigma must be in [{least}, {most}] for {dtype}, got {perturbation.sigma!r}")
     precision = perturbation.precision
     if dtype == torch.float64:
         if precision != "auto":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation
-from .division import Division, segments_of
+from .division import Division, one_after_another, segments_of
 from .kernels.noise import Counters
 from .kernels.rollout import LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, give_back
 from .layers import GradientSums, LayerRun, LayerWeights, preactivations
@@ -298,7 +298,7 @@ def estimate_layer(
             sweep.finite |= trust.unsqueeze(1)
         if sweep.segmented:
             sweep.check()
-        for steps in reversed(segments):
+        for steps in one_after_another(reversed(segments), seed.device):
             inputs, states = _part(run, steps, samples)
             halves = sweep.credit(
                 steps,
@@ -342,7 +342,7 @@ def _first_pass(
     measured = []
     for block in sweep.blocks:
         deviations = []
-        for steps in segments:
+        for steps in one_after_another(segments, run.inputs.device):
             inputs, states = _part(run, steps, samples)
             preact = preactivations(weights, inputs, states)
             part = sweep.advance(block, steps, preact, states[1:], loss_of(steps, samples))

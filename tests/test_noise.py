@@ -268,6 +268,14 @@ def test_a_part_of_a_block_is_that_part_of_the_noise(part, kind, offset):
     assert torch.equal(noise(SEED, tuple(everything.shape), kind=kind, counters=where), everything)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_largest_sigma_leaves_the_noise_finite(dtype):
+    most = torch.finfo(dtype).max / 8
+    assert bool(torch.isfinite(noise(SEED, (1, 1, 64, 1024), sigma=most, kind="gaussian", dtype=dtype)).all())
+    with pytest.raises(ValueError, match="sigma must be positive and finite"):
+        noise(SEED, (1, 1, 1, 1), sigma=1.01 * most, dtype=dtype)
+
+
 def test_an_empty_batch_has_no_noise():
     assert noise(SEED, (3, 0, 2, 5)).shape == (3, 0, 2, 5)
 
