@@ -125,7 +125,17 @@ class MeasuredLoss:
         """Call the caller's loss on outputs (T, b, p, O); return each step's share of the reported loss, (T, b, p)."""
         assert callable(self.loss)  # noqa: S101  (for the type checker; the caller looked)
         time, batch, rollouts, _ = outputs.shape
-        values = self.loss(outputs, self._rollout_targets(samples))
+        targets = self._rollout_targets(samples)
+        try:
+            values = self.loss(outputs, targets)
+        except RuntimeError as error:
+            # As torch says it of shapes that do not go together; what the caller raises of its own passes as it is.
+            if type(error) is not RuntimeError or targets is None:
+                raise
+            raise RuntimeError(
+                f"{error}; the loss was called with outputs of shape {tuple(outputs.shape)} and targets of shape "
+                f"{tuple(targets.shape)}, {targets.dtype}"
+            ) from error
         if not isinstance(values, Tensor):
             raise TypeError(f"the loss must return a tensor, got {type(values).__name__}")
         if values.shape not in {(time, batch, rollouts), (batch, rollouts)}:

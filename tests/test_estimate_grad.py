@@ -308,6 +308,23 @@ def test_a_callable_sees_the_documented_shapes():
         shapes.clear()
 
 
+def test_a_callable_that_shapes_do_not_suit_is_told_which_it_got():
+    rnn, readout = networks()
+    inputs, targets = draw(T, B, I), draw(T, B, 2)
+    told = r"must match.*outputs of shape \(6, 3, 1, 7\) and targets of shape \(6, 3, 1, 2\), torch.float64"
+    with pytest.raises(RuntimeError, match=told):
+        anpgpu.estimate_grad_(rnn, readout, inputs, targets, lambda y, t: (y - t).abs().sum(-1), perturbation=HOW)
+
+    class OwnError(RuntimeError):
+        pass
+
+    def stop(outputs, targets):
+        raise OwnError("enough")
+
+    with pytest.raises(OwnError, match=r"^enough$"):
+        anpgpu.estimate_grad_(rnn, readout, inputs, targets, stop, perturbation=HOW)
+
+
 def test_bptt_of_a_loss_without_a_gradient_raises():
     rnn, head = networks()
     with pytest.raises(ValueError, match="differentiable"):
