@@ -1,7 +1,7 @@
 """Does learning from perturbed rollouts come near true BPTT, and how far ahead of older perturbation methods is it?
 
     python profiling/study.py --full --csv STATION.csv     all tasks, methods, seeds; results/study/
-    python profiling/study.py --quick                      smaller networks, one seed: ten minutes on two cores
+    python profiling/study.py --quick                      smaller networks, one seed: two minutes on two cores
     python profiling/study.py --full --report              tables and plots of what there is so far
     python profiling/study.py --scaling                    against width, length and number of rollouts
     python profiling/study.py --long                       100,000 steps within a fixed memory
