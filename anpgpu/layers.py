@@ -103,8 +103,10 @@ def in_processing_order(values: Tensor, reverse: bool, lengths: Tensor | None) -
     return values.gather(0, source.view(*source.shape, *[1] * (values.dim() - 2)).expand_as(values))
 
 
-def run_layer(layer: Sequence[LayerWeights], inputs: Tensor, h_0: Tensor, nonlinearity: str) -> list[Tensor]:
-    """Return the clean states of each direction of one layer, (T + 1, B, H) in processing order.
+def run_layer(
+    layer: Sequence[LayerWeights], inputs: Tensor, h_0: Tensor, nonlinearity: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Return a layer's outputs, (T, B, D * H), and each direction's states, (T + 1, B, H) in processing order.
 
     By the function `torch.nn.RNN` itself calls, and as there both directions at once: it projects the inputs before it
     reverses them, and a row's place in a matrix product may change its rounding.
@@ -114,10 +116,11 @@ def run_layer(layer: Sequence[LayerWeights], inputs: Tensor, h_0: Tensor, nonlin
     biases, both = layer[0].bias_ih is not None, len(layer) == 2
     outputs, _ = run(inputs, h_0, flat, biases, 1, 0.0, False, both, False)
     sides = outputs.chunk(len(layer), -1)
-    return [
+    states = [
         torch.cat((start.unsqueeze(0).to(side.dtype), in_processing_order(side, bool(number), None)))
         for number, (start, side) in enumerate(zip(h_0, sides, strict=True))
     ]
+    return outputs, states
 
 
 def preactivations(weights: LayerWeights, inputs: Tensor, states: Tensor) -> Tensor:
@@ -159,19 +162,19 @@ def run_network(
         first = number * network.directions
         ordered = [in_processing_order(values, bool(side), lengths) for side in range(network.directions)]
         if lengths is None:
-            states = run_layer(layer, values, h_0[first : first + network.directions], network.nonlinearity)
+            # The layer above reads the tensor this layer wrote, as in nn.RNN: products depend on an operand's address.
+            values, states = run_layer(layer, values, h_0[first : first + network.directions], network.nonlinearity)
         else:
-            states = [
-                run_layer((weights,), ordered[side], h_0[first + side : first + side + 1], network.nonlinearity)[0]
-                for side, weights in enumerate(layer)
-            ]
-        here = [LayerRun(*one) for one in zip(ordered, states, strict=True)]
-        last += [last_states(one, lengths) for one in states]
-        runs.append(tuple(here))
-        sides = [in_processing_order(run.states[1:], bool(side), lengths) for side, run in enumerate(here)]
-        values = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
-        if lengths is not None:
+            sides, states = [], []
+            for side, weights in enumerate(layer):
+                start = h_0[first + side : first + side + 1]
+                outputs, (state,) = run_layer((weights,), ordered[side], start, network.nonlinearity)
+                sides.append(in_processing_order(outputs, bool(side), lengths))
+                states.append(state)
+            values = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
             values = values * valid_steps(len(values), lengths, values.device).unsqueeze(-1)
+        runs.append(tuple(LayerRun(*each) for each in zip(ordered, states, strict=True)))
+        last += [last_states(state, lengths) for state in states]
     return CleanRun(tuple(runs), tuple(masks), values, torch.stack(last))
 
 

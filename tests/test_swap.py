@@ -5,6 +5,7 @@ import pickle
 from typing import NamedTuple
 
 import torch
+from tolerances import assert_close
 from torch import nn
 
 import anpgpu
@@ -55,7 +56,7 @@ def test_swap_counts_and_keeps_parameters_names_and_outputs():
     assert model.again is model.first
     assert isinstance(model.block["deep"][0], anpgpu.RNN)
     assert type(model.block["gru"]) is nn.GRU
-    assert torch.equal(model(inputs), expected)
+    assert_close(model(inputs), expected, "float32")
 
 
 def test_an_optimiser_made_before_the_swap_goes_on():
@@ -82,7 +83,7 @@ def test_unswap_gives_torchs_gradients_back():
     anpgpu.swap_(model, HOW)
     estimated = step_of_model(model, inputs)
     assert not torch.equal(estimated["first.weight_hh_l0"], expected["first.weight_hh_l0"])
-    assert torch.equal(estimated["head.weight"], expected["head.weight"])
+    assert_close(estimated["head.weight"], expected["head.weight"], "float32")
     assert anpgpu.unswap_(model) == 2
     assert type(model.first) is nn.RNN
     assert_same(step_of_model(model, inputs), expected)
