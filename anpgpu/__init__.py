@@ -2,7 +2,7 @@
 
 from . import decorrelation, functional
 from ._version import __version__
-from .diagnostics import diagnose
+from .diagnosis import diagnose
 from .estimate import estimate_grad_
 from .kernels.noise import NOISE_STREAM_VERSION
 from .modules import RNN, Estimate

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .diagnostics import diagnose
+from .diagnosis import diagnose
 
 REQUIRED = ("rnn", "readout", "inputs", "targets")
 OPTIONAL = ("loss", "perturbation", "hx", "lengths")

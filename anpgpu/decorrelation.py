@@ -24,10 +24,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
-from .layers import CleanRun, run_network, valid_steps
+from .network.stack import CleanRun, run_network, valid_steps
 from .perturbation import real, whole
-from .problem import sequences
-from .settings import working_dtype
+from .runtime.settings import working_dtype
+from .task.problem import sequences
 
 
 class Decorrelate(nn.Module):

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .baselines import all_weights, by_autograd
-from .division import default_memory
-from .job import Found, Job
-from .layers import split_half, valid_steps
-from .layerwise import two_directions
-from .losses import LossFunction
+from .estimators.bptt import all_weights, by_autograd
+from .estimators.by_segment import one_direction
+from .estimators.job import Found, Job
+from .estimators.layerwise import two_directions
+from .estimators.published import published
 from .modules import Estimate, check_perturbation
+from .network.stack import split_half, valid_steps
 from .perturbation import PUBLISHED, Perturbation
-from .problem import Problem, canonical
-from .published import published
-from .ranges import within
-from .segmentwise import one_direction
-from .settings import new_seed, resolve
+from .runtime.memory import default_memory
+from .runtime.ranges import within
+from .runtime.settings import new_seed, resolve
+from .task.losses import LossFunction
+from .task.problem import Problem, canonical
 
 
 @within("estimate_grad_")

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import checks
 from .kernels.noise import Counters, Purpose
 from .kernels.rollout import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, SquaredLoss
-from .operators import loss_arguments, underived
+from .ops.tensors import loss_arguments, underived
 from .perturbation import BACKENDS, NOISES, one_of, real, whole
 
 __all__ = [

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .kernels.noise import COUNTER_LIMITS
-from .operators import forward_mode
+from .ops.network import Structure, autocast_dtype, new_seed, run_perturbed
+from .ops.tensors import forward_mode
 from .perturbation import PUBLISHED, Perturbation
-from .rnn_operators import Structure, autocast_dtype, new_seed, run_perturbed
-from .settings import resolve
+from .runtime.settings import resolve
 
 
 class Estimate(NamedTuple):

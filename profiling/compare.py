@@ -41,7 +41,7 @@ from report import CLOCKS, interleaved, quartiles, seconds, table, write
 from torch import Tensor
 
 from anpgpu import functional
-from anpgpu.settings import new_seed
+from anpgpu.runtime.settings import new_seed
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CPU = torch.device("cpu")

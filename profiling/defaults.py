@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import anpgpu
-from anpgpu.alignment import alignment
+from anpgpu.diagnosis.alignment import alignment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import tasks

@@ -29,7 +29,7 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 from tqdm import tqdm
 
 import anpgpu
-from anpgpu.diagnosis import Diagnosis
+from anpgpu.diagnosis.advice import Diagnosis
 
 BATCH = 16
 METHODS = ("bptt", "recommended", "default")

@@ -24,7 +24,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import anpgpu
-from anpgpu.ranges import DOMAIN, RANGES
+from anpgpu.runtime.ranges import DOMAIN, RANGES
 
 WARMUPS = 3
 OUTPUT = Path(__file__).resolve().parent.parent / "output"

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module", params=["torch", "numba"])
 def cpu_backend(request):
     """What "auto" takes for float32 tensors on the CPU: every test that uses this runs with both."""
-    from anpgpu import dispatch
+    from anpgpu.runtime import dispatch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_has_numba", lambda: request.param == "numba")
@@ -33,7 +33,7 @@ def cpu_backend(request):
 @pytest.fixture
 def torch_backend(monkeypatch):
     """Let "auto" take torch on the CPU."""
-    from anpgpu import dispatch
+    from anpgpu.runtime import dispatch
 
     monkeypatch.setattr(dispatch, "_has_numba", lambda: False)
 

@@ -13,13 +13,13 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import anpgpu
-from anpgpu import Perturbation, division
+from anpgpu import Perturbation
 
 T, B, I, H, O, P = 5, 5, 3, 4, 2, 7  # noqa: E741  (the design's names)
 TIMEOUT = timedelta(seconds=60)
 METHODS = ("anp", "np", "anp-ls", "wp")
 NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
-TIGHT = division.FIXED_BYTES + 30_000
+TIGHT = runtime_memory.FIXED_BYTES + 30_000
 """Bytes that cut time into segments."""
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

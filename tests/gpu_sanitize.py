@@ -12,9 +12,9 @@ import torch
 # Appended, as in conftest.py: an uninstalled checkout can be imported.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from anpgpu.dispatch import implementation
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
+from anpgpu.runtime.dispatch import implementation
 
 OPS = ("noise", "rollout", "returns", "adjoint", "rollout_adjoint")
 SHAPES = ((1, 1, 1, 1, 1), (2, 3, 5, 17, 3), (2, 1, 33, 130, 11))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from anpgpu.alignment import alignment
+from anpgpu.diagnosis.alignment import alignment
 
 AXES = torch.eye(100, dtype=torch.float64)
 

@@ -7,15 +7,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, KERNELS, TESTS = ROOT / "anpgpu", ROOT / "kernels", ROOT / "tests"
-PACKAGE_FILES = sorted(PACKAGE.glob("*.py"))
+PACKAGE_FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.parts)
 KERNEL_FILES = sorted(KERNELS.glob("*.py"))
 TEST_FILES = sorted(TESTS.glob("test_*.py"))
 OPS = ("noise", "rollout", "adjoint")
 BACKENDS = ("_triton", "_cupy", "_numba")
 LONGEST = 500
-
-FACES = {"modules", "estimate", "swap", "diagnostics", "__init__", "__main__"}
-"""What users call. They may import everything below; nothing below imports estimate, swap or diagnostics."""
 
 
 def parsed(path):
@@ -41,9 +38,26 @@ def siblings(path):
     return {name[1:] for name in imports(path) if name.startswith(".") and name != "."}
 
 
+def module_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def package_imports(path):
+    """The modules of the package that a file imports, kernels aside, by their dotted names inside it."""
+    folder = ".".join(path.relative_to(PACKAGE).parts[:-1])
+    names = set()
+    for name in imports(path):
+        inside = name.removeprefix("anpgpu.") if name.startswith("anpgpu.") else None
+        if name.startswith(".") and name != ".":
+            inside = f"{folder}.{name[1:]}" if folder else name[1:]
+        if inside is not None and "kernels" not in inside:
+            names.add(inside)
+    return names
+
+
 @pytest.fixture(scope="module")
 def graph():
-    return {path.stem: {name for name in siblings(path) if "kernels" not in name} for path in PACKAGE_FILES}
+    return {module_of(path): package_imports(path) for path in PACKAGE_FILES}
 
 
 def test_there_is_source_to_read():
@@ -69,15 +83,14 @@ def test_imports_run_one_way(graph):
 
 
 def test_nothing_below_imports_what_users_call(graph):
-    tops = {"estimate", "swap", "diagnostics"}
-    wrong = {name: graph[name] & tops for name in graph if name not in FACES and graph[name] & tops}
+    tops = {"estimate", "swap", "diagnosis.measure"}
+    wrong = {
+        name: graph[name] & tops for name in graph if "." in name and "diagnosis" not in name and graph[name] & tops
+    }
     assert wrong == {}
-    # The foundations know nothing of modules, and not of each other's users.
-    below = "perturbation dispatch checks division settings layers sweep operators functional gradients rnn_operators"
-    for name in below.split():
-        assert "modules" not in graph[name], f"{name} imports modules"
-    assert graph["perturbation"] == graph["ranges"] == graph["division"] == set()
-    assert graph["dispatch"] == {"ranges"}
+    assert all("modules" not in graph[name] for name in graph if name.startswith(("runtime", "network", "estimators")))
+    assert graph["perturbation"] == graph["runtime.ranges"] == graph["runtime.memory"] == set()
+    assert graph["runtime.dispatch"] == {"runtime.ranges"}
 
 
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.stem)

@@ -98,5 +98,5 @@ def test_command_runs_as_a_module_and_imports_no_matplotlib(tmp_path):
     run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "PATH:FUNCTION" in run.stdout
-    assert "anpgpu.diagnostics" in run.stderr
+    assert "anpgpu.diagnosis.measure" in run.stderr
     assert "matplotlib" not in run.stderr

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from anpgpu import functional, ranges
-from anpgpu.settings import new_seed
+from anpgpu import functional
+from anpgpu.runtime import ranges
+from anpgpu.runtime.settings import new_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "profiling"

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import anpgpu
 from anpgpu import Perturbation, diagnose
-from anpgpu.alignment import Alignment
-from anpgpu.diagnosis import Row, advise, cheapest, closest_sigma, cost_of
+from anpgpu.diagnosis.advice import Row, advise, cheapest, closest_sigma, cost_of
+from anpgpu.diagnosis.alignment import Alignment
 
 TIME, BATCH, INPUTS, HIDDEN = 6, 4, 3, 8
 SMALL = {"rollouts": (2, 8), "discounts": (0, 1), "sigmas": (1e-3,), "repeats": 3, "progress": False}

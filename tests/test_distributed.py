@@ -12,7 +12,7 @@ from tolerances import TOLERANCES, assert_close, relative_error
 
 import anpgpu
 from anpgpu import Perturbation
-from anpgpu.sharding import Share
+from anpgpu.runtime.processes import Share
 
 COUNTS = [pytest.param(2, id="2 processes"), pytest.param(3, id="3 processes", marks=pytest.mark.slow)]
 
@@ -78,7 +78,7 @@ def test_mistakes_are_errors_in_every_process(found, case, words):
 def unwrapped(monkeypatch, rank, count):
     """The gradients of one process before they are averaged."""
     with monkeypatch.context() as patch:
-        patch.setattr("anpgpu.settings.process_rank", lambda: rank)
+        patch.setattr("anpgpu.runtime.settings.process_rank", lambda: rank)
         return cases.samples_sharded(rank, count, wrap=lambda model: model)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import anpgpu
 from anpgpu import Perturbation
-from anpgpu.division import Division, Shape, divide, needed_bytes, segments_of
+from anpgpu.runtime.memory import Division, Shape, divide, needed_bytes, segments_of
 
 T, B, I, H, O, P = 7, 3, 3, 6, 3, 5  # noqa: E741  (the design's names)
 METHODS = ("anp", "np", "anp-ls", "wp")
@@ -36,8 +36,8 @@ def divisions_of(method):
 
 def force(monkeypatch, division):
     """Every layer is divided like that, whatever memory there is."""
-    monkeypatch.setattr("anpgpu.division.divide", lambda *_: division)
-    for module in ("gradients", "baselines"):
+    monkeypatch.setattr("anpgpu.runtime.memory.divide", lambda *_: division)
+    for module in ("estimators.by_layer", "estimators.bptt"):
         # What weight perturbation calls instead.
         block = (division.samples, division.rollouts)
         monkeypatch.setattr(f"anpgpu.{module}.divide_weights", lambda *_, block=block, **__: block)

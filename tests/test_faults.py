@@ -12,8 +12,9 @@ from tolerances import assert_close
 from torch import nn
 
 import anpgpu
-from anpgpu import Perturbation, division
-from anpgpu.division import FIXED_BYTES, within_memory
+from anpgpu import Perturbation
+from anpgpu.runtime import memory as runtime_memory
+from anpgpu.runtime.memory import FIXED_BYTES, within_memory
 
 T, B, I, H, O, P = 7, 4, 3, 6, 3, 8  # noqa: E741  (the design's names)
 METHODS = ("anp", "np", "anp-ls", "wp")
@@ -32,9 +33,9 @@ ERRORS = {
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered():
-    division._lowered.clear()
+    runtime_memory._lowered.clear()
     yield
-    division._lowered.clear()
+    runtime_memory._lowered.clear()
 
 
 class Memory:
@@ -42,10 +43,10 @@ class Memory:
 
     def __init__(self, monkeypatch, room, error=ERRORS["cuda"], spared=0):
         self.room, self.error, self.spared, self.refused = room, error, spared, 0
-        self.implementation = anpgpu.sweep.implementation
-        self.noise = anpgpu.weight_perturbation.noise
-        monkeypatch.setattr("anpgpu.sweep.implementation", self.watched)
-        monkeypatch.setattr("anpgpu.weight_perturbation.noise", self.watched_noise)
+        self.implementation = anpgpu.estimators.sweep.implementation
+        self.noise = anpgpu.estimators.weights.noise
+        monkeypatch.setattr("anpgpu.estimators.sweep.implementation", self.watched)
+        monkeypatch.setattr("anpgpu.estimators.weights.noise", self.watched_noise)
 
     def take(self, amount):
         if amount > self.room:
@@ -141,7 +142,7 @@ def test_what_a_failed_attempt_had_found_is_thrown_away(monkeypatch, method, spa
     how = Perturbation(method, rollouts=P, sigma=1e-3, max_memory=FIXED_BYTES + extra)
     memory = {"room": room, "spared": spared}
     for work in (lambda: backward(how, num_layers=2), lambda: estimate(how, num_layers=2)):
-        division._lowered.clear()
+        runtime_memory._lowered.clear()
         assert_goes_on(monkeypatch, work, **memory)
 
 
@@ -151,7 +152,7 @@ def test_the_warning_names_a_max_memory_that_divides_the_same_from_the_start(mon
         Memory(patch, 2 * P)
         with pytest.warns(RuntimeWarning) as warned:
             expected, _ = backward(how)
-    division._lowered.clear()
+    runtime_memory._lowered.clear()
     named = int(str(warned[-1].message).partition("max_memory=")[2].partition(" ")[0])
     found, _ = backward(Perturbation("anp", rollouts=P, sigma=1e-3, max_memory=named))
     assert torch.equal(found, expected)
@@ -191,14 +192,14 @@ def test_processes_that_share_rollouts_do_not_divide_further_on_their_own():
 
     with pytest.raises(torch.OutOfMemoryError, match=r"lower max_memory, in all of them, below 512 bytes.*20\.00 GiB"):
         within_memory(1024, torch.device("cpu"), lambda limit: limit // 2, lambda parts: parts, work, alone=False)
-    assert division._lowered == {}
+    assert runtime_memory._lowered == {}
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch):
     Memory(monkeypatch, 0, error=RuntimeError("a kernel failed"))
     with pytest.raises(RuntimeError, match="a kernel failed"):
         backward(Perturbation("anp", rollouts=P))
-    assert division._lowered == {}
+    assert runtime_memory._lowered == {}
 
 
 def test_a_failed_attempt_is_freed_before_the_next():
@@ -262,7 +263,7 @@ with warnings.catch_warnings(record=True) as warned:
 print([str(one.message) for one in warned])
 assert any("out of memory on cpu" in str(one.message) for one in warned), warned
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-anpgpu.division._lowered.clear()
+anpgpu.runtime.memory._lowered.clear()
 enough = update()
 error = float((short - enough).norm() / enough.norm())
 assert error < 2e-5, error
@@ -286,7 +287,7 @@ def test_the_allocators_own_error_is_understood():
 
 def lose(monkeypatch, first):
     """Every rollout from number `first` on says that its loss is not finite."""
-    implementation, delta_loss = anpgpu.sweep.implementation, anpgpu.weight_perturbation._Run.delta_loss
+    implementation, delta_loss = anpgpu.estimators.sweep.implementation, anpgpu.estimators.weights._Run.delta_loss
 
     def lossy(op, backend):
         def rollout(*args, counters, **more):
@@ -301,8 +302,8 @@ def lose(monkeypatch, first):
         found[..., max(first - rollouts.start, 0) :] = math.inf
         return found
 
-    monkeypatch.setattr("anpgpu.sweep.implementation", lossy)
-    monkeypatch.setattr("anpgpu.weight_perturbation._Run.delta_loss", lossy_weights)
+    monkeypatch.setattr("anpgpu.estimators.sweep.implementation", lossy)
+    monkeypatch.setattr("anpgpu.estimators.weights._Run.delta_loss", lossy_weights)
 
 
 @pytest.mark.parametrize("work", [backward, estimate], ids=["backward", "estimate_grad_"])

@@ -12,9 +12,9 @@ import pytest
 import tolerances
 import torch
 
-from anpgpu.dispatch import implementation
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
+from anpgpu.runtime.dispatch import implementation
 
 pytestmark = pytest.mark.gpu
 

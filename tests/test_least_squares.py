@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import anpgpu
+from anpgpu.estimators.least_squares import BLOCK_BYTES, LeastSquares, _cholesky, least_squares
 from anpgpu.kernels.noise import Counters, noise
 from anpgpu.kernels.rollout import RolloutOptions
-from anpgpu.least_squares import BLOCK_BYTES, LeastSquares, _cholesky, least_squares
 
 
 def copy_task(time: int, batch: int, delay: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

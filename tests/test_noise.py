@@ -11,9 +11,9 @@ from scipy import stats
 from tolerances import TOLERANCES
 
 import anpgpu
-from anpgpu import dispatch
 from anpgpu.functional import Counters, Purpose, noise
 from anpgpu.kernels import noise as noise_module
+from anpgpu.runtime import dispatch
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

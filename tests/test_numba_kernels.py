@@ -15,7 +15,6 @@ from oracles import noise_block
 from tolerances import TOLERANCES, assert_close, relative_error
 
 import anpgpu
-from anpgpu import dispatch
 from anpgpu.kernels import (
     adjoint as reference_adjoint,
     adjoint_numba,
@@ -29,6 +28,7 @@ from anpgpu.kernels import (
 from anpgpu.kernels.least_squares import Deflation, deflate as deflate_in_torch
 from anpgpu.kernels.noise import COUNTER_LIMITS, Counters
 from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
+from anpgpu.runtime import dispatch
 
 SEED = torch.tensor(-0x1234567890ABCDEF)
 SHAPES = [(4, 2, 3, 1), (7, 3, 5, 6), (2, 1, 3, 65), (5, 2, 33, 100), (3, 4, 2, 496)]

@@ -32,9 +32,9 @@ from torch.nn.utils.parametrizations import orthogonal
 import anpgpu
 from anpgpu import Perturbation, functional
 from anpgpu.functional import Counters, CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
-from anpgpu.operators import loss_arguments
-from anpgpu.rnn_operators import FIELDS, new_seed
-from anpgpu.settings import new_seed as drawn_seed
+from anpgpu.ops.network import FIELDS, new_seed
+from anpgpu.ops.tensors import loss_arguments
+from anpgpu.runtime.settings import new_seed as drawn_seed
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
 

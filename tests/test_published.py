@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 
 import anpgpu
 from anpgpu import Perturbation
-from anpgpu.division import FIXED_BYTES
 from anpgpu.kernels.noise import Purpose
-from anpgpu.layers import run_network
+from anpgpu.network.stack import run_network
+from anpgpu.runtime.memory import FIXED_BYTES
 
 METHODS = ("published-anp", "published-np", "published-wp")
 T, B, I, H, O = 5, 3, 3, 7, 4  # noqa: E741  (the design's names)
@@ -298,7 +298,7 @@ def test_updates_do_not_depend_on_max_memory(method, loss, monkeypatch):
         segments.append(len(values))
         return run_network(network, values, state)
 
-    monkeypatch.setattr("anpgpu.published.run_network", counted)
+    monkeypatch.setattr("anpgpu.estimators.published.run_network", counted)
     parts = estimated(method, rnn, head, inputs, targets, loss, how={"max_memory": memory})
     assert max(segments) < time / 4
     assert sum(segments) == time

@@ -10,7 +10,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import anpgpu
-from anpgpu import dispatch, functional, ranges
+from anpgpu import functional
+from anpgpu.runtime import dispatch, ranges
 
 ROOT = Path(__file__).resolve().parent.parent
 FORWARD_ONLY = ["clean_run", "rollout", "returns", "adjoint", "weight_gradients"]
@@ -157,7 +158,7 @@ def test_a_ranged_function_compiles_without_a_break(listener):
 def test_the_package_imports_and_works_without_nvtx():
     source = (
         "import sys; sys.modules['nvtx'] = None\n"
-        "import anpgpu.functional; from anpgpu import ranges\n"
+        "import anpgpu.functional; from anpgpu.runtime import ranges\n"
         "assert ranges.nvtx is None and ranges.listening() is None\n"
         "print(anpgpu.functional.noise(1, (1, 1, 1, 2)).shape)"
     )

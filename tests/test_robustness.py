@@ -266,7 +266,7 @@ def poisoned(monkeypatch):
             delta_a.untyped_storage().fill_(255)
         rollout_module.give_back(delta_a)
 
-    monkeypatch.setattr("anpgpu.sweep.give_back", give_back)
+    monkeypatch.setattr("anpgpu.estimators.sweep.give_back", give_back)
 
 
 def everything(method):

@@ -34,9 +34,9 @@ from torch.utils.checkpoint import checkpoint
 
 import anpgpu
 from anpgpu import Perturbation, functional
-from anpgpu.dispatch import implementation
 from anpgpu.functional import LinearLoss
 from anpgpu.kernels import rollout as rollout_kernel
+from anpgpu.runtime.dispatch import implementation
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
 

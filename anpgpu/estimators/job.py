@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layers import CleanRun, GradientSums, run_network
-from .problem import Problem
-from .settings import Settings
-from .sharding import Share
+from anpgpu.network.stack import CleanRun, GradientSums, run_network
+from anpgpu.runtime.processes import Share
+from anpgpu.runtime.settings import Settings
+from anpgpu.task.problem import Problem
 
 
 class Job(NamedTuple):

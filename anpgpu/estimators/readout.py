@@ -12,14 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .division import FIXED_BYTES
+from anpgpu.kernels.adjoint import returns
+from anpgpu.kernels.noise import Counters, NoiseSteps, Purpose, padded
+from anpgpu.kernels.rollout import OutputsOnly, loss_differences
+from anpgpu.runtime.memory import FIXED_BYTES
+from anpgpu.runtime.ranges import within
+from anpgpu.runtime.settings import Settings
+from anpgpu.task.problem import Problem
+
 from .job import BlackBoxChange
-from .kernels.adjoint import returns
-from .kernels.noise import Counters, NoiseSteps, Purpose, padded
-from .kernels.rollout import OutputsOnly, loss_differences
-from .problem import Problem
-from .ranges import within
-from .settings import Settings
 from .sweep import raise_if_lost
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .division import Shape, divided, gram_floats
-from .gradients import linear_loss
+from anpgpu.kernels.rollout import Loss, OutputsOnly, loss_of_steps
+from anpgpu.network.stack import in_processing_order, run_network
+from anpgpu.runtime.memory import Shape, divided, gram_floats
+from anpgpu.task.problem import Problem
+
+from .by_layer import linear_loss
 from .job import BlackBoxChange, Found, Job, draw_masks
-from .kernels.rollout import Loss, OutputsOnly, loss_of_steps
-from .layers import in_processing_order, run_network
-from .problem import Problem
 from .readout import perturb_readout
 from .sweep import estimate_layer
 

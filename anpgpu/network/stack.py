@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
-from .ranges import within
+from anpgpu.runtime.ranges import within
 
 
 class LayerWeights(NamedTuple):

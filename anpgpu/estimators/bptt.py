@@ -8,12 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .division import Division, segments_of, within_memory
+from anpgpu.network.stack import CleanRun, run_network
+from anpgpu.runtime.memory import Division, segments_of, within_memory
+from anpgpu.task.problem import Problem
+
 from .job import BlackBoxChange, CleanChunk, Found, Job, keep_final
-from .layers import CleanRun, run_network
-from .problem import Problem
 from .readout import perturb_readout
-from .weight_perturbation import CleanSegment, divide_weights, estimate_weights, weights_bytes
+from .weights import CleanSegment, divide_weights, estimate_weights, weights_bytes
 
 
 def all_weights(job: Job) -> Found:

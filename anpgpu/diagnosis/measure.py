@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from tqdm import tqdm
 
-from . import checks
+from anpgpu import checks
+from anpgpu.estimate import estimate_grad_
+from anpgpu.modules import Estimate, check_perturbation
+from anpgpu.perturbation import METHODS, Perturbation, one_of, real, whole
+from anpgpu.task.losses import LossFunction
+
+from .advice import Diagnosis, Row, advise, cheapest, closest_sigma, cost_of, discounted
 from .alignment import Alignment, alignment
-from .diagnosis import Diagnosis, Row, advise, cheapest, closest_sigma, cost_of, discounted
-from .estimate import estimate_grad_
-from .losses import LossFunction
-from .modules import Estimate, check_perturbation
-from .perturbation import METHODS, Perturbation, one_of, real, whole
 
 PARTS = ("weight_hh", "weight_ih", "bias")
 """Kinds of parameters, by their names in `torch.nn.RNN`."""

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from anpgpu.perturbation import Perturbation
+
 from .alignment import Alignment
-from .perturbation import Perturbation
 
 
 class Row(NamedTuple):

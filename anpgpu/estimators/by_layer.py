@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .division import Shape, default_memory, divided, gram_floats, within_memory
-from .kernels.rollout import LinearLoss, Loss
-from .layers import CleanRun, LayerRun, Network, in_processing_order, split_half
-from .settings import Settings
+from anpgpu.kernels.rollout import LinearLoss, Loss
+from anpgpu.network.stack import CleanRun, LayerRun, Network, in_processing_order, split_half
+from anpgpu.runtime.memory import Shape, default_memory, divided, gram_floats, within_memory
+from anpgpu.runtime.settings import Settings
+
 from .sweep import LossOf, estimate_layer
-from .weight_perturbation import CleanSegment, FinalGradients, divide_weights, estimate_weights, weights_bytes
+from .weights import CleanSegment, FinalGradients, divide_weights, estimate_weights, weights_bytes
 
 
 class Plan(NamedTuple):

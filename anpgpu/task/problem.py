@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .layers import Network, valid_steps
+from anpgpu.network.stack import Network, valid_steps
+from anpgpu.perturbation import one_of
+from anpgpu.runtime.settings import working_dtype
+
 from .losses import IGNORE_INDEX, LossFunction, MeasuredLoss, Targets
-from .perturbation import one_of
-from .settings import working_dtype
 
 LOSSES = ("mse", "cross_entropy")
 

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .division import FIXED_BYTES
-from .kernels.noise import Counters, Purpose, noise
-from .kernels.rollout import DEVIATIONS, LinearLoss, Loss, OutputsOnly, loss_differences, output_deviation
-from .layers import GradientSums, LayerRun, LayerWeights, Network, in_processing_order, preactivations
-from .ranges import within
-from .settings import Settings
+from anpgpu.kernels.noise import Counters, Purpose, noise
+from anpgpu.kernels.rollout import DEVIATIONS, LinearLoss, Loss, OutputsOnly, loss_differences, output_deviation
+from anpgpu.network.stack import GradientSums, LayerRun, LayerWeights, Network, in_processing_order, preactivations
+from anpgpu.runtime.memory import FIXED_BYTES
+from anpgpu.runtime.ranges import within
+from anpgpu.runtime.settings import Settings
+
 from .sweep import raise_if_lost
 
 

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import implementation, special_form
-from .kernels.adjoint import SAFE_TO_SQUARE
-from .kernels.least_squares import Deflation, deflate, dual, solve
-from .kernels.noise import Counters
-from .kernels.rollout import RolloutOptions
-from .ranges import within
+from anpgpu.kernels.adjoint import SAFE_TO_SQUARE
+from anpgpu.kernels.least_squares import Deflation, deflate, dual, solve
+from anpgpu.kernels.noise import Counters
+from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.runtime.dispatch import implementation, special_form
+from anpgpu.runtime.ranges import within
 
 RIDGE_FLOOR = 8
 """The ridge is at least so many units of rounding, which keeps a singular system solvable."""

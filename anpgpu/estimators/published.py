@@ -35,13 +35,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dispatch import implementation
-from .division import FIXED_BYTES
+from anpgpu.kernels.noise import Counters, NoiseSteps, Purpose, padded
+from anpgpu.kernels.rollout import DEVIATIONS, OutputsOnly, Rollout, loss_differences
+from anpgpu.network.stack import LayerRun, preactivations, run_network
+from anpgpu.runtime.dispatch import implementation
+from anpgpu.runtime.memory import FIXED_BYTES
+from anpgpu.task.problem import Problem
+
 from .job import BlackBoxChange, Found, Job
-from .kernels.noise import Counters, NoiseSteps, Purpose, padded
-from .kernels.rollout import DEVIATIONS, OutputsOnly, Rollout, loss_differences
-from .layers import LayerRun, preactivations, run_network
-from .problem import Problem
 from .sweep import raise_if_lost
 
 EVERYONE = slice(None)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
-from .kernels.rollout import CrossEntropyLoss, Loss, OutputsOnly, SquaredLoss
-from .layers import in_processing_order
+from anpgpu.kernels.rollout import CrossEntropyLoss, Loss, OutputsOnly, SquaredLoss
+from anpgpu.network.stack import in_processing_order
 
 IGNORE_INDEX = -100
 """Targets with this class have no cross-entropy, as in `torch.nn.CrossEntropyLoss`."""

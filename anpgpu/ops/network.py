@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .gradients import Gradients, Plan, layers_backward, weights_backward
-from .layers import CleanRun, LayerRun, Network, in_processing_order, run_network
-from .operators import looped, underived
-from .perturbation import Perturbation
-from .ranges import within
-from .settings import resolve, working_dtype
+from anpgpu.estimators.by_layer import Gradients, Plan, layers_backward, weights_backward
+from anpgpu.network.stack import CleanRun, LayerRun, Network, in_processing_order, run_network
+from anpgpu.perturbation import Perturbation
+from anpgpu.runtime.ranges import within
+from anpgpu.runtime.settings import resolve, working_dtype
+
+from .tensors import looped, underived
 
 SCHEMA_TYPES = {"str": "str", "int": "SymInt", "float": "float", "bool": "bool", "int | None": "SymInt?"}
 """Types of `Perturbation`'s fields as an op's schema spells them."""

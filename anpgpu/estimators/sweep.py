@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import implementation
-from .division import Division, one_after_another, segments_of
-from .kernels.noise import Counters
-from .kernels.rollout import LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, give_back
-from .layers import GradientSums, LayerRun, LayerWeights, preactivations
+from anpgpu.kernels.noise import Counters
+from anpgpu.kernels.rollout import LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, give_back
+from anpgpu.network.stack import GradientSums, LayerRun, LayerWeights, preactivations
+from anpgpu.runtime.dispatch import implementation
+from anpgpu.runtime.memory import Division, one_after_another, segments_of
+from anpgpu.runtime.settings import Settings
+
 from .least_squares import least_squares
-from .settings import Settings
 
 LossOf = Callable[[slice, slice], Loss]
 """Gives a layer's loss for some steps (in processing order) of some samples."""

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import sigma_range
+from anpgpu.checks import sigma_range
+from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.perturbation import Perturbation
+
 from .dispatch import choose_backend
-from .kernels.rollout import RolloutOptions
-from .perturbation import Perturbation
-from .sharding import Share, share_of
+from .processes import Share, share_of
 
 PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 

@@ -19,8 +19,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .kernels.noise import padded
-from .kernels.rollout import SPARE_BYTES
+from anpgpu.kernels.noise import padded
+from anpgpu.kernels.rollout import SPARE_BYTES
 
 Parts = TypeVar("Parts")
 Result = TypeVar("Result")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose_backend, implementation
-from .kernels.noise import Counters
-from .kernels.rollout import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, SquaredLoss
+from anpgpu.kernels.noise import Counters
+from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, SquaredLoss
+from anpgpu.runtime.dispatch import choose_backend, implementation
 
 Results = Tensor | tuple[Tensor, ...]
 

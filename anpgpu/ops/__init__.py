@@ -1,0 +1,1 @@
+"""The ops as PyTorch's transforms see them."""

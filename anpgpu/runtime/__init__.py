@@ -1,0 +1,1 @@
+"""Where it runs: settings, backends, memory, processes, profiler ranges."""

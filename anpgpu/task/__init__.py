@@ -1,0 +1,1 @@
+"""What was asked: the problem and its loss."""
