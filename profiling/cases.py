@@ -58,7 +58,7 @@ CPU_SHAPES = {
     "wide": [Case(10, 128, 32, 256)],
     "long": [Case(5_000, 1, 32, 64)],
 }
-"""What `compare.py` times on a CPU: the same kinds of shape, smaller, so that an update takes
+"""What `compare.py` and `compare_commits.py` time on a CPU: the same kinds of shape, smaller, so that an update takes
 about a second."""
 
 QUICK_SHAPES = {"quick": [Case(12, 2, 8, 16)]}
