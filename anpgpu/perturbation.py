@@ -17,7 +17,7 @@ BACKENDS = ("auto", "triton", "cupy", "numba", "torch")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How gradients are estimated from perturbed rollouts. The defaults are those of `profiling/defaults.py`.
+    """How gradients are estimated from perturbed rollouts. The defaults are those of `profiling/study_defaults.py`.
 
     Attributes:
         method: "anp-ls" (least-squares activity-based node perturbation), "anp" (activity-based node perturbation),
@@ -45,8 +45,8 @@ class Perturbation:
             samples instead. False is right for DistributedDataParallel, where every process has samples of its own.
         baseline: take the mean return of the other rollouts off each rollout's. It pays where sigma is large (0.1 and
             more), where all rollouts tend to raise the loss alike, and changes little where it is small (least
-            squares loses one of its equations); see `profiling/variance.py`. It needs two rollouts. "wp" and "bptt" do
-            not use it.
+            squares loses one of its equations); see `profiling/study_variance.py`. It needs two rollouts. "wp" and
+            "bptt" do not use it.
 
     Raises:
         ValueError: a value is outside its range; the message quotes it.

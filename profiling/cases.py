@@ -41,6 +41,28 @@ PUBLISHED_QUICK = (Case(time=40, batch=1, rollouts=64, hidden=64),)
 
 MIB = 1 << 20
 
+SHAPES = {
+    "published": [Case(210, batch, 128, 500) for batch in (1, 8, 32, 100)],
+    "goal": [Case(200, 32, 128, 512)],
+    "small": [Case(1_000, 32, 128, 64)],
+    "large": [Case(100, 32, 128, 2048)],
+    "wide": [Case(100, 512, 128, 256)],
+    "long": [Case(100_000, 4, 32, 256)],
+}
+"""What `compare.py` times on a GPU; T, B, P, H."""
+
+CPU_SHAPES = {
+    "published": [Case(210, 1, 256, 500), Case(210, 32, 32, 500)],
+    "small": [Case(1_000, 4, 64, 64)],
+    "large": [Case(20, 2, 32, 2048)],
+    "wide": [Case(10, 128, 32, 256)],
+    "long": [Case(5_000, 1, 32, 64)],
+}
+"""What `compare.py` and `compare_commits.py` time on a CPU: the same kinds of shape, smaller, so that an update takes
+about a second."""
+
+QUICK_SHAPES = {"quick": [Case(12, 2, 8, 16)]}
+
 MEMORY = {
     256 * MIB: tuple(
         Case(time, batch, rollouts, hidden)
@@ -74,3 +96,16 @@ def gpu_cases(hidden: tuple[int, ...] = HIDDEN, rows: tuple[int, ...] = ROWS) ->
             time = max(16, min(128, DELTA_A_BYTES // (4 * count * units)))
             found.append(Case(time=time, batch=BATCH, rollouts=count // BATCH, hidden=units))
     return found
+
+
+def named_shapes(shapes: dict[str, list[Case]], names: str | None) -> dict[str, list[Case]]:
+    """Return the shapes of a comma-separated list of names, or all of them.
+
+    Raises:
+        ValueError: one of them does not exist.
+    """
+    wanted = list(shapes) if names is None else names.split(",")
+    unknown = [name for name in wanted if name not in shapes]
+    if unknown:
+        raise ValueError(f"shapes must be of {', '.join(shapes)}, got {', '.join(unknown)}")
+    return {name: shapes[name] for name in wanted}

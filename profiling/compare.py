@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import compare_eggroll as eggroll
 import torch
-from baselines import Work
-from cases import MIB, Case
+from cases import CPU_SHAPES, MIB, QUICK_SHAPES, SHAPES, Case, named_shapes
+from compare_kernels import Work
 from compare_peers import (
     SIGMA,
     Task,
@@ -34,9 +34,9 @@ from compare_peers import (
     ours_backward,
     task_of,
 )
+from compare_published import published_update
 from gate import Check, estimate_check, require
 from machine import line, machine, short_name
-from published import published_update
 from report import CLOCKS, interleaved, quartiles, seconds, table, write
 from torch import Tensor
 
@@ -46,26 +46,6 @@ from anpgpu.runtime.settings import new_seed
 RESULTS = Path(__file__).resolve().parent / "results"
 CPU = torch.device("cpu")
 
-SHAPES = {
-    "published": [Case(210, batch, 128, 500) for batch in (1, 8, 32, 100)],
-    "goal": [Case(200, 32, 128, 512)],
-    "small": [Case(1_000, 32, 128, 64)],
-    "large": [Case(100, 32, 128, 2048)],
-    "wide": [Case(100, 512, 128, 256)],
-    "long": [Case(100_000, 4, 32, 256)],
-}
-"""On a GPU; T, B, P, H."""
-
-CPU_SHAPES = {
-    "published": [Case(210, 1, 256, 500), Case(210, 32, 32, 500)],
-    "small": [Case(1_000, 4, 64, 64)],
-    "large": [Case(20, 2, 32, 2048)],
-    "wide": [Case(10, 128, 32, 256)],
-    "long": [Case(5_000, 1, 32, 64)],
-}
-"""On a CPU: the same kinds of shape, as much smaller as an update of about a second asks for."""
-
-QUICK_SHAPES = {"quick": [Case(12, 2, 8, 16)]}
 GATE = Case(time=6, batch=3, rollouts=8, hidden=20, inputs=3, outputs=2)
 NARROW_GATE = GATE._replace(rollouts=64, hidden=64)
 BOUNDS = {"cpu": 1e-4, "cuda": 3e-2}
@@ -388,20 +368,6 @@ def plot(rows: list[dict[str, object]], path: Path, heading: str) -> None:
     plt.close(figure)
 
 
-def chosen_shapes(arguments: argparse.Namespace) -> dict[str, list[Case]]:
-    """Return the shapes that the arguments ask for.
-
-    Raises:
-        ValueError: one of them does not exist.
-    """
-    known = QUICK_SHAPES if arguments.quick else SHAPES if arguments.device == "cuda" else CPU_SHAPES
-    wanted = list(known) if arguments.shapes is None else arguments.shapes.split(",")
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise ValueError(f"shapes must be of {', '.join(known)}, got {', '.join(unknown)}")
-    return {name: known[name] for name in wanted}
-
-
 def chosen_peers(found: dict[str, Peer], wanted: str | None) -> dict[str, Peer]:
     """Return the peers whose names begin with one of a comma-separated list.
 
@@ -452,7 +418,8 @@ def main() -> None:
         print(json.dumps(peak_here(order["peer"], Case(*order["case"]), device, arguments.published)))
         return
     try:
-        shapes = chosen_shapes(arguments)
+        known = QUICK_SHAPES if arguments.quick else SHAPES if arguments.device == "cuda" else CPU_SHAPES
+        shapes = named_shapes(known, arguments.shapes)
         wanted = chosen_peers(peers(device, arguments.published), arguments.peers)
     except ValueError as problem:
         command.error(str(problem))

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from baselines import Work, graphed
 from cases import Case
+from compare_kernels import Work, graphed
 from torch import Tensor, nn
 
 import anpgpu

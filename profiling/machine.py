@@ -26,7 +26,7 @@ def machine() -> dict[str, object]:
         "versions": {"python": platform.python_version(), **_versions()},
         "cuda": torch.version.cuda,
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(Path(__file__).resolve().parent),
     }
 
 
@@ -44,6 +44,15 @@ def line(record: dict[str, object]) -> str:
     parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
     parts.append(f"{record['date']}, commit {record['commit']}")
     return " | ".join(parts)
+
+
+def commit(folder: Path) -> str | None:
+    """Return the commit that holds a folder, with "+" where tracked files differ from it; None where none does."""
+    if not _output_of(["git", "ls-files", "."], folder):
+        return None
+    name = _output_of(["git", "rev-parse", "--short", "HEAD"], folder)
+    changed = _output_of(["git", "status", "--porcelain", "--untracked-files=no"], folder)
+    return name and name + ("+" if changed else "")
 
 
 def short_name(record: dict[str, object]) -> str:
@@ -85,12 +94,3 @@ def _gpu() -> dict[str, str] | None:
     if not text:
         return {"name": torch.cuda.get_device_name()}
     return dict(zip(GPU_FIELDS, (field.strip() for field in text.splitlines()[0].split(",")), strict=True))
-
-
-def _commit() -> str | None:
-    """Return the commit of this checkout, with "+" where tracked files differ from it."""
-    here = Path(__file__).resolve().parent
-    commit = _output_of(["git", "rev-parse", "--short", "HEAD"], here)
-    if not commit:
-        return None
-    return commit + ("+" if _output_of(["git", "status", "--porcelain", "--untracked-files=no"], here) else "")

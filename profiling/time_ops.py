@@ -15,8 +15,8 @@ from pathlib import Path
 
 import cases
 import torch
-from baselines import Clean, Work, backpropagation, graphed, rollouts_of
 from cases import Case
+from compare_kernels import Clean, Work, backpropagation, graphed, rollouts_of
 from gate import Check, cosine, estimate_check, require, rollout_check
 from machine import line, machine, short_name
 from report import Quartiles, interleaved, quartiles, table, write

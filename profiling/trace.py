@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from baselines import graphed
 from cases import Case
+from compare_kernels import graphed
 from gate import estimate_check, require
 from machine import line, machine
 from report import table

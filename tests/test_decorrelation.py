@@ -472,7 +472,7 @@ def test_squared_correlation():
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_correlation_falls_tenfold_on_mackey_glass(seed):
     # What W_hh sees, on held-out data, while W stays as it is. The rule shrinks the activity, too, which a correlation
-    # does not notice. profiling/decorrelation.py is the complete measurement.
+    # does not notice. profiling/study_decorrelation.py is the complete measurement.
     from reservoirpy.datasets import mackey_glass
 
     units, lanes, steps, updates = 64, 8, 50, 1000

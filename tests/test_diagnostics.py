@@ -427,7 +427,7 @@ def exclusive_or(generator):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_recommendation_at_the_first_weights_trains(seed):
-    # The reduced form of profiling/diagnose_blind.py. Guessing costs log 2 = .69 nats.
+    # The reduced form of profiling/study_diagnose.py. Guessing costs log 2 = .69 nats.
     torch.manual_seed(seed)
     rnn, readout = nn.RNN(1, 32), nn.Linear(32, 2)
     data = torch.Generator().manual_seed(100 + seed)

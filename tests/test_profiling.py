@@ -96,7 +96,7 @@ def test_published_compares_with_a_stand_in(tmp_path):
     output = tmp_path / "published.json"
     # Processor time of one thread, so that whatever else the machine runs does not change the order.
     how = ("--quick", "--threads", 1, "--clock", "cpu", "--repeats", 3)
-    printed = run_script("published.py", checkout, *how, "--output", output)
+    printed = run_script("compare_published.py", checkout, *how, "--output", output)
     (result,) = read(output, printed)["results"]
     works = {"published", "estimate_grad_", "loss.backward()", "matmuls"}
     assert result["milliseconds"].keys() == works
@@ -110,7 +110,7 @@ def test_published_compares_with_a_stand_in(tmp_path):
 
 def test_published_says_what_is_missing(tmp_path):
     with pytest.raises(AssertionError, match=r"models\.py does not exist"):
-        run_script("published.py", tmp_path, "--quick")
+        run_script("compare_published.py", tmp_path, "--quick")
 
 
 def test_memory_keeps_its_bound_at_any_length(tmp_path):
@@ -144,9 +144,9 @@ def test_time_ops_writes_every_row(tmp_path):
             assert row["of ceiling"] == pytest.approx(row["TFLOP/s"] / record["ceiling"]["tflops"][1])
 
 
-def test_diagnose_blind_trains_what_was_recommended(tmp_path):
-    output = tmp_path / "diagnose_blind.json"
-    rows = read(output, run_script("diagnose_blind.py", "--quick", "--quiet", "--output", output))["results"]
+def test_diagnose_trains_what_was_recommended(tmp_path):
+    output = tmp_path / "diagnose.json"
+    rows = read(output, run_script("study_diagnose.py", "--quick", "--quiet", "--output", output))["results"]
     assert {row["task"] for row in rows} == {"adding", "xor"}
     for row in rows:
         assert row["setting"].startswith(row["perturbation"]["method"])
@@ -173,7 +173,7 @@ def test_a_failed_check_stops_before_anything_is_timed(figure):
 def test_decorrelation_answers_both_questions(tmp_path):
     output = tmp_path / "decorrelation.json"
     how = ("--methods", "anp", "--seeds", 1, "--updates", 3, "--rates", 0.2, "--checkpoints", 5, 20)
-    record = read(output, run_script("decorrelation.py", *how, "--output", output))
+    record = read(output, run_script("study_decorrelation.py", *how, "--output", output))
     assert [row["updates"] for row in record["fixed weights"]] == [5, 20]
     for row in record["fixed weights"]:
         assert row["lowered"] == pytest.approx(row["corr^2 of h"] / row["corr^2 of D h"])
@@ -185,7 +185,7 @@ def test_decorrelation_answers_both_questions(tmp_path):
 
 
 def test_defaults_orders_the_methods(tmp_path):
-    printed = run_script("defaults.py", "--quick", "--repeats", 2, "--output", tmp_path)
+    printed = run_script("study_defaults.py", "--quick", "--repeats", 2, "--output", tmp_path)
     (output,) = tmp_path.glob("defaults-*.json")
     record = read(output, printed)
     # Two tasks, two stages, two numbers of rollouts, every setting.
@@ -200,13 +200,13 @@ def test_defaults_orders_the_methods(tmp_path):
     picture = output.with_suffix(".png")
     assert picture.stat().st_size > 0
     picture.unlink()
-    run_script("defaults.py", "--plot", output)
+    run_script("study_defaults.py", "--plot", output)
     assert picture.stat().st_size > 0
 
 
 def test_variance_finds_where_the_baseline_pays(tmp_path):
     output = tmp_path / "variance.json"
-    record = read(output, run_script("variance.py", "--quick", "--seeds", 3, "--output", output))
+    record = read(output, run_script("study_variance.py", "--quick", "--seeds", 3, "--output", output))
     by_cell = {(row["method"], row["sigma"]): row for row in record["rows"]}
     assert len(by_cell) == 6
     for method in ("anp", "anp-ls"):

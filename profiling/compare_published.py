@@ -1,6 +1,6 @@
 """How much faster is one update here than in the published research code, and how much of it is the matrix products?
 
-    python profiling/published.py CHECKOUT [--output FILE]
+    python profiling/compare_published.py CHECKOUT [--output FILE]
 
 CHECKOUT is a checkout of the published code (on GitHub: jesusgf96/NP_RNNs); it is run, never copied. Its method
 `node_perturbation_activity` is called as its own training loop calls it: one clean and one perturbed run of B

@@ -1,6 +1,6 @@
 """Does decorrelation decorrelate, and does it help each method to learn?
 
-    python profiling/decorrelation.py [--output FILE]
+    python profiling/study_decorrelation.py [--output FILE]
 
 Task: Mackey-Glass (tau = 17, reservoirpy's generator), the value 15 steps ahead from the present one, in windows of a
 training part cut into lanes; the state is carried from window to window. Two questions, both on held-out data:

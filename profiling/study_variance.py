@@ -1,6 +1,6 @@
 """Which tricks that lower an estimate's variance pay? Alignment with BPTT at an equal number of rollouts.
 
-    python profiling/variance.py [--quick] [--output FILE]
+    python profiling/study_variance.py [--quick] [--output FILE]
 
 The network copies the symbol of five steps ago (T = 25, B = 8, H = 64, W_hh orthogonal times .9); the figure is the
 cosine between the estimate of dW_hh and BPTT's, mean over seeds, all with the same number of rollouts in all:

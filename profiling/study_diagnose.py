@@ -8,7 +8,7 @@ with Adam, and train the same network on the same data by BPTT and by the librar
 diagnosed again half way and at the end: alignment at the start need not be alignment later. Tasks: adding after
 Hochreiter and Schmidhuber 1997; xor after Elman 1990.
 
-    python profiling/diagnose_blind.py --output profiling/results/diagnose_blind-cpu.json
+    python profiling/study_diagnose.py --output profiling/results/diagnose_blind-cpu.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which method, rollouts, discount and ridge should be the defaults? Alignment with BPTT over tasks and sizes.
 
-    python profiling/defaults.py [--quick] [--output FOLDER]
+    python profiling/study_defaults.py [--quick] [--output FOLDER]
 
 Tasks with short and with long delays, H from 64 to 512, P from 4 to 2 H, at the start (W_hh orthogonal times .95) and
 after some updates of BPTT, where networks spend most of their training. The figure is the cosine between one estimate
