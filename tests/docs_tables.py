@@ -97,11 +97,9 @@ def long_h200(lines: Sequence[str]) -> Rows:
 
 def tests_h200(lines: Sequence[str]) -> Rows:
     """How many tests passed on a GPU, none failed, and the seconds they took."""
-    (line,) = lines
-    found = re.fullmatch(r"(\d+) passed, \d+ warnings? in ([\d.]+)s .*", line)
-    if found is None:
-        raise ValueError(f"tests failed, or this is no summary of pytest's: {line!r}")
-    return [[found[1], significant(found[2])]]
+    # Where any failed, pytest's summary begins with those.
+    ((passed, seconds),) = re.findall(r"^(\d+) passed, \d+ warnings? in ([\d.]+)s", "\n".join(lines), re.MULTILINE)
+    return [[passed, significant(seconds)]]
 
 
 STUDY = {
@@ -386,8 +384,7 @@ def compiled(table: dict) -> Rows:
 
 def _records(lines: Sequence[str], kind: str) -> list[dict[str, str]]:
     """Return the lines `kind=<kind> name=value ...` as dictionaries; values may hold spaces."""
-    records = [dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", line)) for line in lines]
-    return [record for record in records if record.get("kind") == kind]
+    return [dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", line)) for line in lines if line.startswith(f"kind={kind} ")]
 
 
 def _methods(study: dict) -> Iterator[tuple[str, dict[str, dict]]]:
