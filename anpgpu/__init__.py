@@ -2,6 +2,7 @@
 
 from . import decorrelation, functional
 from ._version import __version__
+from .decorrelation import Decorrelation
 from .diagnosis import diagnose
 from .estimate import estimate_grad_
 from .kernels.noise import NOISE_STREAM_VERSION
@@ -12,6 +13,7 @@ from .swap import swap_, unswap_
 __all__ = [
     "NOISE_STREAM_VERSION",
     "RNN",
+    "Decorrelation",
     "Estimate",
     "Perturbation",
     "__version__",

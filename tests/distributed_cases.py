@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import anpgpu
 from anpgpu import Perturbation
+from anpgpu.runtime import memory as runtime_memory
 
 T, B, I, H, O, P = 5, 5, 3, 4, 2, 7  # noqa: E741  (the design's names)
 TIMEOUT = timedelta(seconds=60)
