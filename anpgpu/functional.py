@@ -16,6 +16,7 @@ from .kernels.noise import Counters, Purpose
 from .kernels.rollout import Rollout, RolloutOptions
 from .operators import loss_arguments, underived
 from .perturbation import BACKENDS, NOISES, one_of, real, whole
+from .settings import CELL_FORMS
 
 __all__ = [
     "Counters",
@@ -130,7 +131,7 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
     if delta_h0 is not None:
         checks.shaped("delta_h0", delta_h0, (batch, rollouts, units), clean)
     checks.flag("store_delta_a", store_delta_a)
-    options = _options(clean, rollouts, sigma, noise, nonlinearity, precision)._replace(store_delta_a=store_delta_a)
+    options = _options(clean, rollouts, sigma, noise, nonlinearity, precision)
     where = checks.counters(counters, (time, batch, rollouts, units), noise)
     one_of("backend", backend, BACKENDS)
     name, tensors = loss_arguments(loss)
@@ -143,7 +144,12 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
         delta_h0,
         *tensors,
         name,
-        *options,
+        rollouts,
+        options.sigma,
+        noise,
+        nonlinearity,
+        options.precision,
+        store_delta_a,
         list(where),
         backend,
     )
@@ -256,7 +262,7 @@ def _options(
         raise ValueError(f"precision='fp64' needs float64 tensors, got {like.dtype}")
     if precision == "auto":
         precision = "fp64" if like.dtype == torch.float64 else "bf16" if like.is_cuda else "fp32"
-    return RolloutOptions(rollouts, float(sigma), noise, nonlinearity, precision)
+    return RolloutOptions(rollouts, float(sigma), noise, CELL_FORMS[nonlinearity], precision)
 
 
 def _shape(shape: object) -> tuple[int, int, int, int]:

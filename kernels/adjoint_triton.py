@@ -409,6 +409,7 @@ def rollout_adjoint(
     In one kernel where a program can hold whole rollouts. Elsewhere "np" stores no activity, and "anp" stores that of a
     few steps at a time and reads it back at once.
     """
+    options.cell.on("triton")
     launch = preferred_launch(preact, weight_hh, loss, method, options)
     if launch is not None:
         return _fused_adjoint(

@@ -336,7 +336,7 @@ def fused_rollouts(
             METHOD=method,
             PRODUCT=launch.product,
             NOISE=options.noise,
-            NONLINEARITY=options.nonlinearity,
+            NONLINEARITY=options.cell.name,
             LOSS=signal.kind,
             PRECISION=options.precision,
             FAST=_fast(options),

@@ -2,11 +2,10 @@
 
     delta_a_t = W_hh delta_h_{t-1} + xi_t
     delta_h_t = phi(a_t + delta_a_t) - phi(a_t)         exact for any sigma, computed without cancellation
-      tanh:  th (1 - h^2) / (1 + h th), th = tanh(delta_a);  the plain difference where |delta_a| > 0.5
-      relu:  max(delta_a + min(a, 0), -max(a, 0))
 
-`loss.py` holds the loss differences of each step. Source: the update rule these rollouts serve is activity-based node
-perturbation (Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967); the deviation form is derived here.
+`cell.py` holds the second equation of each cell, `loss.py` the loss differences of each step. Source: the update rule
+these rollouts serve is activity-based node perturbation (Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967); the
+deviation form is derived here.
 """
 
 from __future__ import annotations
@@ -19,23 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cell import TANH, CellForms
 from .loss import Loss, Measure
 from .noise import Counters, NoiseSteps, padded
 
 NOISE_BYTES = 1 << 17
 """Noise that waits for its step."""
 
-CLEAN_BYTES = 1 << 19
-"""Clean activity that is worked on at once."""
-
 SPARE_BYTES = 256 << 20
 """Memory that may stay allocated between updates."""
-
-SLOPE_FLOOR = 1e-30
-"""Slope of tanh below which a unit counts as flat: its deviation is then below the smallest normal float32."""
-
-PLAIN_DIFFERENCE_ABOVE = 0.5
-"""|delta_a| from which tanh(a + delta_a) - tanh(a) loses less than two bits, and the quotient form nears 0 / 0."""
 
 
 class Rollout(NamedTuple):
@@ -57,7 +48,7 @@ class RolloutOptions(NamedTuple):
     rollouts: int
     sigma: float
     noise: str = "rademacher"
-    nonlinearity: str = "tanh"
+    cell: CellForms = TANH
     precision: str = "fp32"
     """Operands of the recurrent product: "bf16", "fp16" (scaled by 1/sigma), "tf32", "fp32"; accumulation is float32.
     "fp64" with float64 tensors."""
@@ -83,7 +74,7 @@ def rollout(
         weight_hh: recurrent matrix, (H, H).
         loss: what `delta_loss` measures; None where only the state is wanted.
         seed: 0-dim int64 tensor, the noise's key.
-        options: number of rollouts P, standard deviation and kind of the noise, nonlinearity, operand precision, and
+        options: number of rollouts P, standard deviation and kind of the noise, cell, operand precision, and
             whether delta_a is kept.
         counters: global indices of the block's first step, rollout and sample.
         delta_h0: deviation of the state before the first step, (B, P, H); None is zero.
@@ -94,7 +85,7 @@ def rollout(
     time, batch, units = preact.shape
     rollouts, working = options.rollouts, preact.dtype
     product = RecurrentProduct(weight_hh, options, batch * rollouts)
-    deviation = DEVIATIONS[options.nonlinearity](preact, hidden)
+    deviation = options.cell.torch(preact, hidden)
     delta_h = None if delta_h0 is None else delta_h0.to(working)
     scratch = (preact.new_empty((batch, rollouts, units)), preact.new_empty((batch, rollouts, units)))
     # Places for the noise of some steps, which becomes their delta_a; or of every step where delta_a is kept.
@@ -117,7 +108,7 @@ def rollout(
         delta_a = places[place]
         if delta_h is not None:
             product.add_to(delta_a, delta_h)
-        delta_h = deviation.step(step, delta_a, scratch)
+        delta_h = deviation.step(step, delta_a, delta_h, scratch)
         measure.step(step, delta_h)
     kept = room[..., :units] if options.store_delta_a else None
     # The scratch tensor is the caller's now; nothing else refers to it.
@@ -203,67 +194,3 @@ def _bf16_products() -> Iterator[None]:
         yield
     finally:
         control.fp32_precision = before
-
-
-def quotient_rows(preact: Tensor, hidden: Tensor, floor: float = SLOPE_FLOOR) -> tuple[Tensor, Tensor]:
-    """Return 1 / s and h / s, (T, B, H), s = 1 - h^2: th (1 - h^2) / (1 + h th) = th / (1 / s + th h / s).
-
-    One pass over the rollouts less. The slope comes from a: from h, a saturated unit keeps only the rounding of h.
-    `floor`: the least slope, which keeps its inverse finite.
-    """
-    inverse, ratio = torch.empty_like(preact), torch.empty_like(preact)
-    # On a CPU a few steps at a time, so that the passes find them in the cache.
-    step_bytes = max(1, preact[:1].numel() * preact.itemsize)
-    length = max(1, len(preact) if preact.is_cuda else CLEAN_BYTES // step_bytes)
-    for start in range(0, len(preact), length):
-        steps = slice(start, start + length)
-        tail = torch.abs(preact[steps], out=inverse[steps]).mul_(-2).exp_()
-        # 1 / s = (1 + tail)^2 / (4 tail)
-        torch.div((1 + tail).square_(), tail, out=tail).mul_(0.25).clamp_(max=1 / floor)
-        torch.mul(hidden[steps], tail, out=ratio[steps])
-    return inverse, ratio
-
-
-class TanhDeviation:
-    """tanh(a + delta_a) - tanh(a) around clean pre-activations, (T, B, H)."""
-
-    def __init__(self, preact: Tensor, hidden: Tensor) -> None:
-        self.preact = preact
-        rows = (one.unsqueeze(2).unbind(0) for one in quotient_rows(preact, hidden))
-        self.rows = list(zip(*rows, strict=True))
-
-    def step(self, step: int, delta_a: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return delta_h of a step, (B, P, H), in the first scratch tensor."""
-        (result, denominator), (inverse, ratio) = scratch, self.rows[step]
-        torch.tanh(delta_a, out=result)
-        torch.addcmul(inverse, ratio, result, out=denominator)
-        result.div_(denominator)
-        if delta_a.is_cuda or not _all_below(delta_a, PLAIN_DIFFERENCE_ABOVE):
-            preact = self.preact[step].unsqueeze(1)
-            plain = torch.tanh(preact + delta_a).sub_(torch.tanh(preact))
-            result.copy_(torch.where(delta_a.abs() > PLAIN_DIFFERENCE_ABOVE, plain, result))
-        return result
-
-
-def _all_below(values: Tensor, bound: float) -> bool:
-    """Say whether every |value| is at most `bound`; no where one is NaN, which hides how large the others are."""
-    # The norm of every row is one pass, and usually decides.
-    if not values.numel() or bool(torch.linalg.vector_norm(values, dim=-1).amax() <= bound):
-        return True
-    return bool(values.amax() <= bound) and bool(values.amin() >= -bound)
-
-
-class ReluDeviation:
-    """relu(a + delta_a) - relu(a) around clean pre-activations, (T, B, H)."""
-
-    def __init__(self, preact: Tensor, hidden: Tensor) -> None:
-        self.below, self.above = preact.clamp(max=0), -hidden
-
-    def step(self, step: int, delta_a: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return delta_h of a step, (B, P, H), in the first scratch tensor."""
-        result, _ = scratch
-        torch.add(delta_a, self.below[step].unsqueeze(1), out=result)
-        return torch.maximum(result, self.above[step].unsqueeze(1), out=result)
-
-
-DEVIATIONS: dict[str, type[TanhDeviation] | type[ReluDeviation]] = {"tanh": TanhDeviation, "relu": ReluDeviation}

@@ -1,13 +1,4 @@
-"""The rollout on the CPU: torch's product, and everything else of a step in one compiled pass over its rollouts.
-
-For tanh the pass evaluates, x = delta_a with its noise, s = 1 - h^2,
-
-    tanh x = n / d,  n = x (105 + 10 x^2),  d = 105 + x^2 (45 + x^2)    Lambert's continued fraction, four terms of it
-    delta_h = n / (d / s + n h / s)                                     the quotient form with one division
-
-whose relative error, x^8 / 99225, is below float32's rounding up to |x| = 0.5; beyond, the plain difference is taken as
-in the reference, with tanh from the same fraction of x / 16 and four doublings.
-"""
+"""The rollout on the CPU: torch's product, and everything else of a step in one compiled pass over its rollouts."""
 
 from __future__ import annotations
 
@@ -17,19 +8,18 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from .cell_numba import clean_rows, deviation_row
 from .loss import Loss, Measure
 from .loss_numba import linear_difference
 from .noise import Counters, NoiseSteps, padded
 from .noise_numba import packed_signs
 from .rollout import (
-    PLAIN_DIFFERENCE_ABOVE,
     RecurrentProduct,
     Rollout,
     RolloutOptions,
-    quotient_rows,
     spare_room,
 )
-from .threads_numba import inlined, kernel, summing
+from .threads_numba import inlined, kernel
 
 SIGNS_BYTES = 1 << 16
 """Packed signs that wait for their step."""
@@ -46,21 +36,6 @@ COLUMNS = 16
 _NO_ROWS, _NO_WEIGHTS = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
 
 _F = np.float32
-_BOUND = _F(PLAIN_DIFFERENCE_ABOVE)
-_SATURATED = _F(9.5)
-
-
-@inlined
-def _tanh(x: Any) -> Any:
-    """Return tanh in float32, by the fraction of x / 16 and four doublings of n / d."""
-    x = _SATURATED if x > _SATURATED else (-_SATURATED if x < -_SATURATED else x)
-    x *= _F(1 / 16)
-    square = x * x
-    n = x * (_F(1) + square * _F(10 / 105))
-    d = _F(1) + square * (_F(45 / 105) + square * _F(1 / 105))
-    for _ in range(4):
-        n, d = _F(2) * n * d, n * n + d * d
-    return n / d
 
 
 @inlined
@@ -76,38 +51,6 @@ def _add_signs(moved: Any, row: Any, words: Any, place: Any, sigma: Any, units: 
 def _add_row(moved: Any, row: Any, noise: Any, units: Any) -> None:
     for unit in range(units):
         moved[row, unit] += noise[row, unit]
-
-
-@summing
-def _tanh_row(moved: Any, row: Any, delta_h: Any, inverse: Any, ratio: Any, step: Any, sample: Any, units: Any) -> Any:
-    """Write delta_h by the quotient; return how many units it does not hold for."""
-    large = _F(0)
-    for unit in range(units):
-        x = moved[row, unit]
-        square = x * x
-        n = x * (_F(105) + _F(10) * square)
-        d = _F(105) + square * (_F(45) + square)
-        delta_h[row, unit] = n / (d * inverse[step, sample, unit] + n * ratio[step, sample, unit])
-        # A NaN is not small either.
-        large += _F(0) if abs(x) <= _BOUND else _F(1)
-    return large
-
-
-@inlined
-def _plain_row(moved: Any, row: Any, delta_h: Any, preact: Any, step: Any, sample: Any, units: Any) -> None:
-    """Write the plain difference where the quotient does not hold."""
-    for unit in range(units):
-        x, a = moved[row, unit], preact[step, sample, unit]
-        plain = _tanh(a + x) - _tanh(a)
-        delta_h[row, unit] = delta_h[row, unit] if abs(x) <= _BOUND else plain
-
-
-@inlined
-def _relu_row(moved: Any, row: Any, delta_h: Any, below: Any, above: Any, step: Any, sample: Any, units: Any) -> None:
-    for unit in range(units):
-        raised, least = moved[row, unit] + below[step, sample, unit], above[step, sample, unit]
-        # Written so that a NaN stays one.
-        delta_h[row, unit] = least if raised < least else raised
 
 
 @inlined
@@ -158,7 +101,7 @@ def _multiply(moved: Any, delta_h: Any, first: Any, last: Any, weights: Any, uni
 
 @kernel
 def _steps(
-    tanh: Any,
+    branch: Any,
     start: Any,
     stop: Any,
     rollouts: Any,
@@ -181,7 +124,7 @@ def _steps(
     """Take all rollouts through some steps. An array of length 0 is not there.
 
     Args:
-        tanh: whether it is tanh, or else relu.
+        branch: the cell's, of `deviation_row`.
         start: the first step.
         stop: the step after the last.
         rollouts: P.
@@ -193,9 +136,9 @@ def _steps(
         words_start: the first of these.
         noise: noise that is not packed, (B P, padded).
         sigma: of the packed signs.
-        first: 1 / s, or min(a, 0) for relu, (T, B, H).
-        second: h / s, or -max(a, 0).
-        preact: a.
+        first: the first of the cell's `clean_rows`, (T, B, H).
+        second: the second.
+        preact: a, (T, B, H).
         kept: gets delta_a, (T, B P, padded).
         outputs: gets delta_o of each step before one of these, (L, B P, O); step t is at t modulo L.
         grad: a linear loss's, (T, B, H).
@@ -214,11 +157,7 @@ def _steps(
                     _add_signs(moved, row, words, step - words_start, sigma, units)
                 else:
                     _add_row(moved, row, noise, units)
-                if tanh:
-                    if _tanh_row(moved, row, delta_h, first, second, step, sample, units):
-                        _plain_row(moved, row, delta_h, preact, step, sample, units)
-                else:
-                    _relu_row(moved, row, delta_h, first, second, step, sample, units)
+                deviation_row(branch, moved, row, delta_h, first, second, preact, step, sample, units)
                 if kept.shape[0]:
                     _copy_row(kept, step, row, moved, 0, units)
                 if outputs.shape[0] and step:
@@ -260,9 +199,10 @@ def rollout(
         delta_h.copy_(delta_h0)
     room = spare_room(preact, (time if options.store_delta_a else 0, batch, rollouts, padded(units)))
     draw = _Noise(seed, preact, options, counters)
-    tanh, started = options.nonlinearity == "tanh", delta_h0 is not None
-    clean = quotient_rows(preact, hidden) if tanh else (preact.clamp(max=0), -hidden)
-    fixed = (*(one.contiguous().numpy() for one in (*clean, preact)), room.view(len(room), rows, padded(units)).numpy())
+    started = delta_h0 is not None
+    branch, clean = clean_rows(options.cell, preact, hidden)
+    activity = room.view(len(room), rows, padded(units)).numpy()
+    fixed = (*(tensor.contiguous().numpy() for tensor in (*clean, preact)), activity)
     waiting = _NO_ROWS if joined is None else measure.waiting.view(measure.length, rows, outputs).numpy()
     grad, delta_loss = _NO_ROWS, _NO_WEIGHTS
     if linear is not None and measure.delta_loss is not None:
@@ -279,7 +219,7 @@ def rollout(
         elif start or started:
             product.add_to(moved, delta_h, keep=0.0)
         _steps(
-            tanh,
+            branch,
             start,
             stop,
             rollouts,

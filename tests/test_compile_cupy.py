@@ -22,6 +22,7 @@ import torch
 from anpgpu.kernels import (
     adjoint as adjoint_reference,
     adjoint_cupy,
+    cell_cupy,
     loss_cupy,
     noise as noise_reference,
     noise_cupy,
@@ -31,12 +32,14 @@ from anpgpu.kernels import (
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.settings import CELL_FORMS
 
 pytestmark = pytest.mark.compile
 
 SOURCES = {
     "noise": noise_cupy.NOISE_KERNEL_SOURCE,
     "rollout": rollout_cupy.ROLLOUT_SOURCE,
+    "cell": cell_cupy.CELL_SOURCE,
     "loss": loss_cupy.LOSS_SOURCE,
     "adjoint": adjoint_cupy.ADJOINT_SOURCE,
 }
@@ -140,7 +143,7 @@ def operand(argument):
 
 @pytest.fixture(autouse=True)
 def _cpu_launches(monkeypatch):
-    for module in (noise_cupy, rollout_cupy, loss_cupy, adjoint_cupy):
+    for module in (noise_cupy, rollout_cupy, cell_cupy, loss_cupy, adjoint_cupy):
         monkeypatch.setattr(module, "launch", launch_on_cpu)
     # Memory nobody writes must show.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -258,7 +261,7 @@ def test_rollout(shape, dtype, nonlinearity, loss):
             rollouts=rollouts,
             sigma=sigma,
             noise=kind,
-            nonlinearity=nonlinearity,
+            cell=CELL_FORMS[nonlinearity],
             precision="fp64" if dtype == torch.float64 else "fp32",
             store_delta_a=sigma > 1,
         )
@@ -302,7 +305,7 @@ def test_rollout_keeps_non_finite_values_where_the_reference_does(nonlinearity):
     preact, state, weight_hh, losses, draw = clean_run(3, 2, 5, 3, torch.float64, nonlinearity)
     delta_h0 = draw(2, 3, 5)
     delta_h0[0, 1, 2], delta_h0[1, 0, 3] = float("nan"), 1e300
-    options = RolloutOptions(rollouts=3, sigma=0.1, nonlinearity=nonlinearity, precision="fp64", store_delta_a=True)
+    options = RolloutOptions(rollouts=3, sigma=0.1, cell=CELL_FORMS[nonlinearity], precision="fp64", store_delta_a=True)
     for name in LOSSES:
         arguments, named = (preact, state, weight_hh, losses[name], SEED), {"options": options, "delta_h0": delta_h0}
         actual = rollout_cupy.rollout(*arguments, **named)

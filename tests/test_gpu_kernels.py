@@ -16,6 +16,7 @@ from anpgpu.dispatch import implementation
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.settings import CELL_FORMS
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +81,7 @@ def setting(time, batch, rollouts, hidden, outputs=10, nonlinearity="tanh", loss
         "outputs": lambda: OutputsOnly(readout),
         "none": lambda: None,
     }[loss]()
-    options = {"sigma": 1e-3, "nonlinearity": nonlinearity, "precision": "fp32", "store_delta_a": True, **options}
+    options = {"sigma": 1e-3, "cell": CELL_FORMS[nonlinearity], "precision": "fp32", "store_delta_a": True, **options}
     return (preact, state, weight_hh, chosen, make_seed()), RolloutOptions(rollouts, **options)
 
 

@@ -11,6 +11,7 @@ from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.kernels.tiles import fused_launch, rollout_launch
+from anpgpu.settings import CELL_FORMS
 
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
 fused_triton = pytest.importorskip("anpgpu.kernels.fused_triton", reason="needs Triton")
@@ -91,7 +92,7 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_the_reference(sizes, kind, nonlinearity, method, product):
     arguments, start = problem(sizes, kind, nonlinearity=nonlinearity)
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity=nonlinearity)
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELL_FORMS[nonlinearity])
     if sizes == SIZES[0] and kind == "cross_entropy":
         arguments[3].probs.fill_(1)
     assert_close(
@@ -133,7 +134,7 @@ def test_a_rollout_that_is_not_finite_adds_nothing(method, product):
     sizes = (3, 2, 9, 4, 5)
     arguments, start = problem(sizes, nonlinearity="relu")
     start[1, 2, 4], start[0, 4, 0] = float("nan"), float("inf")
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity="relu")
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELL_FORMS["relu"])
     expected = expected_of(arguments, start, method, options)
     actual = run(arguments, start, method, options, product)
     assert torch.isfinite(actual[0]).all()

@@ -10,6 +10,7 @@ from anpgpu.kernels import rollout as reference
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss, loss_of_steps
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.settings import CELL_FORMS
 
 rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton", reason="needs Triton")
 
@@ -92,7 +93,7 @@ def assert_close(actual, expected, bound=TOLERANCES["float32"].bound):
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_reference(form, sizes, kind, nonlinearity):
     arguments = problem(sizes, kind, nonlinearity=nonlinearity)
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity=nonlinearity, store_delta_a=True)
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELL_FORMS[nonlinearity], store_delta_a=True)
     assert_close(run(form, arguments, options), oracle(arguments, options))
 
 
@@ -143,7 +144,7 @@ def test_saturated_units_and_large_deviations_stay_finite(form, nonlinearity):
     preact[..., :2], preact[..., 2:4] = 60.0, -60.0
     hidden = preact.tanh() if nonlinearity == "tanh" else preact.relu()
     for precision in ("fp32", "tf32"):
-        options = RolloutOptions(sizes[-1], sigma=1e-3, nonlinearity=nonlinearity, precision=precision)
+        options = RolloutOptions(sizes[-1], sigma=1e-3, cell=CELL_FORMS[nonlinearity], precision=precision)
         wild = (preact, hidden, weight, loss, torch.full_like(start, 1e4))
         assert all(part.isfinite().all() for part in run(form, wild, options) if part is not None)
 
@@ -271,7 +272,7 @@ def test_a_rollout_that_is_not_finite_stays_alone():
     sizes = (3, 2, 9, 4, 5)
     preact, hidden, weight, loss, start = problem(sizes, nonlinearity="relu")
     start[1, 2, 4] = float("nan")
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity="relu")
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELL_FORMS["relu"])
     for form in FORMS:
         delta_loss = run(form, (preact, hidden, weight, loss, start), options).delta_loss
         bad = torch.zeros_like(delta_loss, dtype=torch.bool)

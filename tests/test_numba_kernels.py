@@ -19,6 +19,7 @@ from anpgpu import dispatch
 from anpgpu.kernels import (
     adjoint as reference_adjoint,
     adjoint_numba,
+    cell_numba,
     least_squares_numba,
     loss as reference_loss,
     noise as reference_noise,
@@ -31,6 +32,7 @@ from anpgpu.kernels.least_squares import Deflation, deflate as deflate_in_torch
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import COUNTER_LIMITS, Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.settings import CELL_FORMS
 
 SEED = torch.tensor(-0x1234567890ABCDEF)
 SHAPES = [(4, 2, 3, 1), (7, 3, 5, 6), (2, 1, 3, 65), (5, 2, 33, 100), (3, 4, 2, 496)]
@@ -131,7 +133,7 @@ def test_rollout_is_as_good_as_the_reference(shape, loss, nonlinearity, product)
     for sigma in (1e-6, 1e-3, 0.1, 3.0):
         start = sigma * draw(shape[1], shape[2], shape[3], seed=10).float().double()
         for kind, store, first in (("rademacher", True, None), ("gaussian", False, start)):
-            options = RolloutOptions(shape[2], sigma, kind, nonlinearity, "fp32", store)
+            options = RolloutOptions(shape[2], sigma, kind, CELL_FORMS[nonlinearity], "fp32", store)
             named = {"options": options, "counters": WHERE}
             exact = reference_rollout.rollout(*clean, measured, SEED, **named, delta_h0=first)
             arguments = (*map(narrowed, clean), narrowed(measured), SEED)
@@ -195,7 +197,7 @@ def test_saturated_units_and_large_deviations(product):
 def test_the_fraction_is_tanh_to_float32s_rounding():
     x = np.linspace(-0.5, 0.5, 200_001, dtype=np.float32).reshape(1, -1)
     found, flat = np.empty_like(x), np.ones((1, *x.shape), np.float32)
-    large = rollout_numba._tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1])
+    large = cell_numba._tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1])
     expected = np.tanh(x.astype(np.float64))
     assert large == 0
     assert np.abs(found - expected).max() < 2**-23
@@ -203,14 +205,14 @@ def test_the_fraction_is_tanh_to_float32s_rounding():
     # One more unit at a time is counted, whichever is too large or not a number.
     for wild in (0.51, -0.51, math.inf, -math.inf, math.nan):
         x[0, 77] = wild
-        assert rollout_numba._tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1]) == 1
+        assert cell_numba._tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1]) == 1
 
 
 def test_tanh_of_anything():
     inputs = [*np.linspace(-12, 12, 20_001), 1e-30, 1e30, math.inf, -math.inf]
-    found = np.array([rollout_numba._tanh(np.float32(one)) for one in inputs])
+    found = np.array([cell_numba._tanh(np.float32(one)) for one in inputs])
     assert np.abs(found - np.tanh(np.array(inputs, np.float32).astype(np.float64))).max() < 2**-22
-    assert math.isnan(rollout_numba._tanh(np.float32(math.nan)))
+    assert math.isnan(cell_numba._tanh(np.float32(math.nan)))
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
@@ -220,7 +222,7 @@ def test_what_is_not_finite_stays_with_its_rollout(wild, nonlinearity, product):
     clean, measured = [narrowed(one) for one in network(shape, nonlinearity)], narrowed(losses(shape)["linear"])
     start = torch.zeros(2, 4, 40)
     start[1, 2, 7] = wild
-    options = RolloutOptions(4, 1e-3, nonlinearity=nonlinearity, store_delta_a=True)
+    options = RolloutOptions(4, 1e-3, cell=CELL_FORMS[nonlinearity], store_delta_a=True)
     found = rollout_numba.rollout(*clean, measured, SEED, options=options, delta_h0=start)
     expected = reference_rollout.rollout(*clean, measured, SEED, options=options, delta_h0=start)
     for mine, other in ((found.delta_a, expected.delta_a), (found.delta_loss, expected.delta_loss)):
