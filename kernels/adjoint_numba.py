@@ -11,10 +11,10 @@ from torch import Tensor
 
 from . import adjoint as reference
 from .adjoint import SAFE_TO_SQUARE
+from .compile_numba import inlined, kernel, rows_of, summing
 from .noise import Counters, padded
 from .noise_numba import packed_signs
 from .rollout import RolloutOptions
-from .threads_numba import inlined, kernel, rows_of, summing
 
 SIGNS_BYTES = 1 << 20
 """Packed signs that are made at once."""

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from .cell import PLAIN_DIFFERENCE_ABOVE, RELU, TANH, CellForms, limit_rows, quotient_rows
-from .threads_numba import inlined, summing
+from .compile_numba import inlined, summing
 
 _F = np.float32
 _BOUND = _F(PLAIN_DIFFERENCE_ABOVE)

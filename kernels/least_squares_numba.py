@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .compile_numba import inlined, kernel, rows_of, summing
 from .least_squares import Deflation
 from .noise_numba import packed_signs
-from .threads_numba import inlined, kernel, rows_of, summing
 
 _F = np.float32
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import noise as reference
+from .compile_numba import inlined, kernel
 from .noise import BIT_SWAPS, PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, WORD, Counters, first_word, padded
-from .threads_numba import inlined, kernel
 
 ROWS_AT_A_TIME = 32
 """Rollouts whose words are made side by side."""

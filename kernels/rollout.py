@@ -10,23 +10,18 @@ deviation form is derived here.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .cell import TANH, CellForms
 from .loss import Loss, Measure
 from .noise import Counters, NoiseSteps, padded
+from .product import RecurrentProduct
+from .scratch import spare_room
 
 NOISE_BYTES = 1 << 17
 """Noise that waits for its step."""
-
-SPARE_BYTES = 256 << 20
-"""Memory that may stay allocated between updates."""
 
 
 class Rollout(NamedTuple):
@@ -84,7 +79,7 @@ def rollout(
     """
     time, batch, units = preact.shape
     rollouts, working = options.rollouts, preact.dtype
-    product = RecurrentProduct(weight_hh, options, batch * rollouts)
+    product = RecurrentProduct(weight_hh, batch * rollouts, precision=options.precision, sigma=options.sigma)
     deviation = options.cell.torch(preact, hidden)
     delta_h = None if delta_h0 is None else delta_h0.to(working)
     scratch = (preact.new_empty((batch, rollouts, units)), preact.new_empty((batch, rollouts, units)))
@@ -114,83 +109,3 @@ def rollout(
     # The scratch tensor is the caller's now; nothing else refers to it.
     final = preact.new_zeros((batch, rollouts, units)) if delta_h is None else delta_h
     return Rollout(measure.delta_loss, kept, final, measure.delta_o)
-
-
-_spare: dict[torch.dtype, Tensor] = {}
-
-
-def spare_room(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Return an uninitialised tensor, in memory given back by `give_back` where it fits."""
-    size = math.prod(shape)
-    spare = _spare.pop(like.dtype, None) if like.device.type == "cpu" else None
-    if spare is None or not spare.numel() // 2 <= size <= spare.numel():
-        return like.new_empty(shape)
-    return spare[:size].view(shape)
-
-
-def give_back(delta_a: Tensor | None) -> None:
-    """Let the next rollout on the CPU write into the memory of a delta_a that nobody will look at again.
-
-    Fresh memory costs the CPU a page fault per 4 KB, a seventh of an update; CUDA tensors come from torch's own cache.
-    """
-    if delta_a is None or delta_a.device.type != "cpu":
-        return
-    storage = delta_a.untyped_storage()
-    if storage.nbytes() <= SPARE_BYTES:
-        _spare[delta_a.dtype] = delta_a.new_empty(0).set_(
-            storage, 0, (storage.nbytes() // delta_a.element_size(),), (1,)
-        )
-
-
-class RecurrentProduct:
-    """delta_a += delta_h W_hh^T with the operands rounded as `precision` says."""
-
-    def __init__(self, weight_hh: Tensor, options: RolloutOptions, rows: int) -> None:
-        self.precision = options.precision
-        self.scale = options.sigma if options.precision == "fp16" else 1.0
-        self.weight = self._rounded(weight_hh).t()
-        units = weight_hh.shape[0]
-        # Torch gives smaller products to a library that does not round.
-        large = units >= 64 and rows * units**2 >= 1 << 18
-        self.on_tiles = options.precision == "bf16" and large and _has_bf16_tiles(weight_hh)
-
-    def _rounded(self, operand: Tensor) -> Tensor:
-        if self.precision == "bf16":
-            return operand.bfloat16().to(operand.dtype)
-        if self.precision == "fp16":
-            return operand.half().to(operand.dtype)
-        if self.precision == "tf32":
-            # Round to nearest at the 10th mantissa bit.
-            bits = operand.contiguous().view(torch.int32)
-            return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-        return operand
-
-    def add_to(self, delta_a: Tensor, delta_h: Tensor, *, keep: float = 1.0) -> None:
-        """Add to `keep` times delta_a, (B, P, H), in place; 0 overwrites what is there, NaN too."""
-        rows = delta_a.view(-1, delta_a.shape[-1])
-        operand = delta_h.reshape(-1, delta_h.shape[-1])
-        if self.on_tiles:
-            with _bf16_products():
-                rows.addmm_(operand, self.weight, beta=keep)
-            return
-        if self.scale != 1.0:
-            operand = operand / self.scale
-        rows.addmm_(self._rounded(operand), self.weight, beta=keep, alpha=self.scale)
-
-
-def _has_bf16_tiles(operand: Tensor) -> bool:
-    """Say whether the processor multiplies bfloat16 matrices itself (AMX)."""
-    on_cpu = operand.device.type == "cpu" and operand.dtype == torch.float32
-    return on_cpu and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-
-
-@contextlib.contextmanager
-def _bf16_products() -> Iterator[None]:
-    """Let products of float32 matrices on the CPU round their operands to bfloat16; they accumulate in float32."""
-    control = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = control.fp32_precision
-    control.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        control.fp32_precision = before

@@ -9,17 +9,14 @@ import numpy as np
 from torch import Tensor
 
 from .cell_numba import clean_rows, deviation_row
+from .compile_numba import inlined, kernel
 from .loss import Loss, Measure
 from .loss_numba import linear_difference
 from .noise import Counters, NoiseSteps, padded
 from .noise_numba import packed_signs
-from .rollout import (
-    RecurrentProduct,
-    Rollout,
-    RolloutOptions,
-    spare_room,
-)
-from .threads_numba import inlined, kernel
+from .product import RecurrentProduct
+from .rollout import Rollout, RolloutOptions
+from .scratch import spare_room
 
 SIGNS_BYTES = 1 << 16
 """Packed signs that wait for their step."""
@@ -191,7 +188,7 @@ def rollout(
     worth_a_copy = resident or 4 * units <= time * rows
     joined = readout if worth_a_copy and exact else None
     weight = _with_columns(weight_hh, joined) if worth_a_copy else weight_hh
-    product = RecurrentProduct(weight, options, rows)
+    product = RecurrentProduct(weight, rows, precision=options.precision, sigma=options.sigma)
     weights = weight.t().contiguous().numpy() if resident else _NO_WEIGHTS
     moved = preact.new_zeros((rows, len(weight)))
     delta_h = preact.new_zeros((batch, rollouts, units))

@@ -20,13 +20,13 @@ from anpgpu.kernels import (
     adjoint as reference_adjoint,
     adjoint_numba,
     cell_numba,
+    compile_numba,
     least_squares_numba,
     loss as reference_loss,
     noise as reference_noise,
     noise_numba,
     rollout as reference_rollout,
     rollout_numba,
-    threads_numba,
 )
 from anpgpu.kernels.least_squares import Deflation, deflate as deflate_in_torch
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
@@ -413,8 +413,22 @@ def test_without_a_folder_for_compiled_code_it_is_compiled_anew(monkeypatch):
             values[place] = place
 
     values = np.zeros(5)
-    threads_numba.kernel(fill)(values)
+    compile_numba.kernel(fill)(values)
     assert values.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_change_in_any_file_of_a_kernel_is_seen(tmp_path):
+    version = compile_numba.sources_version.__wrapped__
+    for name in ("cell.py", "cell_numba.py", "rollout_numba.py", "cell_triton.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    before = version(tmp_path)
+    assert version(tmp_path) == before
+    (tmp_path / "cell_triton.py").write_text("x = 2\n")
+    assert version(tmp_path) == before
+    for name in ("cell.py", "cell_numba.py"):
+        (tmp_path / name).write_text("x = 2\n")
+        assert version(tmp_path) != before
+        before = version(tmp_path)
 
 
 ESTIMATE = """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -45,8 +47,9 @@ def kernel(function: Callable[..., Any]) -> Callable[..., None]:
     each time, milliseconds. A forked process stays on one thread. The GIL stays held, since not every threading layer
     allows two kernels at once.
     """
-    alone = _compiled(function, parallel=False, fastmath=CONTRACT)
-    spread = _compiled(_renamed(function, "_parallel"), parallel=True, fastmath=CONTRACT)
+    version = sources_version()
+    alone = _compiled(_renamed(function, f"_{version}"), parallel=False, fastmath=CONTRACT)
+    spread = _compiled(_renamed(function, f"_{version}_parallel"), parallel=True, fastmath=CONTRACT)
 
     @functools.wraps(function)
     def run(*arguments: Any) -> None:
@@ -61,8 +64,22 @@ def kernel(function: Callable[..., Any]) -> Callable[..., None]:
     return run
 
 
+@functools.cache
+def sources_version(folder: Path = Path(__file__).parent) -> str:
+    """Return a hash of what a kernel may be compiled from: all `*_numba.py` files and the references they build on.
+
+    Part of every kernel's name: Numba looks for changes in the file of the kernel alone, not in those whose functions
+    are compiled into it, and would go on with what it stored.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*_numba.py")):
+        for source in (path, path.with_name(path.name.replace("_numba", ""))):
+            digest.update(source.read_bytes() if source.exists() else b"")
+    return digest.hexdigest()[:12]
+
+
 def _renamed(function: Callable[..., Any], ending: str) -> types.FunctionType:
-    """Return a copy of another name: Numba keeps what it compiled by name, whatever the options were."""
+    """Return a copy of another name: Numba stores what it compiled by name, whatever the options were."""
     assert isinstance(function, types.FunctionType)  # noqa: S101  (for the type checker)
     copy = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
@@ -73,13 +90,13 @@ def _renamed(function: Callable[..., Any], ending: str) -> types.FunctionType:
 
 
 def _compiled(function: Callable[..., Any], *, parallel: bool, fastmath: set[str], forceinline: bool = False) -> Any:
-    """Compile a function at its first call and keep the result on the disk."""
+    """Compile a function at its first call and store the result on the disk."""
     compiler: Any = numba.njit
     options = {"parallel": parallel, "fastmath": fastmath, "error_model": "numpy", "forceinline": forceinline}
     try:
         return compiler(cache=True, **options)(function)
     except RuntimeError:
-        # There is no folder to keep it in: each process compiles it anew.
+        # There is no folder to store it in: each process compiles it anew.
         return compiler(**options)(function)
 
 
