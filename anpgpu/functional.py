@@ -16,7 +16,7 @@ from .kernels.noise import Counters, Purpose
 from .kernels.rollout import Rollout, RolloutOptions
 from .operators import loss_arguments, underived
 from .perturbation import BACKENDS, NOISES, one_of, real, whole
-from .settings import CELL_FORMS
+from .settings import CELL_FORMS, WEIGHT_BY
 
 __all__ = [
     "Counters",
@@ -32,9 +32,7 @@ __all__ = [
     "rollout",
 ]
 
-NONLINEARITIES = ("tanh", "relu")
 OPERANDS = ("auto", "bf16", "fp16", "tf32", "fp32", "fp64")
-RULES = ("np", "anp")
 
 
 def noise(
@@ -214,7 +212,7 @@ def adjoint(
     Source: arXiv:2405.08967 ("anp"), arXiv:2310.00965 ("np").
     """
     change = checks.working("credit", credit, 3)
-    one_of("method", method, RULES)
+    one_of("method", method, tuple(WEIGHT_BY))
     if method == "anp":
         activity = checks.tensor("delta_a", delta_a)
         if activity.dim() != 4 or activity.shape[:3] != change.shape:
@@ -237,7 +235,7 @@ def adjoint(
         change,
         delta_a,
         checks.seed(seed, change.device),
-        method,
+        WEIGHT_BY[method],
         units,
         options.sigma,
         noise,
@@ -253,7 +251,7 @@ def _options(
 ) -> RolloutOptions:
     """Return the checked scalars of a block of rollouts."""
     one_of("noise", noise, NOISES)
-    one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+    one_of("nonlinearity", nonlinearity, tuple(CELL_FORMS))
     one_of("precision", precision, OPERANDS)
     checks.sigma(sigma, like.dtype)
     if like.dtype == torch.float64 and precision not in {"auto", "fp64"}:

@@ -210,14 +210,14 @@ def _(delta_loss: Tensor, carry: Tensor | None, discount: float, backend: str) -
 @torch.library.custom_op(
     "anpgpu::adjoint",
     mutates_args=(),
-    schema="(Tensor credit, Tensor? delta_a, Tensor seed, str method, SymInt units, float sigma, str noise, "
+    schema="(Tensor credit, Tensor? delta_a, Tensor seed, str weight_by, SymInt units, float sigma, str noise, "
     "str precision, SymInt[] counters, str backend) -> Tensor",
 )
 def adjoint(
     credit: Tensor,
     delta_a: Tensor | None,
     seed: Tensor,
-    method: str,
+    weight_by: str,
     units: int,
     sigma: float,
     noise: str,
@@ -232,7 +232,7 @@ def adjoint(
             credit,
             delta_a,
             seed,
-            method=method,
+            weight_by=weight_by,
             units=units,
             options=RolloutOptions(credit.shape[2], sigma, noise, precision=precision),
             counters=Counters(*counters),
@@ -241,5 +241,5 @@ def adjoint(
 
 
 @adjoint.register_fake
-def _(credit: Tensor, delta_a: Tensor | None, seed: Tensor, method: str, units: int, *rest: Any) -> Tensor:
+def _(credit: Tensor, delta_a: Tensor | None, seed: Tensor, weight_by: str, units: int, *rest: Any) -> Tensor:
     return credit.new_empty((2, *credit.shape[:2], units))

@@ -19,6 +19,9 @@ PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f
 CELL_FORMS = {"tanh": TANH, "relu": RELU}
 """Cells by the name of their nonlinearity in PyTorch."""
 
+WEIGHT_BY = {"np": "noise", "anp": "activity"}
+"""What the return of a rollout weights, by the method."""
+
 
 class Settings(NamedTuple):
     """A `Perturbation` resolved for given parameters."""

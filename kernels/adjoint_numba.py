@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import adjoint as reference
-from .adjoint import SAFE_TO_SQUARE
+from .adjoint import SAFE_TO_SQUARE, weighted_activity
 from .compile_numba import inlined, kernel, rows_of, summing
 from .noise import Counters, padded
 from .noise_numba import packed_signs
@@ -92,7 +92,7 @@ def _activity(sums: Any, credit: Any, activity: Any, first: Any, scale: Any) -> 
 
 @kernel
 def _signs(sums: Any, credit: Any, words: Any, first: Any, start: Any) -> None:
-    """The same of packed signs, (L, B, P, words), for the steps from `start` on."""
+    """As `_activity`, with noise read from packed signs, (L, B, P, words), for the steps from `start` on."""
     length, batch, rollouts, _ = words.shape
     units = sums.shape[3]
     for task in numba.prange(length * batch):
@@ -109,17 +109,20 @@ def adjoint(
     delta_a: Tensor | None,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     units: int,
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
 ) -> Tensor:
     """Sum over a block of rollouts what each says of dL/da, (2, T, B, H); see the reference."""
     time, batch, rollouts = credit.shape
-    if method == "np" and options.noise != "rademacher":
-        return reference.adjoint(credit, None, seed, method=method, units=units, options=options, counters=counters)
+    stored = weighted_activity(weight_by, delta_a)
+    if stored is None and options.noise != "rademacher":
+        return reference.adjoint(
+            credit, None, seed, weight_by=weight_by, units=units, options=options, counters=counters
+        )
     sums = credit.new_empty((2, time, batch, units))
-    if method == "np" or delta_a is None:
+    if stored is None:
         share = (credit / options.sigma).contiguous().numpy()
         length = max(1, SIGNS_BYTES // max(1, batch * rollouts * padded(units) // 8))
         for start in range(0, time, length):
@@ -128,6 +131,6 @@ def adjoint(
             _signs(sums.numpy(), share, words, counters.rollout, start)
         return sums
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
-    rows = rows_of(delta_a.to(credit.dtype)).numpy()
+    rows = rows_of(stored.to(credit.dtype)).numpy()
     _activity(sums.numpy(), credit.contiguous().numpy(), rows, counters.rollout, _F(scale))
     return sums

@@ -58,9 +58,9 @@ def run(backend, shape, device):
                     if part.delta_loss is None:
                         continue
                     credit = returns(part.delta_loss, 0.9, carry=part.delta_loss[0])
-                    for method in ("np", "anp"):
-                        rest = {"method": method, "options": options, "counters": counters}
-                        adjoint(credit, part.delta_a if method == "anp" else None, seed, units=hidden, **rest)
+                    for weight_by in ("noise", "activity"):
+                        rest = {"weight_by": weight_by, "options": options, "counters": counters}
+                        adjoint(credit, part.delta_a if weight_by == "activity" else None, seed, units=hidden, **rest)
                         rollout_adjoint(preact, state, weight_hh, loss, seed, **rest, delta_h0=start)
 
 

@@ -11,7 +11,7 @@ from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.kernels.tiles import fused_launch, rollout_launch
-from anpgpu.settings import CELL_FORMS
+from anpgpu.settings import CELL_FORMS, WEIGHT_BY
 
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
 fused_triton = pytest.importorskip("anpgpu.kernels.fused_triton", reason="needs Triton")
@@ -76,7 +76,9 @@ def run(arguments, start, method, options, product=False, counters=OFFSET):
 
 
 def expected_of(arguments, start, method, options, counters=OFFSET):
-    return reference.rollout_adjoint(*arguments, method=method, options=options, counters=counters, delta_h0=start)
+    return reference.rollout_adjoint(
+        *arguments, weight_by=WEIGHT_BY[method], options=options, counters=counters, delta_h0=start
+    )
 
 
 def assert_close(actual, expected):
@@ -176,7 +178,7 @@ def test_who_is_fused():
         assert (chosen is not None) == fused, (rollouts, units, sigma, precision)
     arguments, start = problem((2, 1, 5, 2, 33))
     options = RolloutOptions(33, sigma=1e-2)
-    named = {"method": "anp", "options": options, "counters": OFFSET, "delta_h0": start}
+    named = {"weight_by": "activity", "options": options, "counters": OFFSET, "delta_h0": start}
     for left, right in zip(
         adjoint_triton.rollout_adjoint(*arguments, **named), run(arguments, start, "anp", options), strict=True
     ):

@@ -234,10 +234,10 @@ def test_what_is_not_finite_stays_with_its_rollout(wild, nonlinearity, product):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7), (9, 1, 33, 64), (2, 3, 70, 500)], ids=str)
-@pytest.mark.parametrize("method", ["np", "anp"])
+@pytest.mark.parametrize("weight_by", ["noise", "activity"])
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("sigma", [1e-20, 1e-3, 1e15])
-def test_adjoint_is_the_references(shape, method, kind, sigma):
+def test_adjoint_is_the_references(shape, weight_by, kind, sigma):
     time, batch, rollouts, units = shape
     credit = (sigma * draw(time, batch, rollouts)).float()
     credit[0, 0, 0] = 0
@@ -247,8 +247,13 @@ def test_adjoint_is_the_references(shape, method, kind, sigma):
         room[1:, :, 1] = 0
     # A part of something larger, whose rows are padded; and the same without a gap.
     for delta_a in (room[1:, ..., :units], room[1:, ..., :units].contiguous()):
-        named = {"method": method, "units": units, "counters": WHERE, "options": RolloutOptions(rollouts, sigma, kind)}
-        activity = None if method == "np" else delta_a
+        named = {
+            "weight_by": weight_by,
+            "units": units,
+            "counters": WHERE,
+            "options": RolloutOptions(rollouts, sigma, kind),
+        }
+        activity = None if weight_by == "noise" else delta_a
         exact = reference_adjoint.adjoint(
             credit.double(), None if activity is None else activity.double(), SEED, **named
         )
@@ -259,7 +264,7 @@ def test_adjoint_is_the_references(shape, method, kind, sigma):
 
 def test_adjoint_takes_any_strides():
     credit, delta_a = draw(4, 3, 6).float(), draw(6, 20, 3, 4, seed=2).float().permute(3, 2, 0, 1)
-    named = {"method": "anp", "units": 20, "options": RolloutOptions(6, 1.0)}
+    named = {"weight_by": "activity", "units": 20, "options": RolloutOptions(6, 1.0)}
     found = adjoint_numba.adjoint(credit, delta_a, SEED, **named)
     assert torch.equal(found, adjoint_numba.adjoint(credit, delta_a.contiguous(), SEED, **named))
     assert_close(found, reference_adjoint.adjoint(credit.double(), delta_a.double(), SEED, **named), "float32")
@@ -318,8 +323,10 @@ def test_threads_change_nothing(product):
         credit = adjoint_numba.returns(part.delta_loss, 0.9)
         named = {"units": 70, "options": options}
         sums = [
-            adjoint_numba.adjoint(credit, part.delta_a if method == "anp" else None, SEED, method=method, **named)
-            for method in ("np", "anp")
+            adjoint_numba.adjoint(
+                credit, part.delta_a if weight_by == "activity" else None, SEED, weight_by=weight_by, **named
+            )
+            for weight_by in ("noise", "activity")
         ]
         return [part.delta_a, part.delta_h, noise_numba.noise(SEED, shape), credit, *sums]
 
@@ -337,7 +344,7 @@ def test_threads_change_nothing(product):
     for one, other in zip(alone, together, strict=True):
         assert_close(one, other, "float32")
     assert torch.equal(
-        adjoint_numba.adjoint(alone[3], alone[0], SEED, method="anp", units=70, options=options), alone[5]
+        adjoint_numba.adjoint(alone[3], alone[0], SEED, weight_by="activity", units=70, options=options), alone[5]
     )
 
 

@@ -116,7 +116,7 @@ BUGS = {
         "kernels/adjoint_numba.py",
         "_add_row(sums, (first + rollout) % 2,",
         "_add_row(sums, rollout % 2,",
-        "test_numba_kernels.py::test_adjoint_is_the_references[0.001-rademacher-anp-(3, 2, 5, 7)]",
+        "test_numba_kernels.py::test_adjoint_is_the_references[0.001-rademacher-activity-(3, 2, 5, 7)]",
     ),
     "compiled: the last step's return without what follows": Bug(
         "kernels/adjoint_numba.py",
