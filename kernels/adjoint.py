@@ -18,10 +18,10 @@ from .noise import Counters, NoiseSteps, padded
 from .rollout import RolloutOptions, rollout
 
 STEPS_AT_A_TIME = 8
-"""Steps of rollouts whose activity is kept until it is summed, where nothing longer needs to be."""
+"""Steps of rollouts whose activity is stored until it is summed, at discount 0."""
 
 BLOCK_BYTES = 1 << 21
-"""Activity that is summed at once: few enough calls, and what the norm has read is still in the cache for the sum."""
+"""Activity that is summed at once: few calls, and the sum finds in the cache what the norm has read."""
 
 SAFE_TO_SQUARE = (1e-12, 1e12)
 """Range of sigma in which the square of delta_a stays a normal float32."""
@@ -78,7 +78,7 @@ def adjoint(
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
 ) -> Tensor:
-    """Sum over a block of rollouts what each says of dL/da.
+    """Sum over a block of rollouts the estimates of dL/da that each makes.
 
     Args:
         credit: returns c, (T, B, P). A rollout whose credit is exactly zero at a step adds nothing there, even where
@@ -109,11 +109,11 @@ def adjoint(
     for start in range(0, time, length):
         steps = slice(start, min(start + length, time))
         if stored is None:
-            part = injected.fill(start, room[: steps.stop - start])
+            signal = injected.fill(start, room[: steps.stop - start])
             share = credit[steps] / options.sigma
         else:
-            share, part = _activity_share(credit[steps], stored[steps].to(credit.dtype), options.sigma)
-        sums[:, steps] = (torch.where(halves, share.unsqueeze(2), 0) @ part).permute(2, 0, 1, 3)
+            share, signal = _activity_share(credit[steps], stored[steps].to(credit.dtype), options.sigma)
+        sums[:, steps] = (torch.where(halves, share.unsqueeze(2), 0) @ signal).permute(2, 0, 1, 3)
     return sums
 
 
@@ -140,33 +140,33 @@ def rollout_adjoint(
     time, batch, units = preact.shape
     sums = preact.new_empty((2, time, batch, units))
     delta_loss = preact.new_empty((time, batch, options.rollouts))
-    keep = options._replace(store_delta_a=by_activity(weight_by))
+    storing = options._replace(store_delta_a=by_activity(weight_by))
     delta_h = delta_h0
     for start in range(0, time, STEPS_AT_A_TIME):
         steps = slice(start, min(start + STEPS_AT_A_TIME, time))
-        here = counters._replace(time=counters.time + start)
-        part = rollout(
+        first = counters._replace(time=counters.time + start)
+        block = rollout(
             preact[steps],
             hidden[steps],
             weight_hh,
             loss_of_steps(loss, steps),
             seed,
-            options=keep,
-            counters=here,
+            options=storing,
+            counters=first,
             delta_h0=delta_h,
         )
-        assert part.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
-        delta_h, delta_loss[steps] = part.delta_h, part.delta_loss
-        credit = torch.nan_to_num(part.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
+        assert block.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
+        delta_h, delta_loss[steps] = block.delta_h, block.delta_loss
+        credit = torch.nan_to_num(block.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
         sums[:, steps] = adjoint(
-            credit, part.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=here
+            credit, block.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=first
         )
     assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
     return sums, delta_loss, delta_h
 
 
 def _activity_share(credit: Tensor, delta_a: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Return c H / ||delta_a||^2, (..., P), and delta_a with rows that do not count cleared."""
+    """Return c H / ||delta_a||^2, (..., P), and delta_a with rows that are not finite set to zero."""
     if not SAFE_TO_SQUARE[0] < sigma < SAFE_TO_SQUARE[1]:
         share, scaled = _activity_share(credit, delta_a / sigma, 1.0)
         return share / sigma, scaled

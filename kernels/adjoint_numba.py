@@ -17,7 +17,7 @@ from .noise_numba import packed_signs
 from .rollout import RolloutOptions
 
 SIGNS_BYTES = 1 << 20
-"""Packed signs that are made at once."""
+"""Packed signs that are generated at once."""
 
 _F = np.float32
 
@@ -73,8 +73,8 @@ def _add_signs(
 def _activity(sums: Any, credit: Any, activity: Any, first: Any, scale: Any) -> None:
     """Sum the rollouts of each step and sample: even global numbers, then odd ones, into sums, (2, T, B, H).
 
-    credit: (T, B, P). activity: (T B P, padded). first: global number of the first rollout. scale: what brings activity
-    into the range that may be squared.
+    credit: (T, B, P). activity: (T B P, padded). first: global number of the first rollout. scale: factor that brings
+    activity into the range that may be squared.
     """
     time, batch, rollouts = credit.shape
     units = sums.shape[3]
@@ -114,7 +114,7 @@ def adjoint(
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
 ) -> Tensor:
-    """Sum over a block of rollouts what each says of dL/da, (2, T, B, H); see the reference."""
+    """Sum over a block of rollouts the estimates of dL/da that each makes, (2, T, B, H); see the reference."""
     time, batch, rollouts = credit.shape
     stored = weighted_activity(weight_by, delta_a)
     if stored is None and options.noise != "rademacher":
@@ -126,8 +126,8 @@ def adjoint(
         share = (credit / options.sigma).contiguous().numpy()
         length = max(1, SIGNS_BYTES // max(1, batch * rollouts * padded(units) // 8))
         for start in range(0, time, length):
-            here = counters._replace(time=counters.time + start)
-            words = packed_signs(seed, (min(length, time - start), batch, rollouts, units), here)
+            first = counters._replace(time=counters.time + start)
+            words = packed_signs(seed, (min(length, time - start), batch, rollouts, units), first)
             _signs(sums.numpy(), share, words, counters.rollout, start)
         return sums
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma

@@ -304,7 +304,7 @@ def adjoint(
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
 ) -> Tensor:
-    """Sum over a block of rollouts what each says of dL/da, (2, T, B, H); see `adjoint.adjoint`."""
+    """Sum over a block of rollouts the estimates of dL/da that each makes, (2, T, B, H); see `adjoint.adjoint`."""
     stored = weighted_activity(weight_by, delta_a)
     time, batch = credit.shape[:2]
     credit = credit.contiguous()

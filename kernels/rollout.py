@@ -21,11 +21,11 @@ from .product import RecurrentProduct
 from .scratch import spare_room
 
 NOISE_BYTES = 1 << 17
-"""Noise that waits for its step."""
+"""Noise that is generated before its step."""
 
 
 class Rollout(NamedTuple):
-    """What a block of rollouts leaves behind."""
+    """The results of a block of rollouts."""
 
     delta_loss: Tensor | None
     """(T, B, P), float32 or float64; None without a loss."""
@@ -70,7 +70,7 @@ def rollout(
         loss: what `delta_loss` measures; None where only the state is wanted.
         seed: 0-dim int64 tensor, the noise's key.
         options: number of rollouts P, standard deviation and kind of the noise, cell, operand precision, and
-            whether delta_a is kept.
+            whether delta_a is stored.
         counters: global indices of the block's first step, rollout and sample.
         delta_h0: deviation of the state before the first step, (B, P, H); None is zero.
 
@@ -83,7 +83,7 @@ def rollout(
     deviation = options.cell.torch(preact, hidden)
     delta_h = None if delta_h0 is None else delta_h0.to(working)
     scratch = (preact.new_empty((batch, rollouts, units)), preact.new_empty((batch, rollouts, units)))
-    # Places for the noise of some steps, which becomes their delta_a; or of every step where delta_a is kept.
+    # Room for the noise of some steps, which becomes their delta_a; for that of all steps where delta_a is stored.
     ahead = min(time, max(1, NOISE_BYTES // max(1, batch * rollouts * padded(units) * preact.itemsize)))
     room = spare_room(preact, (time if options.store_delta_a else ahead, batch, rollouts, padded(units)))
     places = room[..., :units].unbind(0)
@@ -105,7 +105,7 @@ def rollout(
             product.add_to(delta_a, delta_h)
         delta_h = deviation.step(step, delta_a, delta_h, scratch)
         measure.step(step, delta_h)
-    kept = room[..., :units] if options.store_delta_a else None
+    stored = room[..., :units] if options.store_delta_a else None
     # The scratch tensor is the caller's now; nothing else refers to it.
     final = preact.new_zeros((batch, rollouts, units)) if delta_h is None else delta_h
-    return Rollout(measure.delta_loss, kept, final, measure.delta_o)
+    return Rollout(measure.delta_loss, stored, final, measure.delta_o)

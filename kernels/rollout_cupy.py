@@ -1,8 +1,8 @@
 """Perturbed rollouts in plain CUDA C: one thread per element, the oracle of the fast kernels.
 
 The contract is `rollout.rollout`; its module holds the equations. Everything is computed in the dtype of `preact`,
-float32 or float64, and `RolloutOptions.precision` is ignored: float64 tensors give the exact answer that rounded
-operands are measured against. Sums run in the order of their index.
+float32 or float64, and `RolloutOptions.precision` is ignored: with float64 tensors this is the exact result that
+results of rounded operands are compared with. Sums run in the order of their index.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def rollout(
     working, state = preact.dtype, (batch, options.rollouts, units)
     preact, weight_hh = preact.contiguous(), weight_hh.to(working).contiguous()
     delta_h = None if delta_h0 is None else delta_h0.to(working).contiguous()
-    kept = preact.new_empty((time, *state)) if options.store_delta_a else None
+    stored = preact.new_empty((time, *state)) if options.store_delta_a else None
     delta_loss = delta_o = None
     if loss is not None and loss.measured:
         delta_loss = preact.new_empty((time, *state[:2]))
@@ -68,18 +68,18 @@ def rollout(
         outputs = units if loss.readout is None else loss.readout.shape[0]
         delta_o = preact.new_empty((time, *state[:2], outputs))
     for step in range(time):
-        here = counters._replace(time=counters.time + step)
+        at_step = counters._replace(time=counters.time + step)
         (delta_a,) = make_noise(
-            seed, (1, *state), sigma=options.sigma, kind=options.noise, counters=here, dtype=working
+            seed, (1, *state), sigma=options.sigma, kind=options.noise, counters=at_step, dtype=working
         )
         if delta_h is not None:
             arguments = (delta_a, delta_h, weight_hh, units)
             launch(ROLLOUT_SOURCE, "add_recurrent", working, delta_a.numel(), arguments)
         delta_h = deviation(cell, preact[step], delta_a)
-        if kept is not None:
-            kept[step] = delta_a
+        if stored is not None:
+            stored[step] = delta_a
         if loss is not None and delta_o is not None:
             delta_o[step] = output_deviation(loss.readout, delta_h)
         if loss is not None and delta_loss is not None:
             delta_loss[step] = loss_difference(loss, step, delta_h)
-    return Rollout(delta_loss, kept, preact.new_zeros(state) if delta_h is None else delta_h, delta_o)
+    return Rollout(delta_loss, stored, preact.new_zeros(state) if delta_h is None else delta_h, delta_o)

@@ -19,7 +19,7 @@ from .rollout import Rollout, RolloutOptions
 from .scratch import spare_room
 
 SIGNS_BYTES = 1 << 16
-"""Packed signs that wait for their step."""
+"""Packed signs that are generated before their step."""
 
 SMALL_PRODUCT = 5 << 19
 """Multiplications of a step up to which calling torch takes longer than its faster products save."""
@@ -28,7 +28,7 @@ ROWS_TOGETHER = 8
 """Rollouts that one thread takes through their steps together."""
 
 COLUMNS = 16
-"""Products get zeros up to a multiple of so many columns: a vector that is masked takes longer than a whole one."""
+"""Columns of products are padded with zeros to a multiple of this, because masked vectors take longer."""
 
 _NO_ROWS, _NO_WEIGHTS = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
 
@@ -39,7 +39,7 @@ _F = np.float32
 def _add_signs(moved: Any, row: Any, words: Any, place: Any, sigma: Any, units: Any) -> None:
     for number in range((units + 31) // 32):
         word, start = words[place, row, number], 32 * number
-        # With an end that is no constant the loop becomes one of vectors; with one it is unrolled into scalars.
+        # The end is no constant, so that the loop is vectorised; with a constant end it is unrolled into scalars.
         for i in range(min(32, units - start)):
             moved[row, start + i] += sigma if (word >> np.uint32(i)) & np.uint32(1) else -sigma
 
@@ -58,7 +58,7 @@ def _copy_row(target: Any, place: Any, row: Any, source: Any, start: Any, length
 
 @inlined
 def _multiply(moved: Any, delta_h: Any, first: Any, last: Any, weights: Any, units: Any) -> None:
-    """Write weights^T delta_h for some rows; two at a time, so that every weight read serves two products."""
+    """Write weights^T delta_h for some rows, two at a time: every weight that is read serves two products."""
     columns = weights.shape[1]
     for row in range(first, last):
         for column in range(columns):
@@ -113,33 +113,34 @@ def _steps(
     first: Any,
     second: Any,
     preact: Any,
-    kept: Any,
+    stored: Any,
     outputs: Any,
     grad: Any,
     delta_loss: Any,
 ) -> None:
-    """Take all rollouts through some steps. An array of length 0 is not there.
+    """Take all rollouts through some steps. An array of length 0 means that there is none.
 
     Args:
         branch: the cell's, of `deviation_row`.
         start: the first step.
         stop: the step after the last.
         rollouts: P.
-        weights: W_hh^T, then, where there are outputs, W_o^T, (H, H + O or more); none where `moved` is made already.
-        started: whether the first step of all has a delta_h before it.
-        moved: W_hh delta_h of the step before, then W_o delta_h; (B P, H + O or more). Gets delta_a.
+        weights: W_hh^T, then, where there are outputs, W_o^T, (H, H + O or more); none where `moved` is computed
+            already.
+        started: whether the state before step 0 has a deviation.
+        moved: W_hh delta_h of the step before, then W_o delta_h, (B P, H + O or more); delta_a is written over it.
         delta_h: (B P, H), of the step before, then of the last.
         words: packed signs of some steps, (L, B P, words).
-        words_start: the first of these.
+        words_start: the first of these steps.
         noise: noise that is not packed, (B P, padded).
-        sigma: of the packed signs.
+        sigma: standard deviation of the noise in packed signs.
         first: the first of the cell's `clean_rows`, (T, B, H).
         second: the second.
         preact: a, (T, B, H).
-        kept: gets delta_a, (T, B P, padded).
-        outputs: gets delta_o of each step before one of these, (L, B P, O); step t is at t modulo L.
-        grad: a linear loss's, (T, B, H).
-        delta_loss: its differences, (T, B P), written.
+        stored: written, delta_a, (T, B P, padded).
+        outputs: written, delta_o of the step before each of these, (L, B P, O); step t is at t modulo L.
+        grad: gradient of a linear loss, (T, B, H).
+        delta_loss: written, its differences, (T, B P).
     """
     rows, units = delta_h.shape
     for block in numba.prange((rows + ROWS_TOGETHER - 1) // ROWS_TOGETHER):
@@ -155,8 +156,8 @@ def _steps(
                 else:
                     _add_row(moved, row, noise, units)
                 deviation_row(branch, moved, row, delta_h, first, second, preact, step, sample, units)
-                if kept.shape[0]:
-                    _copy_row(kept, step, row, moved, 0, units)
+                if stored.shape[0]:
+                    _copy_row(stored, step, row, moved, 0, units)
                 if outputs.shape[0] and step:
                     _copy_row(outputs, (step - 1) % outputs.shape[0], row, moved, units, outputs.shape[2])
                 if grad.shape[0]:
@@ -177,12 +178,12 @@ def rollout(
     """Run a block of perturbed rollouts through time; see the reference."""
     time, batch, units = preact.shape
     rollouts, rows = options.rollouts, batch * options.rollouts
-    # Where operands are not rounded, one product serves delta_o of a step and delta_a of the next.
     measure = Measure(loss, preact, rollouts)
     linear, readout = (None, None) if loss is None else (loss.grad, loss.readout)
     outputs = 0 if readout is None else len(readout)
+    # Where operands are not rounded, one product serves delta_o of a step and delta_a of the next.
     exact = options.precision == "fp32"
-    # Small products are made here, many steps in one call; torch needs a call for each, but multiplies faster.
+    # Small products are computed here, many steps in one call. Torch multiplies faster, but takes a call for each.
     small = exact and rows * units * (units + outputs) <= SMALL_PRODUCT and options.noise == "rademacher"
     resident = small and (loss is None or linear is not None or readout is not None)
     worth_a_copy = resident or 4 * units <= time * rows
@@ -200,7 +201,7 @@ def rollout(
     branch, clean = clean_rows(options.cell, preact, hidden)
     activity = room.view(len(room), rows, padded(units)).numpy()
     fixed = (*(tensor.contiguous().numpy() for tensor in (*clean, preact)), activity)
-    waiting = _NO_ROWS if joined is None else measure.waiting.view(measure.length, rows, outputs).numpy()
+    collected = _NO_ROWS if joined is None else measure.waiting.view(measure.length, rows, outputs).numpy()
     grad, delta_loss = _NO_ROWS, _NO_WEIGHTS
     if linear is not None and measure.delta_loss is not None:
         grad, delta_loss = linear.contiguous().numpy(), measure.delta_loss.view(time, rows).numpy()
@@ -211,7 +212,7 @@ def rollout(
         if resident:
             stop = min(time, start + draw.length)
             if joined is not None:
-                # Until the outputs that wait are complete: those of the step before are read in each step.
+                # Up to the step that completes the block of outputs: each step reads out the step before it.
                 stop = min(stop, max(1, -(-start // measure.length) * measure.length + 1))
         elif start or started:
             product.add_to(moved, delta_h, keep=0.0)
@@ -225,7 +226,7 @@ def rollout(
             *states,
             *draw.of(start, stop),
             *fixed,
-            waiting,
+            collected,
             grad,
             delta_loss,
         )
@@ -233,12 +234,12 @@ def rollout(
             measure.taken(stop - 2)
         if linear is None and (joined is None or stop == time):
             measure.step(stop - 1, delta_h)
-    kept = room[..., :units] if options.store_delta_a else None
-    return Rollout(measure.delta_loss, kept, delta_h, measure.delta_o)
+    stored = room[..., :units] if options.store_delta_a else None
+    return Rollout(measure.delta_loss, stored, delta_h, measure.delta_o)
 
 
 def _with_columns(weight_hh: Tensor, readout: Tensor | None) -> Tensor:
-    """Return the rows of W_hh, W_o where it is given, and zeros, (H + O or more, H)."""
+    """Return the rows of W_hh, of W_o where there is one, and zeros, (H + O or more, H)."""
     units = len(weight_hh)
     rows = units + (0 if readout is None else len(readout))
     if readout is None and rows % COLUMNS == 0:
@@ -251,7 +252,7 @@ def _with_columns(weight_hh: Tensor, readout: Tensor | None) -> Tensor:
 
 
 class _Noise:
-    """The noise of consecutive steps as `_steps` takes it."""
+    """The noise of consecutive steps in the form that `_steps` takes."""
 
     def __init__(self, seed: Tensor, preact: Tensor, options: RolloutOptions, counters: Counters) -> None:
         time, batch, units = preact.shape
@@ -268,12 +269,12 @@ class _Noise:
             self.noise = self.room.view(batch * options.rollouts, padded(units)).numpy()
 
     def of(self, start: int, stop: int) -> tuple[Any, int, Any, Any]:
-        """Return words of some steps, of which the first is the second value, noise, and sigma."""
+        """Return packed signs, the first of their steps, noise that is not packed, and sigma, for some steps."""
         if self.drawn is not None:
             self.drawn.fill(start, self.room)
         elif not self.first <= start < stop <= self.first + len(self.words):
             time, batch, rollouts, units = self.shape
-            here = (min(self.length, time - start), batch, rollouts, units)
-            words = packed_signs(self.seed, here, self.counters._replace(time=self.counters.time + start))
+            shape = (min(self.length, time - start), batch, rollouts, units)
+            words = packed_signs(self.seed, shape, self.counters._replace(time=self.counters.time + start))
             self.first, self.words = start, words.reshape(len(words), batch * rollouts, words.shape[-1])
         return self.words, self.first, self.noise, self.sigma
