@@ -5,8 +5,9 @@ from ._version import __version__
 from .decorrelation import Decorrelation
 from .diagnosis import diagnose
 from .estimate import estimate_grad_
+from .estimators.found import Estimate
 from .kernels.noise import NOISE_STREAM_VERSION
-from .modules import RNN, Estimate
+from .modules import RNN
 from .perturbation import Perturbation
 from .swap import swap_, unswap_
 

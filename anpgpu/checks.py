@@ -5,11 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from .kernels.noise import COUNTER_LIMITS, UNIT_BLOCKS_LIMIT, UNITS_PER_GROUP, Counters
-from .kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
-from .perturbation import real, whole
 
 WORKING = (torch.float32, torch.float64)
+
+SIGMA_RANGES = {
+    dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max / 8) for dtype in (torch.float16, torch.bfloat16, *WORKING)
+}
+"""The least and the largest sigma of noise of a type: a normal number, of which Gaussian noise reaches 6.7 times."""
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of the allowed names."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, one of {', '.join(map(repr, allowed))}; got {value!r}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Return `value`, an int of at least `low` and below `high`; raise otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < low or (high is not None and value >= high):
+        bound = f"at least {low}" if high is None else f"in [{low}, {high - 1}]"
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+    return value
+
+
+def real(name: str, value: object) -> float:
+    """Return `value` as a float; raise unless it is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    return float(value)
 
 
 def tensor(name: str, value: object) -> Tensor:
@@ -26,15 +55,9 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
-def sigma_range(dtype: torch.dtype) -> tuple[float, float]:
-    """Return the least and the largest sigma: a normal number, of which Gaussian noise reaches 6.7 times as much."""
-    limits = torch.finfo(dtype)
-    return limits.tiny, limits.max / 8
-
-
 def sigma(value: object, dtype: torch.dtype) -> float:
     """Return `value`, a standard deviation whose noise `dtype` holds; raise otherwise."""
-    least, most = sigma_range(dtype)
+    least, most = SIGMA_RANGES[dtype]
     if not least <= real("sigma", value) <= most:
         raise ValueError(f"sigma must be positive and finite, in [{least}, {most}] for {dtype}, got {value!r}")
     return float(value)  # type: ignore[arg-type]

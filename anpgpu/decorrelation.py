@@ -24,8 +24,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
-from .network.stack import CleanRun, run_network, valid_steps
-from .perturbation import real, whole
+from .checks import real, whole
+from .network.stack import CleanRun, run_network
+from .network.weights import valid_steps
 from .runtime.settings import working_dtype
 from .task.problem import sequences
 

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .estimators.bptt import all_weights, by_autograd
-from .estimators.by_segment import one_direction
-from .estimators.job import Found, Job
-from .estimators.layerwise import two_directions
-from .estimators.published import published
-from .modules import Estimate, check_perturbation
-from .network.stack import split_half, valid_steps
-from .perturbation import PUBLISHED, Perturbation
+from .estimators.found import Estimate, FoundOfProblem
+from .estimators.job import Job
+from .network.cells import cell_name
+from .network.weights import valid_steps
+from .perturbation import Perturbation, check_perturbation
+from .registry import CELLS, ESTIMATORS, Estimator
 from .runtime.memory import default_memory
-from .runtime.ranges import within
+from .runtime.ranges import entered
 from .runtime.settings import new_seed, resolve
 from .task.losses import LossFunction
 from .task.problem import Problem, canonical
 
 
-@within("estimate_grad_")
-@torch.no_grad()
-@parametrize.cached()
 def estimate_grad_(
     rnn: nn.RNN,
     readout: nn.Module | None,
@@ -67,52 +63,56 @@ def estimate_grad_(
         MemoryError: `max_memory` is too little for one rollout.
     """
     perturbation = check_perturbation(getattr(rnn, "perturbation", None) if perturbation is None else perturbation)
-    for name, given in (("inputs", inputs), ("hx", hx)):
-        if isinstance(given, Tensor) and given.requires_grad and not given.is_leaf:
-            raise ValueError(
-                f"{name} come from a graph, and estimate_grad_ sends nothing back through one: detach them, "
-                "or use loss.backward() through anpgpu.RNN"
-            )
-        if isinstance(given, Tensor) and given.requires_grad and perturbation.method in ("wp", *PUBLISHED):
-            raise ValueError(
-                f"method={perturbation.method!r} estimates gradients of weights alone, but {name} requires grad; "
-                "detach it, or use method='anp' or 'np'"
-            )
-    _compute_parametrized(rnn, readout)
-    problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths)
-    if perturbation.method == "bptt":
-        found = by_autograd(problem)
-    else:
-        settings = resolve(perturbation, rnn.nonlinearity, rnn.all_weights[0][1])
-        seed = new_seed(problem.inputs.device, generator)
-        limit = perturbation.max_memory
-        job = Job(
-            problem,
-            settings,
-            seed,
-            default_memory(problem.inputs.device) if limit is None else limit,
-            perturb_readout=perturbation.readout == "perturbed" or problem.loss.black_box,
+    estimator = ESTIMATORS[perturbation.method]
+    for name, tensor in (("inputs", inputs), ("hx", hx)):
+        _check_leaf(name, tensor, perturbation, estimator)
+    with entered("estimate_grad_"), torch.no_grad(), parametrize.cached():
+        _compute_parametrized(rnn, readout)
+        problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths)
+        work = problem if estimator.exact else _job(rnn, problem, perturbation, generator)
+        # BPTT is torch's own, with torch's autocast.
+        with nullcontext() if estimator.exact else torch.autocast(problem.inputs.device.type, enabled=False):
+            found: FoundOfProblem = estimator.walk(problem.network.directions)(work)
+        _add_gradients(rnn, readout, inputs, hx, problem, found)
+        outputs = found.outputs
+        if problem.lengths is not None:
+            outputs = torch.where(valid_steps(len(outputs), problem.lengths, outputs.device).unsqueeze(-1), outputs, 0)
+        return Estimate(
+            loss=found.loss,
+            outputs=problem.layout.restore(outputs),
+            h_n=found.h_n if problem.layout.batched else found.h_n.squeeze(1),
+            skipped=found.skipped,
+            split_half=found.split_half,
+            ridge_grown=found.ridge_grown,
         )
-        with torch.autocast(problem.inputs.device.type, enabled=False):
-            if settings.method == "wp":
-                found = all_weights(job)
-            elif settings.method in PUBLISHED:
-                found = published(job)
-            elif problem.network.directions == 1:
-                found = one_direction(job)
-            else:
-                found = two_directions(job)
-    _add_gradients(rnn, readout, inputs, hx, problem, found)
-    outputs = found.outputs
-    if problem.lengths is not None:
-        outputs = torch.where(valid_steps(len(outputs), problem.lengths, outputs.device).unsqueeze(-1), outputs, 0)
-    return Estimate(
-        loss=found.loss,
-        outputs=problem.layout.restore(outputs),
-        h_n=found.h_n if problem.layout.batched else found.h_n.squeeze(1),
-        skipped=found.skipped,
-        split_half=split_half(found.layers),
-        ridge_grown=found.ridge_grown,
+
+
+def _check_leaf(name: str, tensor: object, perturbation: Perturbation, estimator: type[Estimator]) -> None:
+    """Raise where a tensor is to get a gradient that it cannot get."""
+    if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+        return
+    if not tensor.is_leaf:
+        raise ValueError(
+            f"{name} come from a graph, and estimate_grad_ sends nothing back through one: detach them, "
+            "or use loss.backward() through anpgpu.RNN"
+        )
+    if estimator.weights_only:
+        raise ValueError(
+            f"method={perturbation.method!r} estimates gradients of weights alone, but {name} requires grad; "
+            "detach it, or use method='anp' or 'np'"
+        )
+
+
+def _job(rnn: nn.RNN, problem: Problem, perturbation: Perturbation, generator: torch.Generator | None) -> Job:
+    """Return what an estimator by rollouts works on; draw its seed."""
+    settings = resolve(perturbation, CELLS[cell_name(rnn)], rnn.all_weights[0][1])
+    device, limit = problem.inputs.device, perturbation.max_memory
+    return Job(
+        problem,
+        settings,
+        new_seed(device, generator),
+        default_memory(device) if limit is None else limit,
+        perturb_readout=perturbation.readout == "perturbed" or problem.loss.black_box,
     )
 
 
@@ -131,7 +131,7 @@ def _add_gradients(
     inputs: Tensor | PackedSequence,
     hx: Tensor | None,
     problem: Problem,
-    found: Found,
+    found: FoundOfProblem,
 ) -> None:
     """Add what was found to `.grad` of every leaf that requires a gradient, through parametrizations."""
     found_of: list[tuple[Tensor | None, Tensor | None]] = []
@@ -147,7 +147,7 @@ def _add_gradients(
             computed.append((weight, gradient.to(weight.dtype)))
     if computed:
         torch.autograd.backward([weight for weight, _ in computed], [gradient for _, gradient in computed])
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, Tensor) and inputs.requires_grad:
         _add(inputs, problem.layout.restore(found.inputs))
     if hx is not None:
         _add(hx, found.h_0 if problem.layout.batched else found.h_0.squeeze(1))

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .checks import one_of, real, whole
+from .kernels.cell import TANH
+from .kernels.loss import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, SquaredLoss
 from .kernels.noise import Counters, Purpose
-from .kernels.rollout import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, SquaredLoss
-from .ops.tensors import loss_arguments, underived
-from .perturbation import BACKENDS, NOISES, one_of, real, whole
+from .kernels.rollout import Rollout, RolloutOptions
+from .ops.tensors import loss_arguments, option_scalars, underived
+from .perturbation import NOISES, check_backend
+from .registry import CELLS, ESTIMATORS
 
 __all__ = [
     "Counters",
@@ -30,9 +34,7 @@ __all__ = [
     "rollout",
 ]
 
-NONLINEARITIES = ("tanh", "relu")
 OPERANDS = ("auto", "bf16", "fp16", "tf32", "fp32", "fp64")
-RULES = ("np", "anp")
 
 
 def noise(
@@ -64,7 +66,7 @@ def noise(
     Source: Philox4x32-10, Salmon et al. 2011.
     """
     one_of("kind", kind, NOISES)
-    one_of("backend", backend, BACKENDS)
+    check_backend(backend)
     sizes = _shape(shape)
     if dtype not in {torch.float16, torch.bfloat16, *checks.WORKING}:
         raise TypeError(f"dtype must be a floating type, got {dtype!r}")
@@ -131,7 +133,7 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
     checks.flag("store_delta_a", store_delta_a)
     options = _options(clean, rollouts, sigma, noise, nonlinearity, precision)._replace(store_delta_a=store_delta_a)
     where = checks.counters(counters, (time, batch, rollouts, units), noise)
-    one_of("backend", backend, BACKENDS)
+    check_backend(backend)
     name, tensors = loss_arguments(loss)
     delta_loss, delta_a, delta_h, delta_o = underived(
         torch.ops.anpgpu.rollout,
@@ -142,15 +144,16 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
         delta_h0,
         *tensors,
         name,
-        *options,
+        *option_scalars(options),
         list(where),
         backend,
     )
+    measured = loss is not None and loss.measured
     return Rollout(
-        None if name in {"none", "outputs"} else delta_loss,
+        delta_loss if measured else None,
         delta_a if store_delta_a else None,
         delta_h,
-        delta_o if name == "outputs" else None,
+        None if loss is None or measured else delta_o,
     )
 
 
@@ -171,7 +174,7 @@ def returns(delta_loss: Tensor, discount: float, *, carry: Tensor | None = None,
         raise ValueError(f"discount must be in [0, 1], got {discount!r}")
     if carry is not None:
         checks.shaped("carry", carry, tuple(change.shape[1:]), change)
-    one_of("backend", backend, BACKENDS)
+    check_backend(backend)
     credit: Tensor = underived(torch.ops.anpgpu.returns, change, carry, float(discount), backend)
     return credit
 
@@ -207,8 +210,8 @@ def adjoint(
     Source: arXiv:2405.08967 ("anp"), arXiv:2310.00965 ("np").
     """
     change = checks.working("credit", credit, 3)
-    one_of("method", method, RULES)
-    if method == "anp":
+    weight_by = _weight_by(method)
+    if ESTIMATORS[method].stores_delta:
         activity = checks.tensor("delta_a", delta_a)
         if activity.dim() != 4 or activity.shape[:3] != change.shape:
             raise ValueError(f"delta_a must have shape {(*change.shape, 'H')}, got {tuple(activity.shape)}")
@@ -218,19 +221,20 @@ def adjoint(
             raise ValueError(f"delta_a must be on {change.device}, where credit is, got {activity.device}")
         units = activity.shape[-1]
     elif delta_a is not None:
-        raise ValueError(f"method='np' regenerates its noise and takes delta_a=None, got {type(delta_a).__name__}")
+        kind = type(delta_a).__name__
+        raise ValueError(f"method={method!r} regenerates its noise and takes delta_a=None, got {kind}")
     if units is None:
         raise ValueError("units, the number of hidden units, must be given where delta_a is None")
     whole("units", units, 1)
     time, batch, rollouts = change.shape
-    options = _options(change, rollouts, sigma, noise, "tanh", "auto")
-    one_of("backend", backend, BACKENDS)
+    options = _options(change, rollouts, sigma, noise)
+    check_backend(backend)
     sums: Tensor = underived(
         torch.ops.anpgpu.adjoint,
         change,
         delta_a,
         checks.seed(seed, change.device),
-        method,
+        weight_by,
         units,
         options.sigma,
         noise,
@@ -241,12 +245,25 @@ def adjoint(
     return sums.sum(0) / rollouts
 
 
+def _weight_by(method: str) -> str:
+    """Return what a rollout's credit is multiplied with in a method whose estimate is a mean of products."""
+    weighted = {name: getattr(rule, "weight_by", None) for name, rule in ESTIMATORS.items()}
+    products: dict[str, str] = {name: weight_by for name, weight_by in weighted.items() if weight_by is not None}
+    one_of("method", method, tuple(products))
+    return products[method]
+
+
 def _options(
-    like: Tensor, rollouts: int, sigma: float, noise: str, nonlinearity: str, precision: str
+    like: Tensor,
+    rollouts: int,
+    sigma: float,
+    noise: str,
+    nonlinearity: str = TANH.name,
+    precision: str = "auto",
 ) -> RolloutOptions:
     """Return the checked scalars of a block of rollouts."""
     one_of("noise", noise, NOISES)
-    one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+    cell = CELLS.find(nonlinearity, "nonlinearity")
     one_of("precision", precision, OPERANDS)
     checks.sigma(sigma, like.dtype)
     if like.dtype == torch.float64 and precision not in {"auto", "fp64"}:
@@ -255,7 +272,7 @@ def _options(
         raise ValueError(f"precision='fp64' needs float64 tensors, got {like.dtype}")
     if precision == "auto":
         precision = "fp64" if like.dtype == torch.float64 else "bf16" if like.is_cuda else "fp32"
-    return RolloutOptions(rollouts, float(sigma), noise, nonlinearity, precision)
+    return RolloutOptions(rollouts, float(sigma), noise, cell.forms, precision)
 
 
 def _shape(shape: object) -> tuple[int, int, int, int]:

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from .estimators.found import Estimate
 from .kernels.noise import COUNTER_LIMITS
-from .ops.network import Structure, autocast_dtype, new_seed, run_perturbed
+from .network.cells import cell_name
+from .ops.network import Structure, autocast_dtype, differentiable_run, new_seed, run_perturbed
 from .ops.tensors import forward_mode
-from .perturbation import PUBLISHED, Perturbation
+from .perturbation import Perturbation, check_perturbation
+from .registry import CELLS, ESTIMATORS
 from .runtime.settings import resolve
-
-
-class Estimate(NamedTuple):
-    """What an estimate tells besides the gradients.
-
-    `RNN.last_estimate` holds only what a backward pass knows: skipped, split_half and ridge_grown.
-    """
-
-    loss: Tensor | None
-    """Clean loss, 0-dim."""
-    outputs: Tensor | None
-    """Clean outputs, laid out as the inputs are: (T, B, O), (B, T, O) with batch_first, (T, O) unbatched."""
-    h_n: Tensor | None
-    """Clean final states, as `torch.nn.RNN` returns them."""
-    skipped: Tensor
-    """Rollouts left out because they were not finite, counted over samples, layers and directions; 0-dim int64."""
-    split_half: Tensor
-    """Cosine between the estimates from the even and the odd rollouts, 0-dim. Near 1: more rollouts would change
-    little. It shows variance, not bias: a discount of 0 looks perfect to it. NaN with one rollout."""
-    ridge_grown: Tensor
-    """Least-squares systems ("anp-ls") that no Cholesky factor was found for with the ridge as given, and that were
-    solved with one as large as the system itself; 0-dim int64."""
 
 
 def _check_depth(*args: Any, **kwargs: Any) -> None:
@@ -110,12 +91,13 @@ class RNN(nn.RNN):
         perturbation = check_perturbation(self.perturbation)
         weights: list[Tensor] = [weight for layer in self.all_weights for weight in layer]
         values = input.data if isinstance(input, PackedSequence) else input
-        wanted = [*weights, values] if hx is None else [*weights, values, hx]
-        needed = torch.is_grad_enabled() and any(getattr(one, "requires_grad", False) for one in wanted)
+        leaves = [*weights, values] if hx is None else [*weights, values, hx]
+        needed = torch.is_grad_enabled() and any(getattr(leaf, "requires_grad", False) for leaf in leaves)
         exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         # nn.RNN would be compiled step by step: its graph grows with the sequence, the op's does not.
         compiling = torch.compiler.is_compiling() and not exporting and not forward_mode()
-        if perturbation.method == "bptt" or exporting or not (needed or compiling):
+        exact = ESTIMATORS[perturbation.method].exact or exporting
+        if CELLS[cell_name(self)].native and (exact or not (needed or compiling)):
             return super().forward(input, hx)
         if not torch.compiler.is_compiling():
             self._update_flat_weights()
@@ -163,35 +145,36 @@ class RNN(nn.RNN):
         self, inputs: Tensor, hx: Tensor, weights: list[Tensor], lengths: Tensor | None, needed: bool
     ) -> tuple[Tensor, Tensor]:
         perturbation = self.perturbation
-        for one in (hx, *weights):
-            if one.device != inputs.device:
+        for tensor in (hx, *weights):
+            if tensor.device != inputs.device:
                 # With one of its tensors on meta an op runs its fake, and hands out memory that nobody wrote.
                 raise RuntimeError(
                     "Input, hidden and parameter tensors are not at the same device, found input tensor at "
-                    f"{inputs.device} and another at {one.device}"
+                    f"{inputs.device} and another at {tensor.device}"
                 )
-        if needed and perturbation.method in PUBLISHED:
+        estimator = ESTIMATORS[perturbation.method]
+        if needed and estimator.measures_losses:
             raise RuntimeError(
                 f"method={perturbation.method!r} measures losses and runs in anpgpu.estimate_grad_ alone: call that, "
                 "or use torch.no_grad() where no gradient is wanted"
             )
-        if needed and perturbation.method == "wp" and (inputs.requires_grad or hx.requires_grad):
+        if needed and estimator.weights_only and (inputs.requires_grad or hx.requires_grad):
             what = "the input" if inputs.requires_grad else "hx"
             raise RuntimeError(
-                f"method='wp' estimates gradients of weights alone, but {what} requires grad; "
+                f"method={perturbation.method!r} estimates gradients of weights alone, but {what} requires grad; "
                 "detach it, or use method='anp' or 'np'"
             )
-        structure = Structure(
-            self.nonlinearity, self.bias, 2 if self.bidirectional else 1, autocast_dtype(inputs.device)
-        )
-        if not torch.compiler.is_compiling():
+        structure = Structure(cell_name(self), self.bias, 2 if self.bidirectional else 1, autocast_dtype(inputs.device))
+        if not estimator.exact and not torch.compiler.is_compiling():
             # Compiled, what is missing or does not fit is told by the backward pass.
-            resolve(perturbation, self.nonlinearity, weights[1])
+            resolve(perturbation, CELLS[structure.cell], weights[1])
         masks = []
         if self.dropout and self.training:
             shape = (*inputs.shape[:2], structure.directions * self.hidden_size)
             ones = inputs.new_ones(shape, dtype=structure.state_dtype(weights[0]))
             masks = [nn.functional.dropout(ones, self.dropout) for _ in range(self.num_layers - 1)]
+        if estimator.exact or torch.compiler.is_exporting():
+            return differentiable_run(structure, inputs, hx, weights, masks, lengths)
         # The seed is drawn last, so that dropout draws what it draws in nn.RNN.
         seed = new_seed(inputs.device) if needed else None
         return run_perturbed(self._record, perturbation, structure, seed, inputs, hx, weights, masks, lengths)
@@ -218,12 +201,3 @@ def let_dynamo_trace() -> None:
     import torch._dynamo
 
     torch._dynamo.config.allow_rnn = True
-
-
-def check_perturbation(perturbation: Perturbation | None) -> Perturbation:
-    """Return the perturbation, by default `Perturbation()`; raise TypeError for anything else."""
-    if perturbation is None:
-        return Perturbation()
-    if not isinstance(perturbation, Perturbation):
-        raise TypeError(f"perturbation must be an anpgpu.Perturbation, got {perturbation!r}")
-    return perturbation

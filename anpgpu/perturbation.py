@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-PUBLISHED = ("published-anp", "published-np", "published-wp")
-"""For comparison, in `estimate_grad_` alone: the rules as published, one rollout of Gaussian noise."""
+from .checks import flag, one_of, real, whole
+from .registry import BACKENDS, ESTIMATORS
 
-METHODS = ("anp", "np", "anp-ls", "wp", "bptt", *PUBLISHED)
 NOISES = ("rademacher", "gaussian")
 READOUTS = ("exact", "perturbed")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
-BACKENDS = ("auto", "triton", "cupy", "numba", "torch")
+AUTO = "auto"
+"""The backend that depends on where the tensors are; see `runtime.dispatch`."""
 
 
 @dataclass(frozen=True)
@@ -68,58 +68,39 @@ class Perturbation:
     baseline: bool = False
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, METHODS)
+        estimator = ESTIMATORS.find(self.method)
         one_of("noise", self.noise, NOISES)
         one_of("readout", self.readout, READOUTS)
         one_of("precision", self.precision, PRECISIONS)
-        one_of("backend", self.backend, BACKENDS)
+        check_backend(self.backend)
         whole("rollouts", self.rollouts, 1, 2**32)
         if self.rank is not None:
             whole("rank", self.rank, 1, 2**32)
         if self.max_memory is not None:
             whole("max_memory", self.max_memory, 1)
         for name in ("baseline", "shard_rollouts"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+            flag(name, getattr(self, name))
         if self.baseline and self.rollouts < 2:
             raise ValueError(f"baseline=True needs at least 2 rollouts, got rollouts={self.rollouts!r}")
-        if self.baseline and self.shard_rollouts and self.method != "anp-ls":
-            raise ValueError("baseline=True needs all rollouts of a sample in one process, got shard_rollouts=True")
-        if self.shard_rollouts and self.method in PUBLISHED:
-            raise ValueError(f"method={self.method!r} has one rollout, which shard_rollouts=True cannot share")
         if not (0 < real("sigma", self.sigma) < math.inf):
             raise ValueError(f"sigma must be positive and finite, got {self.sigma!r}")
         if not 0 <= real("discount", self.discount) <= 1:
             raise ValueError(f"discount must be in [0, 1], got {self.discount!r}")
         if not 0 <= real("ridge", self.ridge) < math.inf:
             raise ValueError(f"ridge must be finite and not negative, got {self.ridge!r}")
-        if self.method in PUBLISHED and (self.rollouts, self.noise) != (1, "gaussian"):
-            raise ValueError(
-                f"method={self.method!r} is one rollout of Gaussian noise: it needs rollouts=1 and noise='gaussian', "
-                f"got rollouts={self.rollouts!r}, noise={self.noise!r}"
-            )
+        estimator.check(self)
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of the allowed names."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, one of {', '.join(map(repr, allowed))}; got {value!r}")
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+def check_perturbation(perturbation: Perturbation | None) -> Perturbation:
+    """Return the perturbation, by default `Perturbation()`; raise TypeError for anything else."""
+    if perturbation is None:
+        return Perturbation()
+    if not isinstance(perturbation, Perturbation):
+        raise TypeError(f"perturbation must be an anpgpu.Perturbation, got {perturbation!r}")
+    return perturbation
 
 
-def whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Return `value`, an int of at least `low` and below `high`; raise otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low or (high is not None and value >= high):
-        bound = f"at least {low}" if high is None else f"in [{low}, {high - 1}]"
-        raise ValueError(f"{name} must be {bound}, got {value!r}")
-    return value
-
-
-def real(name: str, value: object) -> float:
-    """Return `value` as a float; raise unless it is a real number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {value!r}")
-    return float(value)
+def check_backend(backend: object) -> None:
+    """Raise unless this is the name of a backend, or "auto"."""
+    if backend != AUTO:
+        BACKENDS.find(backend, also=(AUTO,))

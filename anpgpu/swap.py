@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .modules import RNN, Record, check_perturbation, let_dynamo_trace
-from .perturbation import Perturbation
+from .modules import RNN, Record, let_dynamo_trace
+from .perturbation import Perturbation, check_perturbation
 
 
 def swap_(model: nn.Module, perturbation: Perturbation | None = None) -> int:

@@ -19,10 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .adjoint import by_activity, weighted_activity
 from .fused_triton import added, fused_rollouts, preferred_launch
+from .loss import Loss, loss_of_steps
 from .noise import UNITS_PER_GROUP, Counters
 from .noise_triton import counter_words, noise_tile, unpack_counters
-from .rollout import Loss, RolloutOptions, loss_of_steps
+from .rollout import RolloutOptions
 from .rollout_triton import rollout
 from .tiles import INTERPRETED, RolloutLaunch
 
@@ -297,22 +299,22 @@ def adjoint(
     delta_a: Tensor | None,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     units: int,
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
 ) -> Tensor:
-    """Sum over a block of rollouts what each says of dL/da, (2, T, B, H); see `adjoint.adjoint`."""
+    """Sum over a block of rollouts the estimates of dL/da that each makes, (2, T, B, H); see `adjoint.adjoint`."""
+    stored = weighted_activity(weight_by, delta_a)
     time, batch = credit.shape[:2]
     credit = credit.contiguous()
     if credit.numel() == 0 or units == 0:
         return credit.new_zeros((2, time, batch, units))
     with torch.cuda.device_of(credit):
-        if method == "np":
+        if stored is None:
             partials = _noise_sums(credit, seed, units, options, counters)
         else:
-            assert delta_a is not None  # noqa: S101  (for the type checker; callers are validated above)
-            partials = _activity_sums(credit, delta_a, options.sigma, counters.rollout % 2)
+            partials = _activity_sums(credit, stored, options.sigma, counters.rollout % 2)
     return added(partials).view(2, time, batch, units)
 
 
@@ -398,16 +400,18 @@ def rollout_adjoint(
     loss: Loss,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
     delta_h0: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run rollouts and sum their adjoint at discount 0; see `adjoint.rollout_adjoint`.
 
-    In one kernel where a program can hold whole rollouts. Elsewhere "np" stores no activity, and "anp" stores that of a
-    few steps at a time and reads it back at once.
+    In one kernel where a program can hold whole rollouts. Elsewhere no activity is stored where rollouts are weighted
+    by their noise, and that of a few steps at a time, read back at once, where by their activity.
     """
+    options.cell.on("triton")
+    method = "anp" if by_activity(weight_by) else "np"
     launch = preferred_launch(preact, weight_hh, loss, method, options)
     if launch is not None:
         return _fused_adjoint(
@@ -425,7 +429,7 @@ def rollout_adjoint(
     time, batch, units = preact.shape
     sums = preact.new_empty((2, time, batch, units), dtype=torch.float32)
     delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
-    keep = options._replace(store_delta_a=method != "np")
+    keep = options._replace(store_delta_a=by_activity(weight_by))
     of_step = max(1, 4 * batch * options.rollouts * units)
     block = max(1, STORED_BYTES // of_step) if keep.store_delta_a else max(1, time)
     delta_h = delta_h0
@@ -445,7 +449,9 @@ def rollout_adjoint(
         assert part.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
         delta_h, delta_loss[steps] = part.delta_h, part.delta_loss
         credit = torch.nan_to_num(part.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
-        sums[:, steps] = adjoint(credit, part.delta_a, seed, method=method, units=units, options=options, counters=here)
+        sums[:, steps] = adjoint(
+            credit, part.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=here
+        )
     assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
     return sums, delta_loss, delta_h
 

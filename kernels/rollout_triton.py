@@ -17,10 +17,12 @@ import torch
 import triton
 from torch import Tensor
 
+from .cell import quotient_rows
+from .loss import CrossEntropyLoss, LinearLoss, Loss, SquaredLoss
 from .noise import Counters
 from .noise_triton import counter_words
 from .resident_triton import resident_kernel
-from .rollout import CrossEntropyLoss, LinearLoss, Loss, Rollout, RolloutOptions, SquaredLoss, quotient_rows
+from .rollout import Rollout, RolloutOptions
 from .stepwise_triton import measure_kernel, step_kernel, sum_partials_kernel
 from .tiles import INTERPRETED, NARROW_SIGMA, RolloutLaunch, rollout_launch, takes_quotient_rows
 
@@ -77,13 +79,14 @@ def rollout_in_form(
     """Do what `rollout` does in the form "resident" or "stepwise"; "auto" chooses.
 
     Raises:
-        ValueError: a dtype or precision that Triton does not serve, or a form that cannot hold the shapes.
+        ValueError: a dtype, precision or cell that Triton does not serve, or a form that cannot hold the shapes.
     """
     for name, tensor in (("preact", preact), ("hidden", hidden), ("weight_hh", weight_hh)):
         if tensor.dtype not in {torch.float32, torch.bfloat16, torch.float16}:
             raise ValueError(f"backend triton runs in float32; {name} is {tensor.dtype}")
     if options.precision not in OPERAND_DTYPES:
         raise ValueError(f"backend triton has no precision {options.precision!r}, only {sorted(OPERAND_DTYPES)}")
+    options.cell.on("triton")
     time, batch, units = preact.shape
     signal = _signal(loss)
     outputs = units if signal.readout is None else signal.readout.shape[0]
@@ -153,7 +156,7 @@ def _clean(
 
     rows: tanh's narrow form takes `quotient_rows`.
     """
-    if options.nonlinearity == "relu":
+    if options.cell.name == "relu":
         return preact, None
     if rows and not _wide(options):
         inverse, ratio = quotient_rows(preact.float(), hidden.float(), LEAST_SLOPE)
@@ -231,7 +234,7 @@ def _run_resident(
         low,
         high,
         NOISE=options.noise,
-        NONLINEARITY=options.nonlinearity,
+        NONLINEARITY=options.cell.name,
         LOSS=signal.kind,
         PRECISION=options.precision,
         FAST=_fast(options),
@@ -306,7 +309,7 @@ def _run_stepwise(
             low,
             high,
             NOISE=options.noise,
-            NONLINEARITY=options.nonlinearity,
+            NONLINEARITY=options.cell.name,
             PRECISION=options.precision,
             FAST=_fast(options),
             WIDE=_wide(options),

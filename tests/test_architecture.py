@@ -1,18 +1,49 @@
-"""The layers of the package, read from its source: who may import whom, and what every file keeps to."""
+"""The rooms of the package, read from its source: who may import whom, and what every file keeps to."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, KERNELS, TESTS = ROOT / "anpgpu", ROOT / "kernels", ROOT / "tests"
-PACKAGE_FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.parts)
 KERNEL_FILES = sorted(KERNELS.glob("*.py"))
+PACKAGE_FILES = sorted(
+    path
+    for path in PACKAGE.rglob("*.py")
+    if PACKAGE / "kernels" not in path.parents and "__pycache__" not in path.parts
+)
 TEST_FILES = sorted(TESTS.glob("test_*.py"))
-OPS = ("noise", "rollout", "adjoint")
 BACKENDS = ("_triton", "_cupy", "_numba")
 LONGEST = 500
+MOST_FACES = 13
+
+FOLDERS = {"diagnosis", "ops", "estimators", "task", "network", "runtime"}
+ORDER = (
+    ("__init__", "__main__"),
+    ("diagnosis",),
+    ("modules", "swap", "estimate", "functional", "decorrelation"),
+    ("ops",),
+    ("estimators",),
+    ("task",),
+    ("network",),
+    ("runtime",),
+    ("perturbation", "checks"),
+    ("registry", "_version"),
+    ("kernels",),
+)
+"""Folders and faces from top to bottom. A file imports from its own line and from those below."""
+
+OPS = ("noise", "rollout", "adjoint")
+"""What every backend has."""
+STEMS = (*OPS, "cell", "loss", "least_squares")
+"""What may have a file for each backend, and has one for torch."""
+ALONE = {
+    *("__init__", "tiles", "product", "scratch", "place_triton", "compile_numba"),
+    *("rollout_resident_triton", "rollout_stepwise_triton", "rollout_fused_triton"),
+}
+"""The other files of kernels/."""
 
 
 def parsed(path):
@@ -21,76 +52,174 @@ def parsed(path):
 
 def imports(path):
     """Every imported module, absolute or with its leading dots, wherever in the file it is imported."""
-    found = set()
+    names = set()
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            found.add(module)
+            names.add(module)
             if node.level and not node.module:
-                found |= {f".{alias.name}" for alias in node.names}
-    return found
-
-
-def siblings(path):
-    """The modules of the same folder that a file imports, by stem; `.kernels.noise` counts as kernels.noise."""
-    return {name[1:] for name in imports(path) if name.startswith(".") and name != "."}
+                names |= {module + alias.name for alias in node.names}
+    return names
 
 
 def module_of(path):
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    """Return a file's dotted name as it is imported: `anpgpu.runtime` for its __init__.py; kernels lie in anpgpu."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("anpgpu", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def package_imports(path):
-    """The modules of the package that a file imports, kernels aside, by their dotted names inside it."""
-    folder = ".".join(path.relative_to(PACKAGE).parts[:-1])
+FILE_OF = {module_of(path): path for path in (*PACKAGE_FILES, *KERNEL_FILES)}
+
+
+def imported_modules(source, module, is_package, modules):
+    """Return which of the package's `modules` the source of one of them imports, with dots resolved.
+
+    `from . import name` is the module `name` where there is one, and the package that defines the name otherwise.
+    """
+    package = module if is_package else module.rpartition(".")[0]
     names = set()
-    for name in imports(path):
-        inside = name.removeprefix("anpgpu.") if name.startswith("anpgpu.") else None
-        if name.startswith(".") and name != ".":
-            inside = f"{folder}.{name[1:]}" if folder else name[1:]
-        if inside is not None and "kernels" not in inside:
-            names.add(inside)
-    return names
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")
+            base = above[: len(above) - node.level + 1] if node.level else []
+            assert base or not node.level, f"line {node.lineno} of {module} imports from above the package"
+            origin = ".".join((*base, *(node.module.split(".") if node.module else ())))
+            for alias in node.names:
+                name = f"{origin}.{alias.name}"
+                names.add(name if name in modules else origin)
+    return {name for name in names if name == "anpgpu" or name.startswith("anpgpu.")}
+
+
+def room_of(module):
+    """Return a module's folder or face."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
 
 
 @pytest.fixture(scope="module")
 def graph():
-    return {module_of(path): package_imports(path) for path in PACKAGE_FILES}
+    return {
+        module: imported_modules(path.read_text(encoding="utf-8"), module, path.name == "__init__.py", FILE_OF)
+        for module, path in FILE_OF.items()
+    }
 
 
 def test_there_is_source_to_read():
-    assert len(PACKAGE_FILES) > 5
-    assert {path.stem for path in KERNEL_FILES} >= {f"{op}{suffix}" for op in OPS for suffix in ("", *BACKENDS)}
+    assert len(PACKAGE_FILES) > 20
+    stems = {path.stem for path in KERNEL_FILES}
+    assert stems >= {f"{op}{suffix}" for op in OPS for suffix in ("", *BACKENDS)}
+    assert stems >= {*STEMS, *ALONE}
+    assert stems <= {*ALONE, *(f"{stem}{suffix}" for stem in STEMS for suffix in ("", *BACKENDS))}
     assert len(TEST_FILES) > 10
 
 
+def test_faces_and_folders_are_those_of_the_design():
+    entries = {path for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    faces = {path.stem for path in entries if path.suffix == ".py"}
+    assert len(faces) <= MOST_FACES
+    assert {path.name for path in entries if path.is_dir() and not path.is_symlink()} == FOLDERS
+    assert {path.name for path in entries if path.is_symlink()} == {"kernels"}
+    assert {path.name for path in entries if path.is_file() and path.suffix != ".py"} == {"py.typed"}
+    assert faces | FOLDERS | {"kernels"} == {name for line in ORDER for name in line}
+    for folder in FOLDERS:
+        assert (PACKAGE / folder / "__init__.py").is_file()
+        assert not [path for path in (PACKAGE / folder).iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+def test_the_list_of_packages_is_that_of_the_folders():
+    declared = re.search(r"^packages = (\[.*?\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    assert declared
+    listed = ast.literal_eval(declared.group(1))
+    folders = {module_of(path) for path in PACKAGE_FILES if path.name == "__init__.py"}
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == folders | {"anpgpu.kernels"}
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "is_package", "result"),
+    [
+        ("from ..kernels.noise import Counters", "anpgpu.runtime.ranges", False, {"anpgpu.kernels.noise"}),
+        ("from . import checks, __version__", "anpgpu.estimate", False, {"anpgpu.checks", "anpgpu"}),
+        ("from .. import checks", "anpgpu.runtime.ranges", False, {"anpgpu.checks"}),
+        (
+            "from ..runtime import ranges, within",
+            "anpgpu.estimate.x",
+            False,
+            {"anpgpu.runtime.ranges", "anpgpu.runtime"},
+        ),
+        ("from .ranges import within", "anpgpu.runtime", True, {"anpgpu.runtime.ranges"}),
+        ("from . import ranges", "anpgpu.runtime", True, {"anpgpu.runtime.ranges"}),
+        ("from .. import checks", "anpgpu.runtime", True, {"anpgpu.checks"}),
+        (
+            "import anpgpu.checks as c\nfrom anpgpu import estimate",
+            "anpgpu.x",
+            False,
+            {"anpgpu.checks", "anpgpu.estimate"},
+        ),
+        ("def f():\n    from .checks import flag", "anpgpu.estimate", False, {"anpgpu.checks"}),
+        ("if TYPE_CHECKING:\n    from .checks import flag", "anpgpu.estimate", False, {"anpgpu.checks"}),
+        ("import torch\nfrom torch import nn\nfrom anpgpus import x", "anpgpu.estimate", False, set()),
+    ],
+)
+def test_imports_are_read_with_their_dots(source, module, is_package, result):
+    modules = "anpgpu checks estimate runtime runtime.ranges kernels kernels.noise"
+    known = {name if name == "anpgpu" else f"anpgpu.{name}" for name in modules.split()}
+    assert imported_modules(source, module, is_package, known) == result
+
+
+def test_what_is_imported_exists(graph):
+    missing = {module: sorted(names - set(FILE_OF)) for module, names in graph.items() if names - set(FILE_OF)}
+    assert missing == {}
+
+
 def test_imports_run_one_way(graph):
-    # A topological order exists: no module reaches itself.
+    # A topological order exists: no file reaches itself.
     done = set()
 
     def visit(name, above):
         assert name not in above, f"import cycle: {' -> '.join((*above, name))}"
         if name not in done:
-            for below in sorted(graph.get(name, ())):
+            for below in sorted(graph[name] & set(graph)):
                 visit(below, (*above, name))
             done.add(name)
 
     for name in sorted(graph):
         visit(name, ())
-    assert done >= set(graph)
+    assert done == set(graph)
 
 
-def test_nothing_below_imports_what_users_call(graph):
-    tops = {"estimate", "swap", "diagnosis.measure"}
-    wrong = {
-        name: graph[name] & tops for name in graph if "." in name and "diagnosis" not in name and graph[name] & tops
+@pytest.mark.parametrize("module", sorted(FILE_OF))
+def test_imports_stay_in_the_room_or_go_down(module, graph):
+    rank = {room: number for number, line in enumerate(ORDER) for room in line}
+    room = room_of(module)
+    assert room in rank, f"{room} has no place in the order of rooms"
+    upward = sorted(name for name in graph[module] if rank.get(room_of(name), -1) < rank[room])
+    assert upward == [], f"{module} imports {upward}, which lie above it"
+
+
+def test_foundations_stand_alone(graph):
+    # Pure data and plain functions: nothing of the package but the tables and the kernels is below them.
+    below = {
+        "anpgpu.registry": set(),
+        "anpgpu.checks": {"anpgpu.registry"},
+        "anpgpu.perturbation": {"anpgpu.registry", "anpgpu.checks"},
+        "anpgpu.runtime.ranges": set(),
+        "anpgpu.runtime.memory": set(),
+        "anpgpu.runtime.dispatch": {"anpgpu.registry", "anpgpu.checks", "anpgpu.perturbation", "anpgpu.runtime.ranges"},
     }
-    assert wrong == {}
-    assert all("modules" not in graph[name] for name in graph if name.startswith(("runtime", "network", "estimators")))
-    assert graph["perturbation"] == graph["runtime.ranges"] == graph["runtime.memory"] == set()
-    assert graph["runtime.dispatch"] == {"runtime.ranges"}
+    for module, allowed in below.items():
+        others = {name for name in graph[module] if room_of(name) != "kernels"}
+        assert others <= allowed, f"{module} imports {sorted(others - allowed)}"
+
+
+def siblings(path):
+    """The files of kernels/ that a file there imports, by stem."""
+    return {name[1:] for name in imports(path) if name.startswith(".") and name != "."}
 
 
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.stem)
@@ -98,8 +227,7 @@ def test_kernels_import_neither_the_package_nor_anything_above(path):
     names = imports(path)
     assert not any(name.split(".")[0] in {"anpgpu", "kernels"} for name in names)
     assert not any(name.startswith("..") for name in names)
-    known = {one.stem for one in KERNEL_FILES}
-    assert siblings(path) <= known
+    assert siblings(path) <= {kernel.stem for kernel in KERNEL_FILES}
     # The reference is below every kernel, and one backend does not lean on another.
     backend = path.stem.rpartition("_")[2] if path.stem.endswith(BACKENDS) else ""
     for name in siblings(path):
@@ -115,14 +243,17 @@ def test_only_a_backends_own_files_need_it(path):
     assert ("numba" not in tops) or path.stem.endswith("_numba")
 
 
-def test_only_dispatch_knows_the_backends():
+@pytest.mark.parametrize("module", sorted(module for module in FILE_OF if room_of(module) != "kernels"))
+def test_only_dispatch_knows_the_backends(module, graph):
     # Everything else asks it for an implementation; the reference's types are for all.
-    for path in PACKAGE_FILES:
-        wrong = [name for name in imports(path) if name.endswith(BACKENDS)]
-        assert wrong == [], f"{path.name} imports {wrong}"
-        if path.stem != "dispatch":
-            names = {name.split(".")[0] for name in imports(path)}
-            assert not names & {"triton", "cupy", "numba", "importlib"}, path.name
+    assert [name for name in graph[module] if name.endswith(BACKENDS)] == []
+    if module != "anpgpu.runtime.dispatch":
+        names = {name.split(".")[0] for name in imports(FILE_OF[module])}
+        assert not names & {"triton", "cupy", "numba", "importlib"}
+        called = {
+            getattr(node.func, "id", "") for node in ast.walk(parsed(FILE_OF[module])) if isinstance(node, ast.Call)
+        }
+        assert "__import__" not in called
 
 
 def functions(path):
@@ -165,12 +296,14 @@ def test_folders_of_scripts_are_no_packages(folder):
     assert not (ROOT / folder / "__init__.py").exists()
 
 
-EVERY_FILE = sorted(
-    path for folder in ("anpgpu", "kernels", "tests", "profiling", "examples") for path in (ROOT / folder).glob("*.py")
-)
+EVERY_FILE = [
+    *PACKAGE_FILES,
+    *KERNEL_FILES,
+    *(path for folder in ("tests", "profiling", "examples") for path in sorted((ROOT / folder).rglob("*.py"))),
+]
 
 
-@pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_is_long_or_imports_the_bare_kernels(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
     assert not any(name == "kernels" or name.startswith("kernels.") for name in imports(path))
@@ -180,12 +313,12 @@ def test_no_file_is_long_or_imports_the_bare_kernels(path):
 def asserting_helpers(tree):
     """Functions of the file that assert, raise or call what does, to any depth."""
     bodies = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    found = {name for name, node in bodies.items() if asserts(node, set())}
+    helpers = {name for name, node in bodies.items() if asserts(node, set())}
     while True:
-        more = {name for name, node in bodies.items() if name not in found and asserts(node, found)}
+        more = {name for name, node in bodies.items() if name not in helpers and asserts(node, helpers)}
         if not more:
-            return found
-        found |= more
+            return helpers
+        helpers |= more
 
 
 def asserts(function, helpers):

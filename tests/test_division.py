@@ -37,10 +37,9 @@ def divisions_of(method):
 def force(monkeypatch, division):
     """Every layer is divided like that, whatever memory there is."""
     monkeypatch.setattr("anpgpu.runtime.memory.divide", lambda *_: division)
-    for module in ("estimators.by_layer", "estimators.bptt"):
-        # What weight perturbation calls instead.
-        block = (division.samples, division.rollouts)
-        monkeypatch.setattr(f"anpgpu.{module}.divide_weights", lambda *_, block=block, **__: block)
+    # Weight perturbation has no activity to divide.
+    block = (division.samples, division.rollouts)
+    monkeypatch.setattr("anpgpu.estimators.weights._WeightShape.divide", lambda *_: block)
 
 
 def gradients(*modules):
@@ -155,9 +154,10 @@ SHAPE = Shape(
     rollouts=64,
     hidden=32,
     outputs=0,
-    stores_delta_a=True,
+    stores_delta=True,
+    whole_samples=False,
     clean_floats=0,
-    gram_floats=0,
+    extra_floats=0,
     layers=1,
     itemsize=4,
 )
@@ -183,8 +183,8 @@ def test_on_a_cpu_activity_fits_in_what_stays_allocated_where_that_fills_it():
     large = SHAPE._replace(time=1000, hidden=500)
     assert divide(large, 1 << 40, "cuda") == Division(8, 64, 1)
     assert divide(large, 1 << 40, "cpu") == Division(8, 16, 1)
-    assert divide(large._replace(gram_floats=1), 1 << 40, "cpu") == Division(2, 64, 1)
-    assert divide(large._replace(stores_delta_a=False), 1 << 40, "cpu") == Division(8, 64, 1)
+    assert divide(large._replace(whole_samples=True), 1 << 40, "cpu") == Division(2, 64, 1)
+    assert divide(large._replace(stores_delta=False), 1 << 40, "cpu") == Division(8, 64, 1)
     # A block of 64 rows would not fit, and fewer do not fill a core.
     assert divide(large._replace(time=3000), 1 << 40, "cpu") == Division(8, 64, 1)
 

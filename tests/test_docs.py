@@ -40,7 +40,6 @@ WRITTEN = {"map.png"}
 """Files that a command of a page writes."""
 
 TO_COME = {
-    **dict.fromkeys(("methods", "evidence"), "profiling scripts are about to get these names"),
     **dict.fromkeys(("internals", "extending"), "the package is about to get these folders"),
 }
 FILES_TO_COME = [

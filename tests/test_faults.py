@@ -44,9 +44,9 @@ class Memory:
     def __init__(self, monkeypatch, room, error=ERRORS["cuda"], spared=0):
         self.room, self.error, self.spared, self.refused = room, error, spared, 0
         self.implementation = anpgpu.estimators.sweep.implementation
-        self.noise = anpgpu.estimators.weights.noise
+        self.noise = anpgpu.estimators.weight_rollouts.noise
         monkeypatch.setattr("anpgpu.estimators.sweep.implementation", self.watched)
-        monkeypatch.setattr("anpgpu.estimators.weights.noise", self.watched_noise)
+        monkeypatch.setattr("anpgpu.estimators.weight_rollouts.noise", self.watched_noise)
 
     def take(self, amount):
         if amount > self.room:
@@ -185,13 +185,24 @@ def test_gradients_are_as_they_were_when_nothing_fits(monkeypatch):
     assert all(leaf.grad is None for leaf in (*rnn.parameters(), *head.parameters()))
 
 
+class Whole:
+    """Work that is divided by two functions, from bytes to parts and back."""
+
+    def __init__(self, choose, needed=lambda parts: parts):
+        self.choose, self.needed_bytes = choose, needed
+
+    def divide(self, max_memory, device_type):
+        assert device_type == "cpu"
+        return self.choose(max_memory)
+
+
 def test_processes_that_share_rollouts_do_not_divide_further_on_their_own():
     # The others would wait for exchanges that never come.
     def work(parts):
         raise ERRORS["cuda"]
 
     with pytest.raises(torch.OutOfMemoryError, match=r"lower max_memory, in all of them, below 512 bytes.*20\.00 GiB"):
-        within_memory(1024, torch.device("cpu"), lambda limit: limit // 2, lambda parts: parts, work, alone=False)
+        within_memory(Whole(lambda limit: limit // 2), 1024, torch.device("cpu"), work, alone=False)
     assert runtime_memory._lowered == {}
 
 
@@ -225,10 +236,9 @@ def test_a_failed_attempt_is_freed_before_the_next():
             raise MemoryError
         return 2 ** int(math.log2(limit - FIXED_BYTES))
 
+    whole = Whole(choose, lambda parts: FIXED_BYTES + parts)
     with pytest.warns(RuntimeWarning) as warned:
-        found = within_memory(
-            FIXED_BYTES + 16, torch.device("cpu"), choose, lambda parts: FIXED_BYTES + parts, work, alone=True
-        )
+        found = within_memory(whole, FIXED_BYTES + 16, torch.device("cpu"), work, alone=True)
     assert found == 2
     # 16, 8, 4, 2: halved every time.
     assert len(warned) == 3
@@ -287,7 +297,10 @@ def test_the_allocators_own_error_is_understood():
 
 def lose(monkeypatch, first):
     """Every rollout from number `first` on says that its loss is not finite."""
-    implementation, delta_loss = anpgpu.estimators.sweep.implementation, anpgpu.estimators.weights._Run.delta_loss
+    implementation, delta_loss = (
+        anpgpu.estimators.sweep.implementation,
+        anpgpu.estimators.weight_rollouts._Run.delta_loss,
+    )
 
     def lossy(op, backend):
         def rollout(*args, counters, **more):
@@ -303,7 +316,7 @@ def lose(monkeypatch, first):
         return found
 
     monkeypatch.setattr("anpgpu.estimators.sweep.implementation", lossy)
-    monkeypatch.setattr("anpgpu.estimators.weights._Run.delta_loss", lossy_weights)
+    monkeypatch.setattr("anpgpu.estimators.weight_rollouts._Run.delta_loss", lossy_weights)
 
 
 @pytest.mark.parametrize("work", [backward, estimate], ids=["backward", "estimate_grad_"])

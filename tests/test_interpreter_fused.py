@@ -7,9 +7,11 @@ import tolerances
 import torch
 
 from anpgpu.kernels import adjoint as reference
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, SquaredLoss
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, RolloutOptions, SquaredLoss
+from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.kernels.tiles import fused_launch, rollout_launch
+from anpgpu.registry import CELLS, ESTIMATORS
 
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
 fused_triton = pytest.importorskip("anpgpu.kernels.fused_triton", reason="needs Triton")
@@ -74,7 +76,9 @@ def run(arguments, start, method, options, product=False, counters=OFFSET):
 
 
 def expected_of(arguments, start, method, options, counters=OFFSET):
-    return reference.rollout_adjoint(*arguments, method=method, options=options, counters=counters, delta_h0=start)
+    return reference.rollout_adjoint(
+        *arguments, weight_by=ESTIMATORS[method].weight_by, options=options, counters=counters, delta_h0=start
+    )
 
 
 def assert_close(actual, expected):
@@ -90,7 +94,7 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_the_reference(sizes, kind, nonlinearity, method, product):
     arguments, start = problem(sizes, kind, nonlinearity=nonlinearity)
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity=nonlinearity)
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELLS[nonlinearity].forms)
     if sizes == SIZES[0] and kind == "cross_entropy":
         arguments[3].probs.fill_(1)
     assert_close(
@@ -132,7 +136,7 @@ def test_a_rollout_that_is_not_finite_adds_nothing(method, product):
     sizes = (3, 2, 9, 4, 5)
     arguments, start = problem(sizes, nonlinearity="relu")
     start[1, 2, 4], start[0, 4, 0] = float("nan"), float("inf")
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity="relu")
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELLS["relu"].forms)
     expected = expected_of(arguments, start, method, options)
     actual = run(arguments, start, method, options, product)
     assert torch.isfinite(actual[0]).all()
@@ -174,7 +178,7 @@ def test_who_is_fused():
         assert (chosen is not None) == fused, (rollouts, units, sigma, precision)
     arguments, start = problem((2, 1, 5, 2, 33))
     options = RolloutOptions(33, sigma=1e-2)
-    named = {"method": "anp", "options": options, "counters": OFFSET, "delta_h0": start}
+    named = {"weight_by": "activity", "options": options, "counters": OFFSET, "delta_h0": start}
     for left, right in zip(
         adjoint_triton.rollout_adjoint(*arguments, **named), run(arguments, start, "anp", options), strict=True
     ):

@@ -7,8 +7,10 @@ import torch
 from tolerances import TOLERANCES, relative_error
 
 from anpgpu.kernels import rollout as reference
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss, loss_of_steps
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
+from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.registry import CELLS
 
 rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton", reason="needs Triton")
 
@@ -91,7 +93,7 @@ def assert_close(actual, expected, bound=TOLERANCES["float32"].bound):
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_reference(form, sizes, kind, nonlinearity):
     arguments = problem(sizes, kind, nonlinearity=nonlinearity)
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity=nonlinearity, store_delta_a=True)
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELLS[nonlinearity].forms, store_delta_a=True)
     assert_close(run(form, arguments, options), oracle(arguments, options))
 
 
@@ -142,7 +144,7 @@ def test_saturated_units_and_large_deviations_stay_finite(form, nonlinearity):
     preact[..., :2], preact[..., 2:4] = 60.0, -60.0
     hidden = preact.tanh() if nonlinearity == "tanh" else preact.relu()
     for precision in ("fp32", "tf32"):
-        options = RolloutOptions(sizes[-1], sigma=1e-3, nonlinearity=nonlinearity, precision=precision)
+        options = RolloutOptions(sizes[-1], sigma=1e-3, cell=CELLS[nonlinearity].forms, precision=precision)
         wild = (preact, hidden, weight, loss, torch.full_like(start, 1e4))
         assert all(part.isfinite().all() for part in run(form, wild, options) if part is not None)
 
@@ -220,7 +222,7 @@ def test_time_can_be_cut(form):
     parts, state = [], start
     for steps in (slice(0, 1), slice(1, 4)):
         part = rollout_triton.rollout_in_form(
-            form, preact[steps], hidden[steps], weight, reference.loss_of_steps(loss, steps), SEED, options,
+            form, preact[steps], hidden[steps], weight, loss_of_steps(loss, steps), SEED, options,
             Counters(time=steps.start), state,
         )  # fmt: skip
         parts.append(part)
@@ -270,7 +272,7 @@ def test_a_rollout_that_is_not_finite_stays_alone():
     sizes = (3, 2, 9, 4, 5)
     preact, hidden, weight, loss, start = problem(sizes, nonlinearity="relu")
     start[1, 2, 4] = float("nan")
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity="relu")
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELLS["relu"].forms)
     for form in FORMS:
         delta_loss = run(form, (preact, hidden, weight, loss, start), options).delta_loss
         bad = torch.zeros_like(delta_loss, dtype=torch.bool)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import anpgpu
-from anpgpu.estimators.least_squares import BLOCK_BYTES, LeastSquares, _cholesky, least_squares
+from anpgpu.kernels.least_squares import BLOCK_BYTES, LeastSquares, _cholesky, least_squares
 from anpgpu.kernels.noise import Counters, noise
 from anpgpu.kernels.rollout import RolloutOptions
 
@@ -132,8 +132,9 @@ def regressed(
         ridge=ridge,
         baseline=baseline,
         options=RolloutOptions(rollouts, sigma),
-        backend="torch",
         counters=Counters(),
+        draw=noise,
+        recursion=None,
     )
 
 

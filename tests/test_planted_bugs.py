@@ -58,7 +58,7 @@ BUGS = {
         "test_adjoint.py::test_two_units_by_hand[torch]",
     ),
     "presynaptic activity a step late": Bug(
-        "segmentwise.py", "one.inputs, one.states[:-1])", "one.inputs, one.states[1:])", NP_MEASURED
+        "estimators/found.py", "gates.recurrent, run.states[:-1])", "gates.recurrent, run.states[1:])", NP_MEASURED
     ),
     "credit a step late": Bug(
         "kernels/adjoint.py",
@@ -73,19 +73,21 @@ BUGS = {
         "test_adjoint.py::test_returns_by_hand[torch]",
     ),
     "mean over rollouts forgotten": Bug(
-        "sweep.py", "return sums.div_(self.counts.view(1, 1, -1, 1))", "return sums", NP_BACKWARD
+        "estimators/rules.py", "return sums.div_(counts.view(1, 1, -1, 1))", "return sums", NP_BACKWARD
     ),
-    "bias gradient dropped": Bug("layers.py", "self.bias += adjoint.sum((1, 2))", "self.bias += 0", NP_BACKWARD),
+    "bias gradient dropped": Bug(
+        "estimators/found.py", "self.bias_ih += gates.inputs.sum((1, 2))", "self.bias_ih += 0", NP_BACKWARD
+    ),
     "recurrent matrix transposed": Bug(
-        "kernels/rollout.py",
+        "kernels/product.py",
         "self._rounded(weight_hh).t()",
         "self._rounded(weight_hh)",
         "test_rollout.py::test_two_units_by_hand[torch]",
     ),
     "h_0's gradient transposed": Bug(
-        "sweep.py",
-        "d_h_0[samples] = adjoint[0] @ weights.weight_hh",
-        "d_h_0[samples] = adjoint[0] @ weights.weight_hh.t()",
+        "network/cells.py",
+        "return adjoint @ weights.weight_hh",
+        "return adjoint @ weights.weight_hh.t()",
         NP_BACKWARD,
     ),
     "compiled: noise shared across rollouts": Bug(
@@ -107,7 +109,7 @@ BUGS = {
         "test_numba_kernels.py::test_rollout_is_as_good_as_the_reference[own products-tanh-none-(7, 3, 5, 6)]",
     ),
     "compiled: a NaN passes for a small deviation": Bug(
-        "kernels/rollout_numba.py",
+        "kernels/cell_numba.py",
         "large += _F(0) if abs(x) <= _BOUND else _F(1)",
         "large += _F(1) if abs(x) > _BOUND else _F(0)",
         "test_numba_kernels.py::test_the_fraction_is_tanh_to_float32s_rounding",
@@ -116,7 +118,7 @@ BUGS = {
         "kernels/adjoint_numba.py",
         "_add_row(sums, (first + rollout) % 2,",
         "_add_row(sums, rollout % 2,",
-        "test_numba_kernels.py::test_adjoint_is_the_references[0.001-rademacher-anp-(3, 2, 5, 7)]",
+        "test_numba_kernels.py::test_adjoint_is_the_references[0.001-rademacher-activity-(3, 2, 5, 7)]",
     ),
     "compiled: the last step's return without what follows": Bug(
         "kernels/adjoint_numba.py",
@@ -131,15 +133,15 @@ BUGS = {
         "test_numba_kernels.py::test_deflation_is_the_references[0.9-True-(4, 3, 7, 20)]",
     ),
     "carry lost between segments": Bug(
-        "sweep.py",
-        "carry=self.carry[:, block]",
+        "estimators/rules.py",
+        "carry=self.carry[:, block.rollouts]",
         "carry=None",
         "test_division.py::test_backward_does_not_depend_on_division[one layer-np]",
     ),
     "a rollout that is not finite counts": Bug(
-        "sweep.py",
-        "delta_loss = torch.where(self.finite[:, block], delta_loss, 0)",
-        "delta_loss = delta_loss",
+        "estimators/sweep.py",
+        "torch.where(self.finite[:, rollouts], delta_loss, 0)",
+        "delta_loss",
         "test_robustness.py::test_rollouts_whose_loss_is_not_finite_are_left_out_and_counted[nan-np-False]",
     ),
 }

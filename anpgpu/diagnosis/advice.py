@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from anpgpu.perturbation import Perturbation
+from anpgpu.registry import ESTIMATORS
 
 from .alignment import Alignment
 
@@ -149,7 +150,7 @@ class Diagnosis:
 
 def discounted(method: str) -> bool:
     """Return whether a method's estimate depends on the discount."""
-    return method != "wp" and not method.startswith("published")
+    return ESTIMATORS[method].discounted
 
 
 def _figure(value: float, form: str) -> str:
@@ -157,16 +158,8 @@ def _figure(value: float, form: str) -> str:
 
 
 def cost_of(perturbation: Perturbation, hidden: int) -> float:
-    """Return the work of an estimate in rollouts of "anp", from its multiply-adds per step and sample.
-
-    A rollout costs H^2. "anp-ls" adds for each of P rollouts m H for the Gram products, m = min(P, H), and for all
-    together m^3 / 6 for the factor.
-    """
-    count = perturbation.rollouts
-    if perturbation.method != "anp-ls":
-        return float(count)
-    side = min(count, hidden)
-    return count * (1 + side / hidden) + side**3 / (6 * hidden**2)
+    """Return the work of an estimate in rollouts, of H^2 multiply-adds per step and sample each."""
+    return ESTIMATORS[perturbation.method].cost(perturbation.rollouts, hidden)
 
 
 def cheapest(rows: Sequence[Row], tolerance: float, unseen: str | None) -> Row:

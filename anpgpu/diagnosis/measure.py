@@ -19,9 +19,11 @@ from torch.nn.utils.rnn import PackedSequence
 from tqdm import tqdm
 
 from anpgpu import checks
+from anpgpu.checks import real, whole
 from anpgpu.estimate import estimate_grad_
-from anpgpu.modules import Estimate, check_perturbation
-from anpgpu.perturbation import METHODS, Perturbation, one_of, real, whole
+from anpgpu.estimators.found import Estimate
+from anpgpu.perturbation import Perturbation, check_perturbation
+from anpgpu.registry import ESTIMATORS
 from anpgpu.task.losses import LossFunction
 
 from .advice import Diagnosis, Row, advise, cheapest, closest_sigma, cost_of, discounted
@@ -96,16 +98,15 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
             quotes it. RuntimeError also where no setting gives an estimate.
     """
     current = check_perturbation(getattr(rnn, "perturbation", None) if perturbation is None else perturbation)
-    if current.method == "bptt":
+    if ESTIMATORS[current.method].exact:
         # What the others are compared with is no candidate.
         current = dataclasses.replace(current, method=Perturbation.method)
     for name, values in (("methods", methods), ("rollouts", rollouts), ("discounts", discounts), ("sigmas", sigmas)):
         if not isinstance(values, (list, tuple)) or not values:
             raise ValueError(f"{name} must be a list or tuple of at least one value, got {values!r}")
     for method in methods:
-        one_of("methods", method, METHODS)
-    if "bptt" in methods:
-        raise ValueError(f"methods must not hold 'bptt', which the others are compared with, got {methods!r}")
+        if ESTIMATORS.find(method, "methods").exact:
+            raise ValueError(f"methods must not hold {method!r}, which the others are compared with, got {methods!r}")
     checks.flag("progress", progress)
     whole("repeats", repeats, 2)
     whole("seed", seed, 0, 2**63)

@@ -1,1 +1,7 @@
-"""How a gradient is estimated."""
+"""How a gradient is estimated. Importing it fills the table `registry.ESTIMATORS`."""
+
+from . import rules  # isort: skip
+from . import weights  # isort: skip
+from . import bptt, published  # isort: skip
+
+__all__ = ["bptt", "published", "rules", "weights"]

@@ -1,114 +1,240 @@
-"""Rollouts that answer the gradient of what a clean run returned: one layer at a time, or all weights at once.
+"""The walk by layers: last layer first over a whole clean run, one layer and direction perturbed at a time.
 
-The loss of a layer is linear in its states, L = sum_t g_t . h_t with g_t = dL/dh_t; every layer below the last answers
-to the gradient of the inputs of the layer above. Source: derived here.
+The last layer answers to the loss, every lower one to the gradient of the inputs of the layer above, a loss that is
+linear in its states: L = sum_t g_t . h_t with g_t = dL/dh_t. It serves `RNN`'s backward pass, from dL/d(outputs) to
+gradients, and `estimate_grad_` for networks of two directions, which meet at every step. Source: derived here.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from anpgpu.kernels.rollout import LinearLoss, Loss
-from anpgpu.network.stack import CleanRun, LayerRun, Network, in_processing_order, split_half
-from anpgpu.runtime.memory import Shape, default_memory, divided, gram_floats, within_memory
+from anpgpu.kernels.loss import LinearLoss, Loss, loss_of_steps
+from anpgpu.network.cells import LayerRun
+from anpgpu.network.stack import CleanRun, Network, run_network
+from anpgpu.network.weights import LayerWeights, in_processing_order
+from anpgpu.runtime.memory import Division, one_after_another, segments_of, within_memory
 from anpgpu.runtime.settings import Settings
+from anpgpu.task.problem import Problem
 
-from .sweep import LossOf, estimate_layer
-from .weights import CleanSegment, FinalGradients, divide_weights, estimate_weights, weights_bytes
+from .found import Found, FoundOfProblem
+from .job import BlackBoxChange, Job, draw_masks
+from .readout import perturb_readout
+from .sweep import Chunk, Sweep
+
+LossOf = Callable[[slice, slice], Loss]
+"""Gives a layer's loss for some steps (in processing order) of some samples."""
+
+Measure = Callable[[Tensor, slice], Tensor]
+"""Turns delta_o of all steps, (T, b, p, O), of some samples into loss differences, (T, b, p)."""
 
 
-class Plan(NamedTuple):
-    """What a backward pass goes by, tensors of the network aside."""
+class LayerLoss(NamedTuple):
+    """What one layer and direction answers to."""
+
+    of: LossOf
+    measure: Measure | None = None
+    """For a loss that only the caller can measure."""
+    outputs: int = 0
+    """O, where delta_o of all steps is kept for the caller."""
+
+
+class Backward(NamedTuple):
+    """What a backward pass works on."""
 
     settings: Settings
     max_memory: int | None
-    biases: bool
     lengths: Tensor | None
     lowest: int
     """The lowest layer of which a gradient is wanted; what lies below gets zeros."""
+    network: Network
+    run: CleanRun
+    seed: Tensor
+    grad_outputs: Tensor
+    """dL/d(outputs), (T, B, D * H)."""
+    grad_h_n: Tensor
+    """dL/dh_n, (layers * D, B, H)."""
+
+    @property
+    def found(self) -> Found:
+        """An empty container for what is found."""
+        return Found(self.network, self.run.layers[0][0].inputs, self.grad_h_n, self.settings.estimator.parts)
 
 
-class Gradients(NamedTuple):
-    """What rollouts told: gradients of inputs, hx and weights, and the rest of `Estimate`."""
+def layers_backward(backward: Backward) -> Found:
+    """Estimate all gradients from those of outputs and final states."""
+    lengths, units = backward.lengths, backward.network.hidden_size
 
-    gradients: list[Tensor]
-    skipped: Tensor
-    split_half: Tensor
-    ridge_grown: Tensor
+    def loss_of_layer(index: int, side: int, above: Tensor | None) -> LayerLoss:
+        grad = _of_side(backward.grad_outputs if above is None else above, side, units, lengths)
+        return LayerLoss(linear_loss(_with_final(grad, backward.grad_h_n[index], lengths)))
+
+    found = backward.found
+    _walk(found, backward, loss_of_layer)
+    return found
 
 
-def layer_shape(network: Network, run: LayerRun, settings: Settings) -> Shape:
-    """Return what the memory of a layer's rollouts depends on, next to a clean run that is kept anyway."""
-    time, batch, _ = run.inputs.shape
-    return Shape(
-        time=time,
-        batch=batch,
-        rollouts=settings.share.most,
-        hidden=network.hidden_size,
-        outputs=0,
-        stores_delta_a=settings.method != "np",
-        gram_floats=gram_floats(settings.method, settings.share.most, network.hidden_size),
-        clean_floats=0,
-        layers=1,
-        itemsize=run.states.element_size(),
+def two_directions(job: Job) -> FoundOfProblem:
+    """Estimate all gradients of a network of two directions."""
+    problem, settings, loss = job.problem, job.settings, job.problem.loss
+    found = FoundOfProblem(problem, settings.estimator.parts)
+    masks = draw_masks(problem)
+    job = job.agreed(*masks)
+    drawn = iter(masks)
+    run = run_network(
+        problem.network, problem.inputs, problem.h_0, problem.lengths, (lambda _: next(drawn)) if masks else None
     )
+    whole, everyone = slice(0, len(problem.inputs)), slice(0, problem.inputs.shape[1])
+    found.outputs, found.h_n = problem.read(run.outputs), run.h_n
+    change = BlackBoxChange(problem, found.outputs, everyone) if loss.black_box else None
+    found.loss = (change.clean if change is not None else loss.values(found.outputs, whole, everyone)).sum()
+    if problem.weight_o is not None:
+        gradient_o = (
+            perturb_readout(problem, found.outputs, settings, job.seed, everyone, job.max_memory)
+            if job.perturb_readout
+            else loss.output_gradient(found.outputs, whole, everyone)
+        )
+        found.add_readout(gradient_o, run.outputs)
+
+    def loss_of_layer(index: int, side: int, above: Tensor | None) -> LayerLoss:
+        del index
+        if above is not None:
+            return LayerLoss(linear_loss(_of_side(above, side, problem.network.hidden_size, problem.lengths)))
+        spec = loss.spec(problem.readout_of(side), found.outputs, whole, everyone, bool(side), problem.lengths)
+        if change is None:
+            return LayerLoss(functools.partial(loss_of_steps, spec))
+        measure = _measure_side(problem, found.outputs, bool(side))
+        return LayerLoss(lambda *_: spec, measure, problem.outputs_size)
+
+    nothing = found.outputs.new_empty(0)
+    walk = Backward(settings, job.max_memory, problem.lengths, 0, problem.network, run, job.seed, nothing, nothing)
+    _walk(found, walk, loss_of_layer)
+    return found
 
 
-def layers_backward(
-    plan: Plan, network: Network, run: CleanRun, seed: Tensor, grad_outputs: Tensor, grad_h_n: Tensor
-) -> Gradients:
-    """Perturb one layer and direction at a time, last first; every lower one answers to the gradient of its outputs."""
-    directions = network.directions
-    gradients: list[list[Tensor]] = []
-    every_sum = []
-    hx_grads: list[Tensor] = []
-    skipped = torch.zeros((), dtype=torch.int64, device=seed.device)
-    ridge_grown = torch.zeros_like(skipped)
-    above = grad_outputs
-    units = network.hidden_size
-    for number in range(len(network.layers) - 1, -1, -1):
-        if number < plan.lowest:
-            gradients.insert(
-                0, [torch.zeros_like(one) for side in network.layers[number] for one in side if one is not None]
-            )
-            hx_grads = [grad_h_n.new_zeros(grad_h_n.shape[1:])] * directions + hx_grads
-            continue
+def _walk(found: Found, backward: Backward, loss_of_layer: Callable[[int, int, Tensor | None], LayerLoss]) -> None:
+    """Perturb one layer and direction after another, the last layer first; fill in what is found."""
+    network, run, settings, lengths = backward.network, backward.run, backward.settings, backward.lengths
+    above: Tensor | None = None
+    for number in range(len(network.layers) - 1, backward.lowest - 1, -1):
         d_inputs = torch.zeros_like(run.layers[number][0].inputs)
-        here: list[Tensor] = []
-        here_hx: list[Tensor] = []
         for side, weights in enumerate(network.layers[number]):
-            one = run.layers[number][side]
-            index = number * directions + side
-            grad = in_processing_order(above[..., side * units : (side + 1) * units], bool(side), plan.lengths)
-            grad = _with_final(grad, grad_h_n[index], plan.lengths)
-            estimate = divided(
-                layer_shape(network, one, plan.settings),
-                plan.max_memory,
-                seed.device,
-                functools.partial(estimate_layer, weights, one, linear_loss(grad), seed, plan.settings, layer=index),
-                alone=plan.settings.share.alone,
+            index = number * network.directions + side
+            activity, loss = run.layers[number][side], loss_of_layer(index, side, above)
+            time, batch, _ = activity.inputs.shape
+            shape = settings.shape(
+                time=time,
+                batch=batch,
+                hidden=network.hidden_size,
+                itemsize=activity.states.element_size(),
+                outputs=loss.outputs,
             )
-            here += estimate.sums.totals(biases=plan.biases)
-            here_hx.append(estimate.h_0)
-            every_sum.append(estimate.sums)
-            skipped += estimate.skipped
-            ridge_grown += estimate.ridge_grown
-            d_inputs += in_processing_order(estimate.inputs, bool(side), plan.lengths)
-        gradients.insert(0, here)
-        hx_grads = here_hx + hx_grads
+            layer = _Layer(weights, activity, loss, index)
+            estimate = within_memory(
+                shape,
+                backward.max_memory,
+                backward.seed.device,
+                functools.partial(_estimate_layer, layer, backward),
+                alone=settings.share.alone,
+            )
+            found.layers[index] = estimate.layers[0]
+            found.h_0[index] = estimate.h_0[0]
+            found.skipped += estimate.skipped
+            found.ridge_grown += estimate.ridge_grown
+            d_inputs += in_processing_order(estimate.inputs, bool(side), lengths)
         mask = run.masks[number]
         above = d_inputs if mask is None else d_inputs * mask
-    flat = [above, torch.stack(hx_grads), *(one for layer in gradients for one in layer)]
-    return Gradients(flat, skipped, split_half(every_sum), ridge_grown)
+    if above is not None and not backward.lowest:
+        found.inputs = above
+
+
+class _Layer(NamedTuple):
+    """One layer and direction to be estimated."""
+
+    weights: LayerWeights
+    run: LayerRun
+    loss: LayerLoss
+    number: int
+    """In the counter space."""
+
+
+def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Found:
+    """Estimate one layer's gradients, divided like that; processes that share rollouts all get their sum."""
+    weights, settings, device = layer.weights, backward.settings, backward.seed.device
+    network = backward.network._replace(layers=((weights,),))
+    time, batch, _ = layer.run.inputs.shape
+    found = Found(network, layer.run.inputs, layer.run.states[:1], settings.estimator.parts)
+    segments = segments_of(time, division)
+    own = settings.share.samples(batch)
+    for first in range(own.start, own.stop, max(division.samples, 1)):
+        samples = slice(first, min(first + division.samples, own.stop))
+        sweep = Sweep(weights.weight_hh, backward.seed, settings, Chunk(samples, layer.number), division)
+        grad = layer.loss.of(slice(0, time), samples).grad
+        # Under a gradient that is not finite itself, rollouts that are not finite are no fault of theirs.
+        trust = None if grad is None else ~torch.isfinite(grad).all(-1).all(0)
+        measured = None
+        if sweep.segmented:
+            measured = _first_pass(sweep, layer, network, segments)
+            if trust is not None:
+                sweep.finite |= trust.unsqueeze(1)
+            sweep.check()
+        for steps in one_after_another(reversed(segments), device):
+            run = layer.run.segment(steps, samples)
+            parts = sweep.credit(
+                steps,
+                network.cell.preactivations(weights, run),
+                run.states[1:],
+                layer.loss.of(steps, samples) if measured is None else None,
+                measured=None if measured is None else measured[steps],
+                measure=None if layer.loss.measure is None else _of_samples(layer.loss.measure, samples),
+                trust=trust,
+            )
+            adjoint, found.inputs[steps, samples] = found.credit(0, parts, weights, run)
+            if not steps.start:
+                found.h_0[0, samples] = network.cell.first_state_gradient(adjoint[0], weights, run)
+        found.skipped += sweep.skipped
+        found.ridge_grown += sweep.ridge_grown
+    settings.share.sum_(*found.weights, found.inputs, found.h_0)
+    settings.share.sum_(found.skipped, found.ridge_grown)
+    return found
+
+
+def _first_pass(sweep: Sweep, layer: _Layer, network: Network, segments: list[slice]) -> Tensor | None:
+    """Take all rollouts through time; return loss differences, (T, b, P), where only the caller can measure them."""
+    samples, loss = sweep.chunk.samples, layer.loss
+    measured = []
+    for block in sweep.blocks:
+        deviations = []
+        for steps in one_after_another(segments, layer.run.inputs.device):
+            run = layer.run.segment(steps, samples)
+            preact = network.cell.preactivations(layer.weights, run)
+            moved = sweep.advance(block, steps, preact, run.states[1:], loss.of(steps, samples))
+            if moved.delta_o is not None:
+                deviations.append(moved.delta_o)
+        if loss.measure is not None:
+            delta_loss = loss.measure(torch.cat(deviations), samples)
+            sweep.finite[:, block] &= torch.isfinite(delta_loss).all(0)
+            measured.append(delta_loss)
+    return torch.cat(measured, dim=-1) if measured else None
 
 
 def linear_loss(grad: Tensor) -> LossOf:
-    """Return the loss that is linear in the states, dL/dh (T, B, H), in the form `estimate_layer` asks for."""
+    """Return the loss that is linear in the states, from dL/dh, (T, B, H)."""
     return lambda steps, samples: LinearLoss(grad[steps, samples])
+
+
+def _of_samples(measure: Measure, samples: slice) -> Callable[[Tensor], Tensor]:
+    return lambda delta_o: measure(delta_o, samples)
+
+
+def _of_side(above: Tensor, side: int, units: int, lengths: Tensor | None) -> Tensor:
+    """Return one direction's share of dL/d(outputs), (T, B, H), in its processing order."""
+    return in_processing_order(above[..., side * units : (side + 1) * units], bool(side), lengths)
 
 
 def _with_final(grad: Tensor, grad_h_n: Tensor, lengths: Tensor | None) -> Tensor:
@@ -119,47 +245,14 @@ def _with_final(grad: Tensor, grad_h_n: Tensor, lengths: Tensor | None) -> Tenso
     return grad.scatter_add(0, last, grad_h_n.unsqueeze(0))
 
 
-def weights_backward(
-    plan: Plan, network: Network, run: CleanRun, seed: Tensor, grad_outputs: Tensor, grad_h_n: Tensor
-) -> Gradients:
-    """Perturb all weights at once."""
-    time, batch, _ = grad_outputs.shape
-    device = grad_outputs.device
-    limit = plan.max_memory
+def _measure_side(problem: Problem, outputs: Tensor, reverse: bool) -> Measure:
+    """Return what turns one direction's delta_o, in processing order, into loss differences in processing order."""
 
-    def segments(samples: slice) -> list[CleanSegment]:
-        layers = tuple(
-            tuple(LayerRun(one.inputs[:, samples], one.states[:, samples]) for one in layer) for layer in run.layers
-        )
-        masks = tuple(None if mask is None else mask[:, samples] for mask in run.masks)
-        loss: Loss = LinearLoss(grad_outputs[:, samples])
-        return [CleanSegment(layers, masks, loss)]
+    def measure(delta_o: Tensor, samples: slice) -> Tensor:
+        lengths = None if problem.lengths is None else problem.lengths[samples]
+        change = BlackBoxChange(problem, outputs[:, samples], samples)
+        delta_loss = change.of(in_processing_order(delta_o, reverse, lengths))
+        # One value per sequence is credited at the last valid step in either order: all before has part in it.
+        return delta_loss if problem.loss.per_sequence else in_processing_order(delta_loss, reverse, lengths)
 
-    last = torch.full((batch,), time - 1) if plan.lengths is None else plan.lengths - 1
-    trust = ~(torch.isfinite(grad_outputs).all(-1).all(0) & torch.isfinite(grad_h_n).all(-1).all(0))
-    estimate = within_memory(
-        default_memory(device) if limit is None else limit,
-        device,
-        lambda most: divide_weights(network, plan.settings, batch=batch, steps=time, outputs=0, max_memory=most),
-        lambda block: weights_bytes(network, plan.settings, block, steps=time, outputs=0),
-        lambda block: estimate_weights(
-            network,
-            segments,
-            seed,
-            plan.settings,
-            batch=batch,
-            block=block,
-            lengths=plan.lengths,
-            final=FinalGradients(grad_h_n, last.to(device)),
-            trust=trust,
-        ),
-        alone=plan.settings.share.alone,
-    )
-    sums = [one for layer in estimate.sums for one in layer]
-    inputs = run.layers[0][0].inputs
-    flat = [
-        torch.zeros_like(inputs),
-        torch.zeros_like(grad_h_n),
-        *(grad for one in sums for grad in one.totals(biases=plan.biases)),
-    ]
-    return Gradients(flat, estimate.skipped, split_half(sums), torch.zeros_like(estimate.skipped))
+    return measure

@@ -1,4 +1,4 @@
-"""`estimate_grad_` for networks of one direction: time segments outside, layers inside, last segment first.
+"""The walk by segments, for networks of one direction: time segments outside, layers inside, last segment first.
 
 Nothing of size (T, B, H) is kept once time is cut: clean states, too, are run again from checkpoints.
 """
@@ -10,46 +10,49 @@ import functools
 import torch
 from torch import Tensor
 
-from anpgpu.kernels.rollout import LinearLoss, Loss
-from anpgpu.network.stack import CleanRun, preactivations
-from anpgpu.runtime.memory import Division, Shape, divided, gram_floats, needed_bytes, one_after_another, segments_of
+from anpgpu.kernels.loss import LinearLoss, Loss
+from anpgpu.network.checkpoints import CheckpointedRun, keep_final
+from anpgpu.network.stack import CleanRun
+from anpgpu.runtime.memory import Division, Shape, one_after_another, segments_of, within_memory
 
-from .job import BlackBoxChange, CleanChunk, Found, Job, draw_masks, keep_final
+from .found import FoundOfProblem
+from .job import BlackBoxChange, Job, draw_masks
 from .readout import perturb_readout
 from .sweep import Chunk, Sweep
 
 
-def one_direction(job: Job) -> Found:
+def one_direction(job: Job) -> FoundOfProblem:
     """Estimate all gradients of a network of one direction."""
     problem, settings = job.problem, job.settings
     time, batch, features = problem.inputs.shape
-    layers = len(problem.network.layers)
-    shape = Shape(
+    layers, hidden = len(problem.network.layers), problem.network.hidden_size
+    shape = settings.shape(
         time=time,
         batch=batch,
-        rollouts=settings.share.most,
-        hidden=problem.network.hidden_size,
-        outputs=problem.outputs_size if problem.loss.black_box or job.perturb_readout else 0,
-        stores_delta_a=settings.method != "np",
-        gram_floats=gram_floats(settings.method, settings.share.most, problem.network.hidden_size),
-        clean_floats=3 * layers * problem.network.hidden_size + 2 * features + 4 * problem.outputs_size,
-        layers=layers,
+        hidden=hidden,
         itemsize=problem.inputs.element_size(),
+        outputs=problem.outputs_size if problem.loss.black_box or job.perturb_readout else 0,
+        clean_floats=3 * layers * hidden + 2 * features + 4 * problem.outputs_size,
+        layers=layers,
     )
     masks = draw_masks(problem)
-    work = functools.partial(_all_chunks, job.agreed(*masks), masks, shape)
-    return divided(shape, job.max_memory, problem.inputs.device, work, alone=settings.share.alone)
+    work = functools.partial(_estimate, job.agreed(*masks), masks, shape)
+    return within_memory(shape, job.max_memory, problem.inputs.device, work, alone=settings.share.alone)
 
 
-def _all_chunks(job: Job, masks: tuple[Tensor, ...], shape: Shape, division: Division) -> Found:
+def _estimate(job: Job, masks: tuple[Tensor, ...], shape: Shape, division: Division) -> FoundOfProblem:
     """Do all of the work, divided like that."""
-    job = job._replace(max_memory=min(job.max_memory, needed_bytes(shape, division)))
-    found = Found(job.problem, job.settings.parts)
+    job = job._replace(max_memory=min(job.max_memory, shape.needed_bytes(division)))
+    found = FoundOfProblem(job.problem, job.settings.estimator.parts)
     segments = segments_of(shape.time, division)
     own = job.settings.share.samples(shape.batch)
     for first in range(own.start, own.stop, max(division.samples, 1)):
         samples = slice(first, min(first + division.samples, own.stop))
-        _ChunkOfSamples(job, found, division, segments, samples, masks).estimate()
+        chunk = _ChunkOfSamples(job, found, division, segments, samples, masks)
+        chunk.prepare()
+        for steps in one_after_another(reversed(segments), found.outputs.device):
+            chunk.credit(steps)
+        chunk.count()
     found.sum_(job.settings.share)
     return found
 
@@ -60,7 +63,7 @@ class _ChunkOfSamples:
     def __init__(
         self,
         job: Job,
-        found: Found,
+        found: FoundOfProblem,
         division: Division,
         segments: list[slice],
         samples: slice,
@@ -69,22 +72,29 @@ class _ChunkOfSamples:
         self.job, self.problem, self.loss = job, job.problem, job.problem.loss
         self.found, self.segments, self.samples = found, segments, samples
         self.outputs = found.outputs[:, samples]
-        self.clean = CleanChunk(self.problem, samples, len(segments), masks)
+        self.clean = CheckpointedRun(
+            self.problem.network,
+            self.problem.inputs[:, samples],
+            self.problem.h_0[:, samples],
+            keep=len(segments) == 1,
+            masks=tuple(mask[:, samples] for mask in masks),
+        )
         self.sweeps = [
             Sweep(layer[0].weight_hh, job.seed, job.settings, Chunk(samples, number), division)
             for number, layer in enumerate(self.problem.network.layers)
         ]
         self.top = self.sweeps[-1]
+        self.gradient_o: Tensor | None = None
+        """The estimate of dL/do, (T, b, O), where the readout is perturbed."""
         self.change: BlackBoxChange | None = None
         self.measured: Tensor | None = None
 
-    def estimate(self) -> None:
-        """Run everything and add it to what has been found."""
+    def prepare(self) -> None:
+        """Run the clean network and whatever must be known before the last segment is credited."""
         self._clean_pass()
-        gradient_o = None
-        if self.job.perturb_readout and self.problem.weight_o is not None:
-            job = self.job
-            gradient_o = perturb_readout(
+        job = self.job
+        if job.perturb_readout and self.problem.weight_o is not None:
+            self.gradient_o = perturb_readout(
                 self.problem, self.outputs, job.settings, job.seed, self.samples, job.max_memory
             )
         # After the readout's rollouts, which need as much memory again.
@@ -93,15 +103,9 @@ class _ChunkOfSamples:
         if self.top.segmented:
             for sweep in self.sweeps:
                 sweep.check()
-        for steps in one_after_another(reversed(self.segments), self.outputs.device):
-            run = self.clean.run(steps)
-            if self.problem.weight_o is not None:
-                here = self.outputs[steps]
-                exact = (
-                    self.loss.output_gradient(here, steps, self.samples) if gradient_o is None else gradient_o[steps]
-                )
-                self.found.add_readout(exact, run.outputs)
-            self._credit(run, steps)
+
+    def count(self) -> None:
+        """Add up what was lost on the way."""
         for sweep in self.sweeps:
             self.found.skipped += sweep.skipped
             self.found.ridge_grown += sweep.ridge_grown
@@ -113,7 +117,7 @@ class _ChunkOfSamples:
         """Run the network; where time is cut and the loss is ours, take the rollouts along."""
         last = self.loss.last_step[self.samples]
         for steps in one_after_another(self.segments, self.outputs.device):
-            run = self.clean.run(steps)
+            run = self.clean.segment(steps)
             self.outputs[steps] = self.problem.read(run.outputs)
             keep_final(self.found.h_n[:, self.samples], run, steps, last)
             if self.loss.black_box:
@@ -129,48 +133,59 @@ class _ChunkOfSamples:
         self.found.loss += self.change.clean.sum()
         if not self.top.segmented:
             return
-        parts = []
+        blocks = []
         for block in self.top.blocks:
             ordered = one_after_another(self.segments, self.outputs.device)
-            moves = [self._advance(self.clean.run(steps), steps, block) for steps in ordered]
-            parts.append(self.change.of(torch.cat([move for move in moves if move is not None])))
-        self.measured = torch.cat(parts, dim=-1)
+            moves = [self._advance(self.clean.segment(steps), steps, block) for steps in ordered]
+            blocks.append(self.change.of(torch.cat([move for move in moves if move is not None])))
+        self.measured = torch.cat(blocks, dim=-1)
         self.top.finite &= torch.isfinite(self.measured).all(0)
 
     def _advance(self, run: CleanRun, steps: slice, block: slice) -> Tensor | None:
         """Take a block of every layer's rollouts through a segment; return the last layer's delta_o of a black box."""
         delta_o = None
-        for number, sweep in enumerate(self.sweeps):
-            one = run.layers[number][0]
-            preact = preactivations(self.problem.network.layers[number][0], one.inputs, one.states)
+        network = self.problem.network
+        for sweep, (weights,), (layer,) in zip(self.sweeps, network.layers, run.layers, strict=True):
+            preact = network.cell.preactivations(weights, layer)
             loss = self._spec(steps) if sweep is self.top else None
-            delta_o = sweep.advance(block, steps, preact, one.states[1:], loss).delta_o
+            delta_o = sweep.advance(block, steps, preact, layer.states[1:], loss).delta_o
         return delta_o
 
-    def _credit(self, run: CleanRun, steps: slice) -> None:
+    def credit(self, steps: slice) -> None:
         """Credit a segment, last layer first; every lower layer answers to the gradient of its outputs."""
-        above: Tensor | None = None
+        found, cell = self.found, self.problem.network.cell
+        run = self.clean.segment(steps)
+        self._credit_readout(run, steps)
+        above = self.outputs
         for number in range(len(self.sweeps) - 1, -1, -1):
-            one, weights = run.layers[number][0], self.problem.network.layers[number][0]
-            loss: Loss | None = LinearLoss(above) if above is not None else self._spec(steps)
-            known = self.measured[steps] if self.measured is not None and above is None else None
-            halves = self.sweeps[number].credit(
+            (layer,), (weights,) = run.layers[number], self.problem.network.layers[number]
+            top = self.sweeps[number] is self.top
+            loss = self._spec(steps) if top else LinearLoss(above)
+            known = self.measured[steps] if top and self.measured is not None else None
+            parts = self.sweeps[number].credit(
                 steps,
-                preactivations(weights, one.inputs, one.states),
-                one.states[1:],
+                cell.preactivations(weights, layer),
+                layer.states[1:],
                 loss if known is None else None,
                 measured=known,
-                measure=self.change.of if self.change is not None and above is None else None,
+                measure=self.change.of if top and self.change is not None else None,
             )
-            self.found.layers[number].add(halves, one.inputs, one.states[:-1])
-            adjoint = halves.sum(0)
-            above = adjoint @ weights.weight_ih
+            adjoint, above = found.credit(number, parts, weights, layer)
             if number:
                 # The layer below answers to what all rollouts of this one say.
                 self.job.settings.share.complete_(above)
             mask = run.masks[number]
             above = above if mask is None else above * mask
             if steps.start == 0:
-                self.found.h_0[number, self.samples] = adjoint[0] @ weights.weight_hh
-            if not number:
-                self.found.inputs[steps, self.samples] = above
+                found.h_0[number, self.samples] = cell.first_state_gradient(adjoint[0], weights, layer)
+        found.inputs[steps, self.samples] = above
+
+    def _credit_readout(self, run: CleanRun, steps: slice) -> None:
+        """Add the readout's gradient of a segment."""
+        if self.problem.weight_o is None:
+            return
+        if self.gradient_o is not None:
+            gradient = self.gradient_o[steps]
+        else:
+            gradient = self.loss.output_gradient(self.outputs[steps], steps, self.samples)
+        self.found.add_readout(gradient, run.outputs)

@@ -30,28 +30,79 @@ Source: Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from anpgpu.kernels.loss import OutputsOnly
 from anpgpu.kernels.noise import Counters, NoiseSteps, Purpose, padded
-from anpgpu.kernels.rollout import DEVIATIONS, OutputsOnly, Rollout, loss_differences
-from anpgpu.network.stack import LayerRun, preactivations, run_network
+from anpgpu.kernels.rollout import Rollout
+from anpgpu.network.cells import LayerRun
+from anpgpu.network.stack import run_network
+from anpgpu.registry import ESTIMATORS, Estimator
 from anpgpu.runtime.dispatch import implementation
 from anpgpu.runtime.memory import FIXED_BYTES
+from anpgpu.runtime.ranges import entered
 from anpgpu.task.problem import Problem
 
-from .job import BlackBoxChange, Found, Job
-from .sweep import raise_if_lost
+from .found import FoundOfProblem, raise_if_lost
+from .job import EVERYONE, BlackBoxChange, Job
 
-EVERYONE = slice(None)
 WEIGHT_NOISE_BYTES = 96
 """Per perturbed weight, for its noise of a step and the words that it is made from."""
 
 
-def published(job: Job) -> Found:
-    """Return what `job.settings.method`, "published-anp", "published-np" or "published-wp", finds.
+class Published(Estimator):
+    """A rule as published: one rollout of Gaussian noise, in `estimate_grad_` alone."""
+
+    weights_only = True
+    measures_losses = True
+    discounted = False
+    stores_delta = False
+    perturbs_weights = False
+
+    @classmethod
+    def check(cls, perturbation: Any) -> None:
+        """Raise ValueError unless this is one rollout of Gaussian noise in one process."""
+        super().check(perturbation)
+        if perturbation.shard_rollouts:
+            raise ValueError(f"method={perturbation.method!r} has one rollout, which shard_rollouts=True cannot share")
+        if (perturbation.rollouts, perturbation.noise) != (1, "gaussian"):
+            raise ValueError(
+                f"method={perturbation.method!r} is one rollout of Gaussian noise: it needs rollouts=1 and "
+                f"noise='gaussian', got rollouts={perturbation.rollouts!r}, noise={perturbation.noise!r}"
+            )
+
+    @staticmethod
+    def walk(directions: int) -> Callable[[Job], FoundOfProblem]:
+        """Return the one walk there is; it refuses two directions."""
+        del directions
+        return published
+
+
+@ESTIMATORS.add("published-anp")
+class PublishedActivity(Published):
+    """Activity-based node perturbation as published."""
+
+    stores_delta = True
+
+
+@ESTIMATORS.add("published-np")
+class PublishedNode(Published):
+    """Node perturbation as published."""
+
+
+@ESTIMATORS.add("published-wp")
+class PublishedWeight(Published):
+    """Weight perturbation as published."""
+
+    perturbs_weights = True
+
+
+def published(job: Job) -> FoundOfProblem:
+    """Return what a published rule finds.
 
     Raises:
         ValueError: the problem is not one that the published rule is defined for.
@@ -61,8 +112,8 @@ def published(job: Job) -> Found:
     """
     problem, settings, loss = job.problem, job.settings, job.problem.loss
     weight_o = _readout(problem, settings.method)
-    found = Found(problem)
-    perturbed = (_Weights if settings.method == "published-wp" else _Activity)(job, weight_o)
+    found = FoundOfProblem(problem)
+    perturbed = (_Weights if _rule(job).perturbs_weights else _Activity)(job, weight_o)
     state = problem.h_0
     for steps in _segments(job):
         clean = run_network(problem.network, problem.inputs[steps], state)
@@ -77,7 +128,7 @@ def published(job: Job) -> Found:
         else:
             found.loss += loss.values(outputs, steps, EVERYONE).sum()
             spec = loss.spec(None, outputs, steps, EVERYONE, False, None)
-            delta_loss = loss_differences(spec, slice(0, len(outputs)), delta_o)
+            delta_loss = spec.differences(slice(0, len(outputs)), delta_o)
         finite = torch.isfinite(delta_loss).all(0) & torch.isfinite(perturbed.delta_h).all(-1)
         raise_if_lost(finite, 0, settings.options.sigma)
         # From the step's share in the mean over the sequence to the mean over the samples that count at this step.
@@ -86,6 +137,12 @@ def published(job: Job) -> Found:
         perturbed.add_update(found, run, steps, credit)
     found.h_n = state
     return found
+
+
+def _rule(job: Job) -> type[Published]:
+    rule = job.settings.estimator
+    assert issubclass(rule, Published)  # noqa: S101  (for the type checker; the table says so)
+    return rule
 
 
 def _readout(problem: Problem, method: str) -> Tensor:
@@ -116,7 +173,7 @@ def _segments(job: Job) -> list[slice]:
     units, outputs = problem.width, problem.outputs_size
     each = problem.inputs.itemsize * max(1, batch) * (12 * padded(units) + 8 * outputs)
     fixed = FIXED_BYTES
-    if job.settings.method == "published-wp":
+    if _rule(job).perturbs_weights:
         fixed += WEIGHT_NOISE_BYTES * (units * (fan_in + units) + outputs * units)
     length = min(time, (job.max_memory - fixed) // each)
     needed = time if problem.loss.black_box else 1
@@ -143,7 +200,8 @@ class _Perturbed:
 
     def __init__(self, job: Job, weight_o: Tensor) -> None:
         self.seed, self.settings, self.options = job.seed, job.settings, job.settings.options
-        self.weights, self.weight_o = job.problem.network.layers[0][0], weight_o
+        self.cell, self.weights, self.weight_o = job.problem.network.cell, job.problem.network.layers[0][0], weight_o
+        self.keeps_activity = self.settings.estimator.stores_delta
         _, batch, units = job.problem.h_0.shape
         self.delta_h = weight_o.new_zeros((batch, 1, units))
         """Deviation of the state after the last step so far."""
@@ -163,29 +221,30 @@ class _Activity(_Perturbed):
 
     def advance(self, run: LayerRun, steps: slice) -> Tensor:
         """Run a segment beside its clean activity; return the deviations of its outputs, (L, B, 1, O)."""
-        preact, hidden = preactivations(self.weights, run.inputs, run.states), run.states[1:]
-        part: Rollout = implementation("rollout", self.settings.backend)(
-            preact,
-            hidden,
-            self.weights.weight_hh,
-            OutputsOnly(self.weight_o),
-            self.seed,
-            options=self.options._replace(store_delta_a=self.settings.method == "published-anp"),
-            counters=self._counters(Purpose.HIDDEN, steps),
-            delta_h0=self.delta_h,
-        )
-        assert part.delta_o is not None  # noqa: S101  (for the type checker; OutputsOnly asked for it)
-        self.delta_h = part.delta_h
-        if part.delta_a is not None:
-            self.delta_a = part.delta_a
-        self.zeta = self._noise(Purpose.READOUT, part.delta_o, steps)
-        self.delta_o = part.delta_o.add_(self.zeta, alpha=self.options.sigma)
+        preact, hidden = self.cell.preactivations(self.weights, run), run.states[1:]
+        with entered("rollout"):
+            moved: Rollout = implementation("rollout", self.settings.backend)(
+                preact,
+                hidden,
+                self.weights.weight_hh,
+                OutputsOnly(self.weight_o),
+                self.seed,
+                options=self.options._replace(store_delta_a=self.keeps_activity),
+                counters=self._counters(Purpose.HIDDEN, steps),
+                delta_h0=self.delta_h,
+            )
+        assert moved.delta_o is not None  # noqa: S101  (for the type checker; OutputsOnly asked for it)
+        self.delta_h = moved.delta_h
+        if moved.delta_a is not None:
+            self.delta_a = moved.delta_a
+        self.zeta = self._noise(Purpose.READOUT, moved.delta_o, steps)
+        self.delta_o = moved.delta_o.add_(self.zeta, alpha=self.options.sigma)
         return self.delta_o
 
-    def add_update(self, found: Found, run: LayerRun, steps: slice, credit: Tensor) -> None:
+    def add_update(self, found: FoundOfProblem, run: LayerRun, steps: slice, credit: Tensor) -> None:
         """Add the update of the segment that was run last, given dL_t, (L,)."""
         signals: tuple[Tensor, Tensor]
-        if self.settings.method == "published-anp":
+        if self.keeps_activity:
             sizes = run.inputs.shape[-1] + sum(self.weight_o.shape)
             credit = credit * math.sqrt(sizes)
             signals = _over_square(self.delta_a, self.options.sigma), _over_square(self.delta_o, self.options.sigma)
@@ -200,14 +259,15 @@ class _Activity(_Perturbed):
 
     def _noise(self, purpose: Purpose, like: Tensor, steps: slice) -> Tensor:
         """Return noise of unit variance, (L, B, 1, units)."""
-        drawn: Tensor = implementation("noise", self.settings.backend)(
-            self.seed,
-            tuple(like.shape),
-            sigma=1.0,
-            kind=self.options.noise,
-            counters=self._counters(purpose, steps),
-            dtype=like.dtype,
-        )
+        with entered("noise"):
+            drawn: Tensor = implementation("noise", self.settings.backend)(
+                self.seed,
+                tuple(like.shape),
+                sigma=1.0,
+                kind=self.options.noise,
+                counters=self._counters(purpose, steps),
+                dtype=like.dtype,
+            )
         return drawn
 
 
@@ -217,20 +277,20 @@ class _Weights(_Perturbed):
     def advance(self, run: LayerRun, steps: slice) -> Tensor:
         """Run a segment beside its clean activity; return the deviations of its outputs, (L, B, 1, O)."""
         sigma = self.options.sigma
-        preact, hidden = preactivations(self.weights, run.inputs, run.states), run.states[1:]
-        deviation = DEVIATIONS[self.options.nonlinearity](preact, hidden)
+        preact, hidden = self.cell.preactivations(self.weights, run), run.states[1:]
+        deviation = self.cell.forms.around(preact, hidden)
         scratch = (torch.empty_like(self.delta_h), torch.empty_like(self.delta_h))
         delta_o = preact.new_empty((*preact.shape[:2], 1, len(self.weight_o)))
         for step, (noise, noise_o) in enumerate(self._noises(run, steps)):
             state = run.states[step].unsqueeze(1) + self.delta_h
             presynaptic = torch.cat((run.inputs[step].unsqueeze(1), state), dim=-1)
             delta_a = self.delta_h @ self.weights.weight_hh.t() + sigma * (presynaptic @ noise.t())
-            self.delta_h = deviation.step(step, delta_a, scratch)
+            self.delta_h = deviation.step(step, delta_a, self.delta_h, scratch)
             state = hidden[step].unsqueeze(1) + self.delta_h
             delta_o[step] = self.delta_h @ self.weight_o.t() + sigma * (state @ noise_o.t())
         return delta_o
 
-    def add_update(self, found: Found, run: LayerRun, steps: slice, credit: Tensor) -> None:
+    def add_update(self, found: FoundOfProblem, run: LayerRun, steps: slice, credit: Tensor) -> None:
         """Add the update of the segment that was run last, given dL_t, (L,)."""
         sums, fan_in = found.layers[0], run.inputs.shape[-1]
         assert found.weight_o is not None  # noqa: S101  (for the type checker; there is a readout)

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from anpgpu.kernels.adjoint import returns
 from anpgpu.kernels.noise import Counters, NoiseSteps, Purpose, padded
-from anpgpu.kernels.rollout import OutputsOnly, loss_differences
 from anpgpu.runtime.memory import FIXED_BYTES
 from anpgpu.runtime.ranges import within
 from anpgpu.runtime.settings import Settings
 from anpgpu.task.problem import Problem
 
+from .found import raise_if_lost
 from .job import BlackBoxChange
-from .sweep import raise_if_lost
 
 
 @within("perturbed_readout")
@@ -58,10 +57,7 @@ def perturb_readout(
         room = outputs.new_empty((1, batch, count, padded(width)))
         for now in range(time):
             delta_o[now] = injected.fill(now, room)[0]
-        if change is not None:
-            delta_loss = change.of(delta_o)
-        elif not isinstance(spec, OutputsOnly):
-            delta_loss = loss_differences(spec, whole, delta_o)
+        delta_loss = spec.differences(whole, delta_o) if change is None else change.of(delta_o)
         usable = torch.isfinite(delta_loss).all(0)
         finite[:, first : first + count] = usable
         credit = returns(torch.where(usable, delta_loss, 0), 1.0 if loss.black_box and loss.per_sequence else 0.0)

@@ -1,7 +1,8 @@
-"""Rollouts of one layer, divided as memory allows, credited backwards in time: from a loss to the adjoint.
+"""The rollouts of one layer and direction for some samples, in blocks of rollouts and segments of time.
 
-The segments of DESIGN's memory model are run here. With one segment the rollouts run once; with more, `advance` takes
-them through time first and keeps their deviations at segment starts, then `credit` repeats each segment, last first.
+With one segment the rollouts run once; with more, `advance` takes them through time first and keeps their deviations at
+segment starts, then `credit` repeats each segment, last first. What the rollouts say of the adjoint is the business of
+a rule (`rules.py`), which the sweep hands block after block.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anpgpu.kernels.loss import Loss
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, give_back
-from anpgpu.network.stack import GradientSums, LayerRun, LayerWeights, preactivations
+from anpgpu.kernels.rollout import Rollout, RolloutOptions
+from anpgpu.kernels.scratch import give_back
 from anpgpu.runtime.dispatch import implementation
-from anpgpu.runtime.memory import Division, one_after_another, segments_of
+from anpgpu.runtime.memory import Division
+from anpgpu.runtime.ranges import entered
 from anpgpu.runtime.settings import Settings
 
-from .least_squares import least_squares
-
-LossOf = Callable[[slice, slice], Loss]
-"""Gives a layer's loss for some steps (in processing order) of some samples."""
+from .found import raise_if_lost
 
 
 class Chunk(NamedTuple):
@@ -37,27 +37,25 @@ class Chunk(NamedTuple):
         return int(self.samples.stop - self.samples.start)
 
 
-class NonFiniteRolloutsError(RuntimeError):
-    """No rollout of some sample stayed finite, so there is nothing to estimate its gradient from."""
+class Block(NamedTuple):
+    """Some rollouts of every sample of a chunk over a segment of steps."""
 
-
-def raise_if_lost(finite: Tensor, first_sample: int, sigma: float) -> None:
-    """Raise where no rollout of a sample is finite, given (b, P) bool.
-
-    On CUDA the estimate becomes NaN instead, since looking would make the host wait.
-    """
-    if finite.is_cuda:
-        return
-    lost = (~finite.any(1)).nonzero().flatten() + first_sample
-    if len(lost):
-        raise NonFiniteRolloutsError(
-            f"every rollout of sample {', '.join(map(str, lost[:8].tolist()))} is not finite ({len(lost)} such "
-            f"samples, sigma={sigma!r}): look for NaN or inf in inputs and weights, or for a state that explodes"
-        )
+    rollouts: slice
+    options: RolloutOptions
+    counters: Counters
+    """Of the first step, sample and rollout."""
 
 
 class Sweep:
-    """The rollouts of one layer and direction for one chunk of samples."""
+    """The rollouts of one layer and direction for one chunk of samples.
+
+    Args:
+        weight_hh: (G H, H), in the working type.
+        seed: 0-dim int64 tensor.
+        settings: the resolved perturbation, whose estimator is a rule.
+        chunk: which samples, of which layer.
+        division: rollouts and segments at a time.
+    """
 
     def __init__(self, weight_hh: Tensor, seed: Tensor, settings: Settings, chunk: Chunk, division: Division) -> None:
         self.weight_hh, self.seed, self.settings, self.chunk = weight_hh, seed, settings, chunk
@@ -68,48 +66,49 @@ class Sweep:
         self.starts: dict[int, Tensor] = {}
         self.finite = torch.ones((chunk.size, total), dtype=torch.bool, device=weight_hh.device)
         self.counts = self.finite.sum(1)
-        self.carry = weight_hh.new_zeros((chunk.size, total))
-        self.ridge_grown = torch.zeros((), dtype=torch.int64, device=weight_hh.device)
+        self.rollout = implementation("rollout", settings.backend)
+        self.rule = settings.estimator.rule(settings, weight_hh, seed, self.finite)
 
-    def _counters(self, block: slice, time: int) -> Counters:
-        return Counters(
+    def _block(self, rollouts: slice, time: int, *, store: bool) -> Block:
+        counters = Counters(
             layer=self.chunk.layer,
             time=time,
-            rollout=self.settings.share.own.start + block.start,
+            rollout=self.settings.share.own.start + rollouts.start,
             sample=self.chunk.samples.start,
             rank=self.settings.process_rank,
         )
+        options = self.settings.options._replace(rollouts=rollouts.stop - rollouts.start, store_delta_a=store)
+        return Block(rollouts, options, counters)
 
-    def _options(self, block: slice, *, store: bool) -> RolloutOptions:
-        return self.settings.options._replace(rollouts=block.stop - block.start, store_delta_a=store)
+    def _start(self, rollouts: slice, time: int) -> Tensor | None:
+        return self.starts[time][:, rollouts] if time else None
 
-    def _start(self, block: slice, time: int) -> Tensor | None:
-        return self.starts[time][:, block] if time else None
-
-    def advance(self, block: slice, steps: slice, preact: Tensor, hidden: Tensor, loss: Loss | None) -> Rollout:
+    def advance(self, rollouts: slice, steps: slice, preact: Tensor, hidden: Tensor, loss: Loss | None) -> Rollout:
         """Take a block of rollouts through a segment and keep their deviations at its end."""
-        part: Rollout = implementation("rollout", self.settings.backend)(
-            preact,
-            hidden,
-            self.weight_hh,
-            loss,
-            self.seed,
-            options=self._options(block, store=False),
-            counters=self._counters(block, steps.start),
-            delta_h0=self._start(block, steps.start),
-        )
+        block = self._block(rollouts, steps.start, store=False)
+        with entered("rollout"):
+            moved: Rollout = self.rollout(
+                preact,
+                hidden,
+                self.weight_hh,
+                loss,
+                self.seed,
+                options=block.options,
+                counters=block.counters,
+                delta_h0=self._start(rollouts, steps.start),
+            )
         if steps.stop not in self.starts:
-            shape = (self.chunk.size, self.settings.options.rollouts, self.weight_hh.shape[0])
+            shape = (self.chunk.size, self.settings.options.rollouts, hidden.shape[-1])
             self.starts[steps.stop] = self.weight_hh.new_empty(shape)
-        self.starts[steps.stop][:, block] = part.delta_h
-        self.mark(block, part)
-        return part
+        self.starts[steps.stop][:, rollouts] = moved.delta_h
+        self._mark(rollouts, moved.delta_h, moved.delta_loss)
+        return moved
 
-    def mark(self, block: slice, part: Rollout) -> None:
+    def _mark(self, rollouts: slice, delta_h: Tensor, delta_loss: Tensor | None) -> None:
         """Note which rollouts of a block are not finite."""
-        self.finite[:, block] &= torch.isfinite(part.delta_h).all(-1)
-        if part.delta_loss is not None:
-            self.finite[:, block] &= torch.isfinite(part.delta_loss).all(0)
+        self.finite[:, rollouts] &= torch.isfinite(delta_h).all(-1)
+        if delta_loss is not None:
+            self.finite[:, rollouts] &= torch.isfinite(delta_loss).all(0)
 
     def check(self) -> None:
         """Count the finite rollouts of every sample, over all processes; raise where none is left."""
@@ -139,218 +138,67 @@ class Sweep:
             trust: samples, (B,) bool, whose rollouts count even if not finite, since the incoming gradient is not.
 
         Returns:
-            Parts of the estimate, which is their sum over the first dimension: (2, L, B, H), what the even and the odd
-            rollouts contribute to the mean over finite rollouts; or (3, L, B, H) as `least_squares` has them.
+            The estimate in parts, (parts, L, B, H): it is their sum, see `registry.Estimator.parts`.
         """
-        settings = self.settings
-        length, batch, _ = preact.shape
-        sums = unit_credit = None
-        total = preact.new_zeros((length, batch))
-        for block in self.blocks:
-            counters = self._counters(block, steps.start)
-            fused = settings.discount == 0 and settings.backend == "triton" and settings.method in {"np", "anp"}
-            if fused and not settings.baseline and measured is None and not isinstance(loss, OutputsOnly):
-                halves, delta_loss, delta_h = implementation("rollout_adjoint", settings.backend)(
+        fused = self.rule.fused and loss is not None and loss.measured
+        for rollouts in self.blocks:
+            start = self._start(rollouts, steps.start)
+            if fused:
+                self._credit_fused(self._block(rollouts, steps.start, store=False), preact, hidden, loss, start)
+                continue
+            block = self._block(rollouts, steps.start, store=self.settings.estimator.stores_delta)
+            with entered("rollout"):
+                moved: Rollout = self.rollout(
                     preact,
                     hidden,
                     self.weight_hh,
                     loss,
                     self.seed,
-                    method=settings.method,
-                    options=self._options(block, store=False),
-                    counters=counters,
-                    delta_h0=self._start(block, steps.start),
+                    options=block.options,
+                    counters=block.counters,
+                    delta_h0=start,
                 )
-                self.mark(block, Rollout(delta_loss, None, delta_h, None))
-                sums = _added(sums, halves)
-                continue
-            part: Rollout = implementation("rollout", settings.backend)(
+            delta_loss = moved.delta_loss if measured is None else measured[..., rollouts]
+            if measure is not None and moved.delta_o is not None:
+                delta_loss = measure(moved.delta_o)
+            assert delta_loss is not None  # noqa: S101  (for the type checker; somebody measured)
+            if not self.segmented:
+                self._mark(rollouts, moved.delta_h, delta_loss)
+                if trust is not None:
+                    self.finite[:, rollouts] |= trust.unsqueeze(1)
+            self.rule.add(block, torch.where(self.finite[:, rollouts], delta_loss, 0), moved.delta_a)
+            give_back(moved.delta_a)
+        if not self.segmented:
+            self.check()
+        parts: Tensor = self.rule.estimate(self.counts)
+        return parts
+
+    def _credit_fused(
+        self, block: Block, preact: Tensor, hidden: Tensor, loss: Loss | None, start: Tensor | None
+    ) -> None:
+        """Run a block whose credit is known step by step and have it summed in the kernel, activity unstored."""
+        with entered("rollout_adjoint"):
+            sums, delta_loss, delta_h = implementation("rollout_adjoint", self.settings.backend)(
                 preact,
                 hidden,
                 self.weight_hh,
                 loss,
                 self.seed,
-                options=self._options(block, store=settings.method != "np"),
-                counters=counters,
-                delta_h0=self._start(block, steps.start),
+                weight_by=self.rule.weight_by,
+                options=block.options,
+                counters=block.counters,
+                delta_h0=start,
             )
-            delta_loss = part.delta_loss if measured is None else measured[..., block]
-            if measure is not None and part.delta_o is not None:
-                delta_loss = measure(part.delta_o)
-            if not self.segmented:
-                self.mark(block, part._replace(delta_loss=delta_loss))
-                if trust is not None:
-                    self.finite[:, block] |= trust.unsqueeze(1)
-            delta_loss = torch.where(self.finite[:, block], delta_loss, 0)
-            if settings.method == "anp-ls" and part.delta_a is not None:
-                sums, self.carry, grown = least_squares(
-                    delta_loss,
-                    part.delta_a,
-                    self.carry,
-                    self.seed,
-                    finite=self.finite,
-                    discount=settings.discount,
-                    ridge=settings.ridge,
-                    baseline=settings.baseline,
-                    options=settings.options,
-                    backend=settings.backend,
-                    counters=counters,
-                )
-                self.ridge_grown += grown
-                give_back(part.delta_a)
-                break
-            credit = implementation("returns", settings.backend)(
-                delta_loss, settings.discount, carry=self.carry[:, block]
-            )
-            self.carry[:, block] = credit[0]
-            sums = _added(sums, self._adjoint(credit, part.delta_a, block, counters))
-            if settings.baseline:
-                total += credit.sum(-1)
-                counted = self.finite[:, block].to(credit.dtype).expand_as(credit)
-                unit_credit = _added(unit_credit, self._adjoint(counted, part.delta_a, block, counters))
-            give_back(part.delta_a)
-        if not self.segmented:
-            self.check()
-        assert sums is not None  # noqa: S101  (for the type checker; there is at least one block)
-        if settings.method == "anp-ls":
-            return sums
-        if settings.baseline:
-            assert unit_credit is not None  # noqa: S101  (for the type checker)
-            # sum_p (c_p - mean of the other c) f_p / n = (sum_p c_p f_p - mean c sum_p f_p) / (n - 1): rollouts may
-            # come in blocks.
-            sums -= (total / self.counts).unsqueeze(-1) * unit_credit
-            return sums.div_((self.counts - 1).clamp(min=1).view(1, 1, -1, 1))
-        return sums.div_(self.counts.view(1, 1, -1, 1))
-
-    def _adjoint(self, credit: Tensor, delta_a: Tensor | None, block: slice, counters: Counters) -> Tensor:
-        sums: Tensor = implementation("adjoint", self.settings.backend)(
-            credit,
-            delta_a,
-            self.seed,
-            method=self.settings.method,
-            units=self.weight_hh.shape[0],
-            options=self._options(block, store=False),
-            counters=counters,
-        )
-        return sums
+        self._mark(block.rollouts, delta_h, delta_loss)
+        self.rule.add_sums(sums)
 
     @property
     def skipped(self) -> Tensor:
         """Number of rollouts left out so far, a 0-dim tensor on the rollouts' device."""
         return (~self.finite).sum()
 
-
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    """Return the sum so far; the first part becomes it."""
-    return part if total is None else total.add_(part)
-
-
-class LayerEstimate(NamedTuple):
-    """What perturbing one layer and direction tells."""
-
-    sums: GradientSums
-    inputs: Tensor
-    """dL/dx, (T, B, I), in processing order."""
-    h_0: Tensor
-    """dL/dh_0, (B, H)."""
-    skipped: Tensor
-    ridge_grown: Tensor
-
-
-def estimate_layer(
-    weights: LayerWeights,
-    run: LayerRun,
-    loss_of: LossOf,
-    seed: Tensor,
-    settings: Settings,
-    division: Division,
-    *,
-    layer: int,
-    measure: Callable[[Tensor, slice], Tensor] | None = None,
-) -> LayerEstimate:
-    """Estimate one layer's gradients from its whole clean run; processes that share rollouts all get their sum.
-
-    Args:
-        weights: the layer's parameters, in the working type.
-        run: its clean activity.
-        loss_of: its loss.
-        seed: 0-dim int64 tensor.
-        settings: the resolved perturbation.
-        division: samples, rollouts and segments at a time.
-        layer: the layer's number in the counter space.
-        measure: for `OutputsOnly` losses: delta_o of a block of all steps, (T, b, p, O), and its samples, to loss
-            differences, (T, b, p).
-    """
-    time, batch, _ = run.inputs.shape
-    sums = GradientSums(weights, settings.parts)
-    d_inputs = torch.zeros_like(run.inputs)
-    d_h_0 = torch.zeros_like(run.states[0])
-    skipped = torch.zeros((), dtype=torch.int64, device=seed.device)
-    ridge_grown = torch.zeros_like(skipped)
-    segments = segments_of(time, division)
-    own = settings.share.samples(batch)
-    for first in range(own.start, own.stop, max(division.samples, 1)):
-        samples = slice(first, min(first + division.samples, own.stop))
-        sweep = Sweep(weights.weight_hh, seed, settings, Chunk(samples, layer), division)
-        loss = loss_of(slice(0, time), samples)
-        trust = ~torch.isfinite(loss.grad).all(-1).all(0) if isinstance(loss, LinearLoss) else None
-        measured = _first_pass(sweep, weights, run, segments, loss_of, measure) if sweep.segmented else None
-        if sweep.segmented and trust is not None:
-            sweep.finite |= trust.unsqueeze(1)
-        if sweep.segmented:
-            sweep.check()
-        for steps in one_after_another(reversed(segments), seed.device):
-            inputs, states = _part(run, steps, samples)
-            halves = sweep.credit(
-                steps,
-                preactivations(weights, inputs, states),
-                states[1:],
-                loss_of(steps, samples) if measured is None else None,
-                measured=None if measured is None else measured[steps],
-                measure=None if measure is None else _for_samples(measure, samples),
-                trust=trust,
-            )
-            sums.add(halves, inputs, states[:-1])
-            adjoint = halves.sum(0)
-            d_inputs[steps, samples] = adjoint @ weights.weight_ih
-            d_h_0[samples] = adjoint[0] @ weights.weight_hh
-        skipped += sweep.skipped
-        ridge_grown += sweep.ridge_grown
-    settings.share.sum_(sums.weight_ih, sums.weight_hh, sums.bias, d_inputs, d_h_0)
-    settings.share.sum_(skipped, ridge_grown)
-    return LayerEstimate(sums, d_inputs, d_h_0, skipped, ridge_grown)
-
-
-def _for_samples(measure: Callable[[Tensor, slice], Tensor], samples: slice) -> Callable[[Tensor], Tensor]:
-    return lambda delta_o: measure(delta_o, samples)
-
-
-def _part(run: LayerRun, steps: slice, samples: slice) -> tuple[Tensor, Tensor]:
-    """Return the inputs of some steps, (L, b, I), and the states around them, (L + 1, b, H)."""
-    return run.inputs[steps, samples], run.states[steps.start : steps.stop + 1, samples]
-
-
-def _first_pass(
-    sweep: Sweep,
-    weights: LayerWeights,
-    run: LayerRun,
-    segments: list[slice],
-    loss_of: LossOf,
-    measure: Callable[[Tensor, slice], Tensor] | None,
-) -> Tensor | None:
-    """Take all rollouts through time; return loss differences, (T, b, P), where only the caller can measure them."""
-    samples = sweep.chunk.samples
-    measured = []
-    for block in sweep.blocks:
-        deviations = []
-        for steps in one_after_another(segments, run.inputs.device):
-            inputs, states = _part(run, steps, samples)
-            preact = preactivations(weights, inputs, states)
-            part = sweep.advance(block, steps, preact, states[1:], loss_of(steps, samples))
-            if part.delta_o is not None:
-                deviations.append(part.delta_o)
-        if measure is not None:
-            delta_loss = measure(torch.cat(deviations), samples)
-            sweep.finite[:, block] &= torch.isfinite(delta_loss).all(0)
-            measured.append(delta_loss)
-    return torch.cat(measured, dim=-1) if measured else None
+    @property
+    def ridge_grown(self) -> Tensor:
+        """Number of systems whose ridge had to grow so far, see `Estimate`."""
+        grown: Tensor = self.rule.ridge_grown
+        return grown

@@ -10,306 +10,246 @@ every device. Source: the classical weight perturbation estimator (Jabri and Flo
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from anpgpu.kernels.noise import Counters, Purpose, noise
-from anpgpu.kernels.rollout import DEVIATIONS, LinearLoss, Loss, OutputsOnly, loss_differences, output_deviation
-from anpgpu.network.stack import GradientSums, LayerRun, LayerWeights, Network, in_processing_order, preactivations
-from anpgpu.runtime.memory import FIXED_BYTES
-from anpgpu.runtime.ranges import within
+from anpgpu.kernels.loss import LinearLoss
+from anpgpu.network.checkpoints import CheckpointedRun, keep_final
+from anpgpu.network.stack import CleanRun, Network, run_network
+from anpgpu.registry import ESTIMATORS, Estimator
+from anpgpu.runtime.memory import FIXED_BYTES, Division, segments_of, within_memory
 from anpgpu.runtime.settings import Settings
+from anpgpu.task.problem import Problem
 
-from .sweep import raise_if_lost
-
-
-class CleanSegment(NamedTuple):
-    """Clean activity of some steps of some samples, and the loss there."""
-
-    layers: tuple[tuple[LayerRun, ...], ...]
-    masks: tuple[Tensor | None, ...]
-    """Per layer what multiplied its inputs (dropout), (L, b, D * H) or None."""
-    loss: Loss
-    """On the last layer's states in time order, (L, b, D * H)."""
+from .by_layer import Backward
+from .found import Found, FoundOfProblem
+from .job import BlackBoxChange, Job
+from .readout import perturb_readout
+from .weight_rollouts import CleanSegment, FinalGradients, estimate_weights
 
 
-class FinalGradients(NamedTuple):
-    """What the loss is in the final states, linearly."""
+@ESTIMATORS.add("wp")
+class WeightPerturbation(Estimator):
+    """Weight perturbation."""
 
-    grad: Tensor
-    """dL/dh_n, (layers * D, b, H)."""
-    last_step: Tensor
-    """Each sample's last valid step in processing order, (b,) int64."""
+    weights_only = True
+    discounted = False
 
+    @staticmethod
+    def walk(directions: int) -> Callable[[Job], FoundOfProblem]:
+        """Return the one forward pass that serves all layers, and networks of either kind."""
+        del directions
+        return all_weights
 
-SegmentsOf = Callable[[slice], Iterable[CleanSegment]]
-"""Gives the clean activity of some samples, first segment to last."""
-
-
-class WeightNoise:
-    """The noise of one layer's weights for a block of samples and rollouts, of unit variance."""
-
-    def __init__(
-        self, weights: LayerWeights, seed: Tensor, settings: Settings, layer: int, samples: slice, rollouts: slice
-    ) -> None:
-        units, fan_in = weights.weight_hh.shape[0], weights.weight_ih.shape[1] + weights.weight_hh.shape[0] + 1
-        batch, count = samples.stop - samples.start, rollouts.stop - rollouts.start
-        kind, dtype = settings.options.noise, weights.weight_hh.dtype
-        counters = Counters(layer=layer, rollout=settings.share.own.start + rollouts.start, rank=settings.process_rank)
-        self.rank = settings.rank
-        if self.rank is None:
-            # The sample stands in the time word, the matrix row in the sample's field: (b, row, p, column).
-            dense = noise(
-                seed,
-                (batch, units, count, fan_in),
-                kind=kind,
-                counters=counters._replace(purpose=Purpose.WEIGHTS, time=samples.start),
-                dtype=dtype,
-            )
-            self.dense = dense.transpose(1, 2)
-            return
-        self.left, self.right = (
-            noise(
-                seed,
-                (self.rank, batch, count, size),
-                kind=kind,
-                counters=counters._replace(purpose=purpose, sample=samples.start),
-                dtype=dtype,
-            ).permute(1, 2, 0, 3)
-            for purpose, size in ((Purpose.LOW_RANK_U, units), (Purpose.LOW_RANK_V, fan_in))
-        )
-
-    def times(self, presynaptic: Tensor) -> Tensor:
-        """Return E z, (b, p, H), for presynaptic activity z, (b, p, fan_in)."""
-        if self.rank is None:
-            return (self.dense @ presynaptic.unsqueeze(-1)).squeeze(-1)
-        along = self.right @ presynaptic.unsqueeze(-1)
-        return (self.left * along).sum(2) / math.sqrt(self.rank)
-
-    def weighted_sum(self, share: Tensor) -> Tensor:
-        """Return sum_bp share E, (H, fan_in), for shares (b, p)."""
-        if self.rank is None:
-            return torch.einsum("bp,bpij->ij", share, self.dense)
-        left = (self.left * share[..., None, None]).flatten(0, 2)
-        return left.t() @ self.right.flatten(0, 2) / math.sqrt(self.rank)
+    @staticmethod
+    def backward(backward: Backward) -> Found:
+        """Estimate the gradients of all weights from those of outputs and final states."""
+        return weights_backward(backward)
 
 
-class WeightEstimate(NamedTuple):
-    """What perturbing all weights tells."""
+class _WeightShape(NamedTuple):
+    """What the memory of rollouts with perturbed weights depends on."""
 
-    sums: list[list[GradientSums]]
-    """Per layer and direction."""
-    skipped: Tensor
+    network: Network
+    settings: Settings
+    batch: int
+    steps: int
+    """Of a segment."""
+    outputs: int
+    """Floats kept per step and rollout besides the states."""
 
+    def divide(self, max_memory: int, device_type: str) -> tuple[int, int]:
+        """Return how many samples and rollouts fit at a time.
 
-@within("weight_perturbation")
-def estimate_weights(
-    network: Network,
-    segments_of: SegmentsOf,
-    seed: Tensor,
-    settings: Settings,
-    *,
-    batch: int,
-    block: tuple[int, int],
-    lengths: Tensor | None = None,
-    final: FinalGradients | None = None,
-    measure: Callable[[Tensor, slice], Tensor] | None = None,
-    trust: Tensor | None = None,
-) -> WeightEstimate:
-    """Estimate the gradients of all layers' weights from rollouts with perturbed weights.
+        Raises:
+            MemoryError: one rollout of one sample needs more.
+        """
+        del device_type
+        samples, rollouts = max(self.batch, 1), self.settings.share.most
+        while True:
+            needed = self.needed_bytes((samples, rollouts))
+            if needed <= max_memory:
+                return samples, rollouts
+            if rollouts > 1:
+                rollouts = -(-rollouts // 2)
+            elif samples > 1:
+                samples = -(-samples // 2)
+            else:
+                raise MemoryError(
+                    f"max_memory={max_memory} bytes is too little for weight perturbation with T={self.steps}, "
+                    f"H={self.network.hidden_size}, rank={self.settings.rank}: one rollout of one sample needs {needed}"
+                )
 
-    Args:
-        network: the layers, in the working type.
-        segments_of: the clean activity; a network with two directions gets one segment.
-        seed: 0-dim int64 tensor.
-        settings: the resolved perturbation.
-        batch: number of samples B.
-        block: samples and rollouts at a time, from `divide_weights`.
-        lengths: valid steps of each sample, (B,), where they differ.
-        final: the loss's share in the final states; goes with one segment.
-        measure: for an `OutputsOnly` loss: delta_o of all steps, (T, b, p, O), and its samples, to loss differences.
-        trust: samples, (B,) bool, whose rollouts count even if not finite, since the incoming gradient is not.
-    """
-    sums = [[GradientSums(weights) for weights in layer] for layer in network.layers]
-    skipped = torch.zeros((), dtype=torch.int64, device=seed.device)
-    total = settings.options.rollouts
-    for first in range(0, batch, max(block[0], 1)):
-        samples = slice(first, min(first + block[0], batch))
-        blocks = [slice(start, min(start + block[1], total)) for start in range(0, total, block[1])]
-        run = _Run(network, seed, settings, samples, None if lengths is None else lengths[samples], final)
-        parts = []
-        for rollouts in blocks:
-            noises = run.noises(rollouts)
-            steps = [run.delta_loss(segment, noises, rollouts) for segment in segments_of(samples)]
-            run.forget()
-            parts.append(torch.cat(steps) if measure is None else measure(torch.cat(steps), samples))
-            parts[-1] = parts[-1].sum(0)
-        change = torch.cat(parts, dim=1)
-        finite = torch.isfinite(change)
-        if trust is not None:
-            finite |= trust[samples].unsqueeze(1)
-        counts = settings.share.counted(finite).unsqueeze(1)
-        raise_if_lost(counts > 0, samples.start, settings.options.sigma)
-        skipped += (~finite).sum()
-        share = torch.where(finite, change, 0) / (counts * settings.options.sigma)
-        for rollouts in blocks:
-            _add_weighted(sums, run.noises(rollouts), share[:, rollouts], settings.share.own.start + rollouts.start)
-    settings.share.sum_(*(part for layer in sums for one in layer for part in (one.weight_ih, one.weight_hh, one.bias)))
-    settings.share.sum_(skipped)
-    return WeightEstimate(sums, skipped)
+    def needed_bytes(self, block: tuple[int, ...]) -> int:
+        """Return what a block of samples and rollouts needs."""
+        rank = self.settings.rank
+        width = self.network.hidden_size * self.network.directions
+        noise_floats = 0
+        for weights in (weights for layer in self.network.layers for weights in layer):
+            units, fan_in = weights.weight_hh.shape[0], weights.weight_ih.shape[1] + weights.weight_hh.shape[1] + 1
+            noise_floats += 2 * (units * fan_in if rank is None else rank * (units + fan_in))
+        floats = self.steps * (3 * width + self.outputs) + noise_floats
+        return FIXED_BYTES + block[0] * block[1] * self.network.layers[0][0].weight_hh.element_size() * floats
 
 
-def divide_weights(
-    network: Network, settings: Settings, *, batch: int, steps: int, outputs: int, max_memory: int
-) -> tuple[int, int]:
-    """Return how many samples and rollouts fit at a time, for segments of some steps.
+def weights_backward(backward: Backward) -> Found:
+    """Estimate the gradients of all weights from those of outputs and final states; inputs and h_0 get zeros."""
+    network, run, settings = backward.network, backward.run, backward.settings
+    grad_outputs, grad_h_n, lengths = backward.grad_outputs, backward.grad_h_n, backward.lengths
+    time, batch, _ = grad_outputs.shape
+    device = grad_outputs.device
+
+    def activity(samples: slice) -> list[CleanSegment]:
+        layers = tuple(tuple(side.segment(slice(0, time), samples) for side in layer) for layer in run.layers)
+        masks = tuple(None if mask is None else mask[:, samples] for mask in run.masks)
+        return [CleanSegment(layers, masks, LinearLoss(grad_outputs[:, samples]))]
+
+    last = torch.full((batch,), time - 1) if lengths is None else lengths - 1
+    trust = ~(torch.isfinite(grad_outputs).all(-1).all(0) & torch.isfinite(grad_h_n).all(-1).all(0))
+    estimate = within_memory(
+        _WeightShape(network, settings, batch, time, 0),
+        backward.max_memory,
+        device,
+        lambda block: estimate_weights(
+            network,
+            activity,
+            backward.seed,
+            settings,
+            batch=batch,
+            block=block,
+            lengths=lengths,
+            final=FinalGradients(grad_h_n, last.to(device)),
+            trust=trust,
+        ),
+        alone=settings.share.alone,
+    )
+    found = backward.found
+    found.layers = [side for layer in estimate.sums for side in layer]
+    found.skipped = estimate.skipped
+    return found
+
+
+def all_weights(job: Job) -> FoundOfProblem:
+    """Weight perturbation: one forward pass, all layers at once.
 
     Raises:
-        MemoryError: one rollout of one sample needs more.
+        ValueError: there is dropout between layers.
     """
-    samples, rollouts = max(batch, 1), settings.share.most
-    while True:
-        needed = weights_bytes(network, settings, (samples, rollouts), steps=steps, outputs=outputs)
-        if needed <= max_memory:
-            return samples, rollouts
-        if rollouts > 1:
-            rollouts = -(-rollouts // 2)
-        elif samples > 1:
-            samples = -(-samples // 2)
-        else:
-            raise MemoryError(
-                f"max_memory={max_memory} bytes is too little for weight perturbation with T={steps}, "
-                f"H={network.hidden_size}, rank={settings.rank}: one rollout of one sample needs {needed}"
+    if job.problem.dropout is not None:
+        raise ValueError(
+            "method='wp' in estimate_grad_ does not go with dropout between layers: call rnn.eval(), set "
+            "rnn.dropout = 0, or use method='anp' or 'np'"
+        )
+    device, work = job.problem.inputs.device, functools.partial(_estimate, job.agreed())
+    return within_memory(_WholeProblem(job), job.max_memory, device, work, alone=job.settings.share.alone)
+
+
+class _WholeProblem(NamedTuple):
+    """A problem to be divided into samples, rollouts and segments."""
+
+    job: Job
+
+    def divide(self, max_memory: int, device_type: str) -> Division:
+        """Return the fewest segments whose rollouts fill the device, and how many of these fit."""
+        del device_type
+        problem, settings = self.job.problem, self.job.settings
+        time, batch, _ = problem.inputs.shape
+        rows = min(64, max(batch, 1) * settings.share.most)
+        segments = 1
+        while True:
+            last = problem.network.directions == 2 or problem.loss.black_box or segments == time
+            steps, outputs = -(-time // segments), _outputs_each(problem, segments)
+            shape = _WeightShape(problem.network, settings, batch, steps, outputs)
+            try:
+                samples, rollouts = shape.divide(max_memory, "")
+            except MemoryError:
+                if last:
+                    raise
+            else:
+                if last or samples * rollouts >= rows:
+                    return Division(samples, rollouts, segments)
+            segments = min(2 * segments, time)
+
+    def needed_bytes(self, division: Division) -> int:
+        """Return what a division needs."""
+        problem = self.job.problem
+        time, outputs = len(problem.inputs), _outputs_each(problem, division.segments)
+        steps = -(-time // division.segments)
+        shape = _WeightShape(problem.network, self.job.settings, problem.inputs.shape[1], steps, outputs)
+        return shape.needed_bytes(division[:2])
+
+
+def _outputs_each(problem: Problem, segments: int) -> int:
+    """Return the outputs kept per step of a segment: a black box sees all steps at once; ours take two copies."""
+    return problem.outputs_size * (segments if problem.loss.black_box else 2)
+
+
+def _estimate(job: Job, division: Division) -> FoundOfProblem:
+    """Do all of the work, divided like that."""
+    problem, loss = job.problem, job.problem.loss
+    found = FoundOfProblem(problem)
+    time, batch, _ = problem.inputs.shape
+    both = problem.network.directions == 2
+    segments = segments_of(time, division)
+
+    for first in range(0, batch, division.samples):
+        samples = slice(first, min(first + division.samples, batch))
+        for steps, run in _clean_segments(problem, samples, segments):
+            found.outputs[steps, samples] = problem.read(run.outputs)
+            if both:
+                found.h_n[:, samples] = run.h_n
+            else:
+                keep_final(found.h_n[:, samples], run, steps, loss.last_step[samples])
+            if not loss.black_box:
+                found.loss += loss.values(found.outputs[steps, samples], steps, samples).sum()
+        gradient_o = None
+        if loss.black_box:
+            found.loss += BlackBoxChange(problem, found.outputs[:, samples], samples).clean.sum()
+        if problem.weight_o is not None and job.perturb_readout:
+            limit = _WholeProblem(job).needed_bytes(division)
+            gradient_o = perturb_readout(problem, found.outputs[:, samples], job.settings, job.seed, samples, limit)
+        for steps, run in _clean_segments(problem, samples, segments) if problem.weight_o is not None else ():
+            exact = (
+                loss.output_gradient(found.outputs[steps, samples], steps, samples)
+                if gradient_o is None
+                else gradient_o[steps]
             )
+            found.add_readout(exact, run.outputs)
+
+    def clean_activity(samples: slice) -> Iterable[CleanSegment]:
+        for steps, run in _clean_segments(problem, samples, segments):
+            spec = loss.spec(problem.weight_o, found.outputs[steps, samples], steps, samples, False, None)
+            yield CleanSegment(run.layers, run.masks, spec)
+
+    def measure(delta_o: Tensor, samples: slice) -> Tensor:
+        return BlackBoxChange(problem, found.outputs[:, samples], samples).of(delta_o)
+
+    estimate = estimate_weights(
+        problem.network,
+        clean_activity,
+        job.seed,
+        job.settings,
+        batch=batch,
+        block=division[:2],
+        lengths=problem.lengths if both else None,
+        measure=measure if loss.black_box else None,
+    )
+    found.layers = [one for layer in estimate.sums for one in layer]
+    found.skipped = estimate.skipped
+    return found
 
 
-def weights_bytes(network: Network, settings: Settings, block: tuple[int, int], *, steps: int, outputs: int) -> int:
-    """Return what a block of samples and rollouts needs, in bytes."""
-    width = network.hidden_size * network.directions
-    noise_floats = 0
-    for weights in (weights for layer in network.layers for weights in layer):
-        units, fan_in = weights.weight_hh.shape[0], weights.weight_ih.shape[1] + weights.weight_hh.shape[0] + 1
-        noise_floats += 2 * (units * fan_in if settings.rank is None else settings.rank * (units + fan_in))
-    itemsize = network.layers[0][0].weight_hh.element_size()
-    return FIXED_BYTES + block[0] * block[1] * itemsize * (steps * (3 * width + outputs) + noise_floats)
-
-
-def _add_weighted(
-    sums: list[list[GradientSums]], noises: list[list[WeightNoise]], share: Tensor, first_rollout: int
-) -> None:
-    """Add share-weighted noise to the sums of the even and the odd rollouts."""
-    parity = (torch.arange(share.shape[1], device=share.device) + first_rollout) % 2
-    for layer_sums, layer_noises in zip(sums, noises, strict=True):
-        for gradient, weight_noise in zip(layer_sums, layer_noises, strict=True):
-            fan_in, units = gradient.weight_ih.shape[2], gradient.weight_hh.shape[2]
-            for half in (0, 1):
-                weighted = weight_noise.weighted_sum(torch.where(parity == half, share, 0))
-                gradient.weight_ih[half] += weighted[:, :fan_in]
-                gradient.weight_hh[half] += weighted[:, fan_in : fan_in + units]
-                gradient.bias[half] += weighted[:, -1]
-
-
-class _Run:
-    """Rollouts of one chunk of samples; deviations live from segment to segment."""
-
-    def __init__(
-        self,
-        network: Network,
-        seed: Tensor,
-        settings: Settings,
-        samples: slice,
-        lengths: Tensor | None,
-        final: FinalGradients | None,
-    ) -> None:
-        self.network, self.seed, self.settings, self.samples = network, seed, settings, samples
-        self.lengths, self.final = lengths, final
-        self.deviations: dict[tuple[int, int], Tensor] = {}
-
-    def noises(self, rollouts: slice) -> list[list[WeightNoise]]:
-        """Return the weight noise of every layer and direction."""
-        directions = self.network.directions
-        return [
-            [
-                WeightNoise(weights, self.seed, self.settings, number * directions + side, self.samples, rollouts)
-                for side, weights in enumerate(layer)
-            ]
-            for number, layer in enumerate(self.network.layers)
-        ]
-
-    def forget(self) -> None:
-        """Start the next block of rollouts from no deviation."""
-        self.deviations.clear()
-
-    def delta_loss(self, segment: CleanSegment, noises: list[list[WeightNoise]], rollouts: slice) -> Tensor:
-        """Return a segment's loss differences, (L, b, p), or its delta_o, (L, b, p, O), with an `OutputsOnly` loss."""
-        below: Tensor | None = None
-        change: Tensor | None = None
-        for number, layer in enumerate(self.network.layers):
-            mask = segment.masks[number]
-            if below is not None and mask is not None:
-                below = below * mask.unsqueeze(2)
-            sides = []
-            for side, weights in enumerate(layer):
-                run = segment.layers[number][side]
-                delta_x = None if below is None else in_processing_order(below, bool(side), self.lengths)
-                delta_h = self._layer(number, side, weights, run, noises[number][side], delta_x, rollouts)
-                if self.final is not None:
-                    extra = self._final_change(delta_h, number * self.network.directions + side)
-                    change = extra if change is None else change + extra
-                sides.append(in_processing_order(delta_h, bool(side), self.lengths))
-            below = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
-        assert below is not None  # noqa: S101  (for the type checker; a network has a layer)
-        loss = segment.loss
-        if isinstance(loss, OutputsOnly):
-            return output_deviation(loss.readout, below)
-        deviation = below if isinstance(loss, LinearLoss) else output_deviation(loss.readout, below)
-        each = loss_differences(loss, slice(0, len(below)), deviation)
-        if change is not None:
-            each[-1] += change
-        return each
-
-    def _final_change(self, delta_h: Tensor, index: int) -> Tensor:
-        """Return dL/dh_n . delta_h_n, (b, p), from (T, b, p, H)."""
-        assert self.final is not None  # noqa: S101  (for the type checker; the caller looked)
-        last = self.final.last_step[self.samples]
-        grad = self.final.grad[index, self.samples]
-        at_end = delta_h[last, torch.arange(len(last), device=last.device)]
-        return (at_end @ grad.unsqueeze(-1)).squeeze(-1)
-
-    def _layer(
-        self,
-        number: int,
-        side: int,
-        weights: LayerWeights,
-        run: LayerRun,
-        weight_noise: WeightNoise,
-        delta_x: Tensor | None,
-        rollouts: slice,
-    ) -> Tensor:
-        """Return one layer's delta_h, (L, b, p, H), in processing order."""
-        length, batch, _ = run.inputs.shape
-        count = rollouts.stop - rollouts.start
-        preact = preactivations(weights, run.inputs, run.states)
-        deviation = DEVIATIONS[self.network.nonlinearity](preact, run.states[1:])
-        result = preact.new_empty((length, batch, count, preact.shape[-1]))
-        delta_h = self.deviations.get((number, side))
-        if delta_h is None:
-            delta_h = preact.new_zeros(result.shape[1:])
-        ones = preact.new_ones((batch, count, 1))
-        scratch = (torch.empty_like(delta_h), torch.empty_like(delta_h))
-        for step in range(length):
-            inputs = run.inputs[step].unsqueeze(1).expand(-1, count, -1)
-            if delta_x is not None:
-                inputs = inputs + delta_x[step]
-            presynaptic = torch.cat((inputs, run.states[step].unsqueeze(1) + delta_h, ones), dim=-1)
-            delta_a = delta_h @ weights.weight_hh.t() + self.settings.options.sigma * weight_noise.times(presynaptic)
-            if delta_x is not None:
-                delta_a += delta_x[step] @ weights.weight_ih.t()
-            result[step] = deviation.step(step, delta_a, scratch)
-            delta_h = result[step]
-        self.deviations[number, side] = delta_h
-        return result
+def _clean_segments(problem: Problem, samples: slice, segments: list[slice]) -> Iterator[tuple[slice, CleanRun]]:
+    """Give the clean run of some samples, segment by segment; two directions have one segment."""
+    inputs, h_0 = problem.inputs[:, samples], problem.h_0[:, samples]
+    if problem.network.directions == 2:
+        lengths = None if problem.lengths is None else problem.lengths[samples]
+        yield segments[0], run_network(problem.network, inputs, h_0, lengths, None)
+        return
+    clean = CheckpointedRun(problem.network, inputs, h_0, keep=len(segments) == 1)
+    for steps in segments:
+        yield steps, clean.segment(steps)

@@ -16,9 +16,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from anpgpu.estimators.by_layer import Gradients, Plan, layers_backward, weights_backward
-from anpgpu.network.stack import CleanRun, LayerRun, Network, in_processing_order, run_network
+from anpgpu.estimators.by_layer import Backward
+from anpgpu.estimators.found import Found
+from anpgpu.network.cells import LayerRun
+from anpgpu.network.stack import CleanRun, Network, joined, run_network
+from anpgpu.network.weights import in_processing_order
 from anpgpu.perturbation import Perturbation
+from anpgpu.registry import CELLS
 from anpgpu.runtime.ranges import within
 from anpgpu.runtime.settings import resolve, working_dtype
 
@@ -33,7 +37,8 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Perturbation))
 class Structure(NamedTuple):
     """What a network is besides its weights: scalars that both ops take."""
 
-    nonlinearity: str
+    cell: str
+    """Its name in `registry.CELLS`."""
     biases: bool
     directions: int
     autocast: torch.dtype | None
@@ -41,7 +46,7 @@ class Structure(NamedTuple):
 
     def network(self, weights: Sequence[Tensor]) -> Network:
         """Return the network with these weights."""
-        return Network.of(weights, biases=self.biases, directions=self.directions, nonlinearity=self.nonlinearity)
+        return Network.of(weights, biases=self.biases, directions=self.directions, cell=CELLS[self.cell])
 
     def layers(self, weights: Sequence[Tensor]) -> int:
         """Return how many layers these weights make."""
@@ -57,10 +62,10 @@ class Structure(NamedTuple):
         return weight.dtype if self.autocast is None or weight.dtype == torch.float64 else self.autocast
 
 
-STRUCTURE = "str nonlinearity, bool biases, SymInt directions, ScalarType? autocast"
+STRUCTURE = "str cell, bool biases, SymInt directions, ScalarType? autocast"
 
 
-class Found(Protocol):
+class Keeper(Protocol):
     """Where a backward pass leaves what it found besides gradients."""
 
     def keep(self, skipped: Tensor, split_half: Tensor, ridge_grown: Tensor) -> None:
@@ -178,25 +183,23 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
     left, lowest, structure, scalars = _taken_apart(rest)
     perturbation = Perturbation(*scalars)
     with _under(structure.autocast, left.inputs.device):
-        settings = resolve(perturbation, structure.nonlinearity, left.weights[1])
+        settings = resolve(perturbation, CELLS[structure.cell], left.weights[1])
     # Loss differences and sums stay in the working type, also where backward() is called under autocast.
     with torch.autocast(left.inputs.device.type, enabled=False):
         dtype = working_dtype(left.weights[0].dtype)
-        plan = Plan(settings, perturbation.max_memory, structure.biases, left.lengths, lowest)
         network = structure.network(left.weights).to(dtype)
         grad_outputs, grad_h_n = grad_outputs.to(dtype), grad_h_n.to(dtype)
         seed = settings.share.agree(left.seed, grad_outputs, grad_h_n, left.inputs, *left.weights)
-        if not left.inputs.shape[1]:
-            none = torch.zeros((), dtype=torch.int64, device=seed.device)
-            gradients = [torch.zeros_like(one) for one in (left.inputs, grad_h_n, *left.weights)]
-            found = Gradients(gradients, none, torch.full_like(none, torch.nan, dtype=dtype), none.clone())
-        else:
-            estimate = weights_backward if settings.method == "wp" else layers_backward
-            found = estimate(plan, network, _rebuild(left, structure, dtype), seed, grad_outputs, grad_h_n)
-    kinds = [left.inputs.dtype, left.inputs.dtype, *(weight.dtype for weight in left.weights)]
-    gradients = [grad.to(kind).contiguous() for grad, kind in zip(found.gradients, kinds, strict=True)]
+        run = _rebuild(left, structure, dtype)
+        work = Backward(
+            settings, perturbation.max_memory, left.lengths, lowest, network, run, seed, grad_outputs, grad_h_n
+        )
+        found: Found = settings.estimator.backward(work) if left.inputs.shape[1] else work.found
+    kind, sums = left.inputs.dtype, [total for layer in found.layers for total in layer.totals(biases=structure.biases)]
+    gradients = [found.inputs.to(kind).contiguous(), found.h_0.to(kind).contiguous()]
     if lowest:
-        gradients[:2] = [one.new_empty(0) for one in gradients[:2]]
+        gradients = [gradient.new_empty(0) for gradient in gradients]
+    gradients += [grad.to(weight.dtype).contiguous() for grad, weight in zip(sums, left.weights, strict=True)]
     return [*gradients, found.skipped, found.split_half, found.ridge_grown]
 
 
@@ -224,7 +227,7 @@ def _(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]:
 class Call(NamedTuple):
     """What goes through autograd beside tensors."""
 
-    found: Found | None
+    keeper: Keeper | None
     structure: Structure
     perturbation: tuple[Any, ...]
     weights: int
@@ -277,8 +280,8 @@ class PerturbedRNN(torch.autograd.Function):
         d_weights, kept = d_weights[: call.weights], d_weights[call.weights :]
         # What is traced, or inside a transform of torch.func, has no value to keep.
         watched = not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
-        if call.found is not None and watched:
-            call.found.keep(*kept)
+        if call.keeper is not None and watched:
+            call.keeper.keep(*kept)
         grads = [d_inputs, d_hx, *d_weights]
         return (
             None,
@@ -291,7 +294,7 @@ class PerturbedRNN(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *args: Any) -> tuple[Any, Any]:
         """Run every slice by itself."""
-        return looped(PerturbedRNN.apply, info, (None, *in_dims[1:]), (call._replace(found=None), *args))
+        return looped(PerturbedRNN.apply, info, (None, *in_dims[1:]), (call._replace(keeper=None), *args))
 
 
 class _Split(NamedTuple):
@@ -310,8 +313,22 @@ def _backward_of(split: _Split, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.ops.anpgpu.rnn_backward(*fixed, *lists, *split.scalars))
 
 
+def differentiable_run(
+    structure: Structure,
+    inputs: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return outputs and h_n of a run that autograd differentiates through all of time; arguments as in `clean_run`."""
+    drawn = iter(masks)
+    run = run_network(structure.network(weights), inputs, hx, lengths, (lambda _: next(drawn)) if masks else None)
+    return run.outputs, run.h_n
+
+
 def run_perturbed(
-    found: Found,
+    keeper: Keeper,
     perturbation: Perturbation,
     structure: Structure,
     seed: Tensor | None,
@@ -326,7 +343,7 @@ def run_perturbed(
         outputs, h_n, _ = torch.ops.anpgpu.rnn(inputs, hx, list(weights), list(masks), lengths, *structure)
         return outputs, h_n
     scalars = tuple(getattr(perturbation, name) for name in FIELDS)
-    call = Call(found, structure, scalars, len(weights))
+    call = Call(keeper, structure, scalars, len(weights))
     outputs, h_n, *_ = PerturbedRNN.apply(call, seed, lengths, inputs, hx, *weights, *masks)  # type: ignore[no-untyped-call]
     return outputs, h_n
 
@@ -351,5 +368,5 @@ def _rebuild(left: Left, structure: Structure, dtype: torch.dtype) -> CleanRun:
             tuple(LayerRun(in_processing_order(values, bool(side), lengths), one) for side, one in enumerate(here))
         )
         sides = [in_processing_order(one[1:], bool(side), lengths) for side, one in enumerate(here)]
-        values = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
+        values = joined(sides)
     return CleanRun(tuple(layers), tuple(masks), values, values.new_empty(0))

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anpgpu.kernels.cell import CellForms
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, SquaredLoss
-from anpgpu.runtime.dispatch import choose_backend, implementation
+from anpgpu.kernels.rollout import Rollout, RolloutOptions
+from anpgpu.registry import CELLS
+from anpgpu.runtime.dispatch import choose_backend, implementation, stored_dtype
+from anpgpu.runtime.ranges import entered
 
 Results = Tensor | tuple[Tensor, ...]
 
@@ -91,9 +95,10 @@ def noise(
     backend: str,
 ) -> Tensor:
     """Return noise, (T, B, P, H), contiguous; see `anpgpu.kernels.noise`."""
-    made: Tensor = implementation("noise", choose_backend(backend, seed.device, dtype))(
-        seed, tuple(shape), sigma=sigma, kind=kind, counters=Counters(*counters), dtype=dtype
-    )
+    with entered("noise"):
+        made: Tensor = implementation("noise", choose_backend(backend, seed.device, dtype))(
+            seed, tuple(shape), sigma=sigma, kind=kind, counters=Counters(*counters), dtype=dtype
+        )
     return made.contiguous()
 
 
@@ -104,29 +109,38 @@ def _(
     return seed.new_empty(tuple(shape), dtype=dtype)
 
 
-LOSSES: dict[str, type[Loss]] = {
-    "linear": LinearLoss,
-    "squared": SquaredLoss,
-    "cross_entropy": CrossEntropyLoss,
-    "outputs": OutputsOnly,
-}
+LOSSES: tuple[type[Loss], ...] = (LinearLoss, SquaredLoss, CrossEntropyLoss, OutputsOnly)
+NO_LOSS = ""
+"""What an op takes for the loss where there is none."""
+
 LOSS_TENSORS = ("grad", "error", "probs", "readout", "weight", "target")
 """Every tensor a loss may have; an op takes them all, most of them None."""
 
 
 def loss_arguments(loss: Loss | None) -> tuple[str, tuple[Tensor | None, ...]]:
     """Return a loss as an op takes it: its name and `LOSS_TENSORS`."""
-    name = next((name for name, kind in LOSSES.items() if isinstance(loss, kind)), "none")
+    name = NO_LOSS if loss is None else type(loss).__name__
     return name, tuple(getattr(loss, tensor, None) for tensor in LOSS_TENSORS)
 
 
 def _loss_of(name: str, tensors: Sequence[Tensor | None]) -> Loss | None:
     """Return the loss that `loss_arguments` took apart."""
-    if name == "none":
+    if name == NO_LOSS:
         return None
-    given = dict(zip(LOSS_TENSORS, tensors, strict=True))
-    kind: Any = LOSSES[name]
-    return kind(**{field: given[field] for field in kind._fields})  # type: ignore[no-any-return]
+    fields = dict(zip(LOSS_TENSORS, tensors, strict=True))
+    kind: Any = next(kind for kind in LOSSES if kind.__name__ == name)
+    return kind(**{field: fields[field] for field in kind._fields})  # type: ignore[no-any-return]
+
+
+def option_scalars(options: RolloutOptions) -> tuple[Any, ...]:
+    """Return options as an op takes them: the cell by its name."""
+    return tuple(field.name if isinstance(field, CellForms) else field for field in options)
+
+
+def _options_of(scalars: Sequence[Any]) -> RolloutOptions:
+    """Return the options that `option_scalars` took apart."""
+    options: Any = RolloutOptions(*scalars)
+    return options._replace(cell=CELLS[options.cell].forms)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op(
@@ -134,47 +148,50 @@ def _loss_of(name: str, tensors: Sequence[Tensor | None]) -> Loss | None:
     mutates_args=(),
     schema="(Tensor preact, Tensor hidden, Tensor weight_hh, Tensor seed, Tensor? delta_h0, "
     "Tensor? grad, Tensor? error, Tensor? probs, Tensor? readout, Tensor? weight, Tensor? target, str loss, "
-    "SymInt rollouts, float sigma, str noise, str nonlinearity, str precision, bool store_delta_a, SymInt[] counters, "
+    "SymInt rollouts, float sigma, str noise, str cell, str precision, bool store_delta_a, SymInt[] counters, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def rollout(
     preact: Tensor, hidden: Tensor, weight_hh: Tensor, seed: Tensor, delta_h0: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `Rollout`, contiguous, an empty tensor wherever it has None; see `anpgpu.kernels.rollout`."""
-    tensors, (loss, *options, counters, backend) = rest[: len(LOSS_TENSORS)], rest[len(LOSS_TENSORS) :]
-    run = implementation("rollout", choose_backend(backend, preact.device, preact.dtype))
+    tensors, (loss, *scalars, counters, backend) = rest[: len(LOSS_TENSORS)], rest[len(LOSS_TENSORS) :]
+    options = _options_of(scalars)
+    run = implementation("rollout", choose_backend(backend, preact.device, preact.dtype, options.cell))
     # `precision` says what the operands are; loss differences and sums stay in the tensors' type.
-    with torch.autocast(preact.device.type, enabled=False):
-        found: Rollout = run(
+    with torch.autocast(preact.device.type, enabled=False), entered("rollout"):
+        moved: Rollout = run(
             preact,
             hidden,
             weight_hh,
             _loss_of(loss, tensors),
             seed,
-            options=RolloutOptions(*options),
+            options=options,
             counters=Counters(*counters),
             delta_h0=delta_h0,
         )
-    parts = [preact.new_empty(0) if part is None else part.contiguous() for part in found]
-    return parts[0], parts[1], parts[2], parts[3]
+    results = [preact.new_empty(0) if tensor is None else tensor.contiguous() for tensor in moved]
+    return results[0], results[1], results[2], results[3]
 
 
 @rollout.register_fake
 def _(
     preact: Tensor, hidden: Tensor, weight_hh: Tensor, seed: Tensor, delta_h0: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    readout, (loss, *scalars, _, backend) = rest[LOSS_TENSORS.index("readout")], rest[len(LOSS_TENSORS) :]
-    options = RolloutOptions(*scalars)
+    tensors, (name, *scalars, _, backend) = rest[: len(LOSS_TENSORS)], rest[len(LOSS_TENSORS) :]
+    options, loss = _options_of(scalars), _loss_of(name, tensors)
+    readout = None if loss is None else loss.readout
     time, batch, units = preact.shape
     rows = (batch, options.rollouts)
     outputs = units if readout is None else readout.shape[0]
-    half = options.precision in {"bf16", "fp16"}
-    kept = torch.bfloat16 if half and choose_backend(backend, preact.device, preact.dtype) == "triton" else preact.dtype
+    chosen = choose_backend(backend, preact.device, preact.dtype, options.cell)
+    kept = stored_dtype(chosen, options.precision, preact.dtype)
+    measured = loss is not None and loss.measured
     return (
-        preact.new_empty((0,) if loss in {"none", "outputs"} else (time, *rows)),
+        preact.new_empty((time, *rows) if measured else (0,)),
         preact.new_empty((time, *rows, units), dtype=kept) if options.store_delta_a else preact.new_empty(0),
         preact.new_empty((*rows, units)),
-        preact.new_empty((time, *rows, outputs) if loss == "outputs" else (0,)),
+        preact.new_empty((0,) if loss is None or measured else (time, *rows, outputs)),
     )
 
 
@@ -185,9 +202,9 @@ def _(
 )
 def returns(delta_loss: Tensor, carry: Tensor | None, discount: float, backend: str) -> Tensor:
     """Return the credit, (T, B, P), contiguous; see `anpgpu.kernels.adjoint`."""
-    credit: Tensor = implementation("returns", choose_backend(backend, delta_loss.device, delta_loss.dtype))(
-        delta_loss, discount, carry=carry
-    )
+    run = implementation("returns", choose_backend(backend, delta_loss.device, delta_loss.dtype))
+    with entered("returns"):
+        credit: Tensor = run(delta_loss, discount, carry=carry)
     return credit.contiguous()
 
 
@@ -199,14 +216,14 @@ def _(delta_loss: Tensor, carry: Tensor | None, discount: float, backend: str) -
 @torch.library.custom_op(
     "anpgpu::adjoint",
     mutates_args=(),
-    schema="(Tensor credit, Tensor? delta_a, Tensor seed, str method, SymInt units, float sigma, str noise, "
+    schema="(Tensor credit, Tensor? delta_a, Tensor seed, str weight_by, SymInt units, float sigma, str noise, "
     "str precision, SymInt[] counters, str backend) -> Tensor",
 )
 def adjoint(
     credit: Tensor,
     delta_a: Tensor | None,
     seed: Tensor,
-    method: str,
+    weight_by: str,
     units: int,
     sigma: float,
     noise: str,
@@ -216,12 +233,12 @@ def adjoint(
 ) -> Tensor:
     """Return the sums over even and odd rollouts, (2, T, B, H), contiguous; see `anpgpu.kernels.adjoint`."""
     run = implementation("adjoint", choose_backend(backend, credit.device, credit.dtype))
-    with torch.autocast(credit.device.type, enabled=False):
+    with torch.autocast(credit.device.type, enabled=False), entered("adjoint"):
         sums: Tensor = run(
             credit,
             delta_a,
             seed,
-            method=method,
+            weight_by=weight_by,
             units=units,
             options=RolloutOptions(credit.shape[2], sigma, noise, precision=precision),
             counters=Counters(*counters),
@@ -230,5 +247,5 @@ def adjoint(
 
 
 @adjoint.register_fake
-def _(credit: Tensor, delta_a: Tensor | None, seed: Tensor, method: str, units: int, *rest: Any) -> Tensor:
+def _(credit: Tensor, delta_a: Tensor | None, seed: Tensor, weight_by: str, units: int, *rest: Any) -> Tensor:
     return credit.new_empty((2, *credit.shape[:2], units))

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from .ranges import within
+from anpgpu.kernels.cell import CellForms
+from anpgpu.perturbation import AUTO
+from anpgpu.registry import BACKENDS
 
 OP_MODULES = {
     "noise": "noise",
@@ -21,56 +23,119 @@ OP_MODULES = {
     "adjoint": "adjoint",
     "rollout_adjoint": "adjoint",
 }
-SPECIAL_FORMS = {("deflate", "numba"): "least_squares_numba"}
-SUFFIXES = {"torch": "", "numba": "_numba", "triton": "_triton", "cupy": "_cupy"}
+"""The stem of the kernel file that holds an op; ops are profiled by these names."""
+
+PART_MODULES = {"deflate": "least_squares"}
+"""The same of what is part of an op on some backends."""
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return "triton", "cupy", "numba" or "torch".
+class Backend:
+    """A set of implementations of the ops, and what it runs on; every entry of `BACKENDS` derives from it."""
 
-    Args:
-        requested: one of these, or "auto": triton for CUDA tensors, numba for the CPU's where it is installed, torch
-            otherwise. Triton's and Numba's kernels have no float64; "auto" runs float64 in torch.
-        device: where the tensors are.
-        dtype: the rollouts' working type.
+    suffix: str = ""
+    """Of its kernel files."""
+    float64: bool = True
+    instead: str = ""
+    """What float64 tensors may ask for where it has no float64 kernels."""
+    fuses: bool = False
+    """Whether `rollout_adjoint` is one kernel, so that rollouts are credited without their activity being stored."""
+    narrow_activity: bool = False
+    """Whether activity differences of 16-bit operands are stored as bfloat16."""
+    own_recursion: bool = False
+    """Whether it has a form of its own of the least-squares recursion, `deflate`."""
 
-    Raises:
-        ImportError: the requested backend is not installed.
-        ValueError: it cannot run on that device or type.
-    """
-    on_cuda, on_cpu = device.type == "cuda", device.type == "cpu"
-    if requested == "auto":
-        if dtype == torch.float64:
-            return "torch"
-        return "triton" if on_cuda else "numba" if on_cpu and _has_numba() else "torch"
-    if requested == "torch":
-        return "torch"
-    if requested in {"triton", "numba"} and dtype == torch.float64:
-        others = "'torch' or 'cupy'" if requested == "triton" else "'torch'"
-        raise ValueError(f"backend={requested!r} has no float64 kernels; use backend={others}, or float32")
-    if requested == "numba":
-        if not on_cpu:
-            raise ValueError(f"backend='numba' needs CPU tensors, got {device}")
-        return _imported("numba", "Numba: pip install 'anpgpu[cpu]'")
-    if requested == "triton":
+    @staticmethod
+    def check(device: torch.device) -> None:
+        """Raise where it cannot run on tensors of a device.
+
+        Raises:
+            ImportError: a package that it needs is not installed.
+            ValueError: it does not run on that device.
+        """
+
+
+@BACKENDS.add("triton")
+class Triton(Backend):
+    """Triton kernels, for CUDA tensors; on the CPU in Triton's interpreter alone."""
+
+    suffix, float64, instead, fuses, narrow_activity = "_triton", False, "'torch' or 'cupy'", True, True
+
+    @staticmethod
+    def check(device: torch.device) -> None:
+        """Raise without triton, or where it has nothing to run on."""
         if importlib.util.find_spec("triton") is None:
             raise ImportError("backend='triton' needs the package triton, which is not installed")
-        if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1 in the environment), got {device}"
             )
-        return "triton"
-    if not on_cuda:
-        raise ValueError(f"backend='cupy' needs CUDA tensors, got {device}")
-    return _imported("cupy", "CuPy: pip install 'anpgpu[cuda12]' or 'anpgpu[cuda13]', after the CUDA version")
 
 
-def _imported(backend: str, needs: str) -> str:
+@BACKENDS.add("cupy")
+class CuPy(Backend):
+    """Plain CUDA C, one thread per element: the oracle of the Triton kernels."""
+
+    suffix = "_cupy"
+
+    @staticmethod
+    def check(device: torch.device) -> None:
+        """Raise without CuPy, or off a GPU."""
+        if device.type != "cuda":
+            raise ValueError(f"backend='cupy' needs CUDA tensors, got {device}")
+        _import("cupy", "CuPy: pip install 'anpgpu[cuda12]' or 'anpgpu[cuda13]', after the CUDA version")
+
+
+@BACKENDS.add("numba")
+class Numba(Backend):
+    """Compiled loops, for float32 on the CPU."""
+
+    suffix, float64, instead, own_recursion = "_numba", False, "'torch'", True
+
+    @staticmethod
+    def check(device: torch.device) -> None:
+        """Raise without Numba, or off the CPU."""
+        if device.type != "cpu":
+            raise ValueError(f"backend='numba' needs CPU tensors, got {device}")
+        _import("numba", "Numba: pip install 'anpgpu[cpu]'")
+
+
+@BACKENDS.add("torch")
+class Torch(Backend):
+    """The reference, on every device and in every type."""
+
+
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, forms: CellForms | None = None) -> str:
+    """Return the name of the backend that runs.
+
+    Args:
+        requested: a name of `BACKENDS`, or "auto": triton for CUDA tensors, numba for the CPU's where it is installed,
+            torch otherwise, for float64, and for a cell without a form on these.
+        device: where the tensors are.
+        dtype: the rollouts' working type.
+        forms: of the cell whose rollouts are run; None for what is the same for every cell.
+
+    Raises:
+        ImportError: the requested backend is not installed.
+        ValueError: there is no such backend, or it cannot run on that device or type, or has no form of the cell.
+    """
+    if requested == AUTO:
+        fast = "triton" if device.type == "cuda" else "numba" if device.type == "cpu" and _has_numba() else "torch"
+        serves = BACKENDS[fast].float64 or dtype != torch.float64
+        return fast if serves and (forms is None or getattr(forms, fast) is not None) else "torch"
+    backend = BACKENDS[requested]
+    if dtype == torch.float64 and not backend.float64:
+        raise ValueError(f"backend={requested!r} has no float64 kernels; use backend={backend.instead}, or float32")
+    backend.check(device)
+    if forms is not None and getattr(forms, requested, None) is None:
+        forms.on(requested)
+    return requested
+
+
+def _import(package: str, needs: str) -> None:
     try:
-        importlib.import_module(backend)
+        importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"backend={backend!r} needs {needs} ({error})") from error
-    return backend
+        raise ImportError(f"backend={package!r} needs {needs} ({error})") from error
 
 
 @functools.cache
@@ -90,17 +155,16 @@ def _has_numba() -> bool:
     return True
 
 
+def stored_dtype(backend: str, precision: str, working: torch.dtype) -> torch.dtype:
+    """Return the type in which a backend's rollouts leave activity differences."""
+    narrow = BACKENDS[backend].narrow_activity and precision in {"bf16", "fp16"}
+    return torch.bfloat16 if narrow else working
+
+
 @functools.cache
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """Return the function that is `op` on `backend`, in the range of its name."""
-    module = importlib.import_module(f"anpgpu.kernels.{OP_MODULES[op]}{SUFFIXES[backend]}")
-    return within(op)(getattr(module, op))
-
-
-@functools.cache
-def special_form(op: str, backend: str) -> Callable[..., Any] | None:
-    """Return a backend's own form of a step that every other takes in torch; None where it has none."""
-    if (op, backend) not in SPECIAL_FORMS:
-        return None
-    form: Callable[..., Any] = getattr(importlib.import_module(f"anpgpu.kernels.{SPECIAL_FORMS[op, backend]}"), op)
-    return form
+    """Return the function that is `op` on `backend`."""
+    stem = {**OP_MODULES, **PART_MODULES}[op]
+    module = importlib.import_module(f"anpgpu.kernels.{stem}{BACKENDS[backend].suffix}")
+    function: Callable[..., Any] = getattr(module, op)
+    return function

@@ -15,12 +15,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from anpgpu.kernels.noise import padded
-from anpgpu.kernels.rollout import SPARE_BYTES
+from anpgpu.kernels.scratch import SPARE_BYTES
 
 Parts = TypeVar("Parts")
 Result = TypeVar("Result")
@@ -50,14 +50,25 @@ class Shape(NamedTuple):
     hidden: int
     outputs: int
     """Floats kept per step and rollout besides delta_a and its credit: the outputs of a black-box loss, else 0."""
-    stores_delta_a: bool
+    stores_delta: bool
+    """Whether delta_a is stored."""
+    whole_samples: bool
+    """Whether all rollouts of a sample are run at once."""
     clean_floats: int
     """Floats of clean activity per step and sample that count: 0 where the clean run is kept anyway."""
-    gram_floats: int
-    """Floats per step and sample that a least-squares estimate adds; it takes all rollouts at once. 0 otherwise."""
+    extra_floats: int
+    """Floats per step and sample that the estimator adds."""
     layers: int
     """Layers whose rollouts are kept at segment starts at the same time."""
     itemsize: int
+
+    def divide(self, max_memory: int, device_type: str) -> Division:
+        """Return the coarsest division that fits; see `divide`."""
+        return divide(self, max_memory, device_type)
+
+    def needed_bytes(self, division: Division) -> int:
+        """Return what a division needs; see `needed_bytes`."""
+        return needed_bytes(self, division)
 
 
 class Division(NamedTuple):
@@ -79,8 +90,8 @@ def needed_bytes(shape: Shape, division: Division) -> int:
     """Return what a division needs, in bytes: an upper estimate, checked against measured peaks."""
     length = -(-shape.time // division.segments)
     block = division.samples * division.rollouts
-    per_step = block * (padded(shape.hidden) * shape.stores_delta_a + 4)
-    per_step += division.samples * (6 * shape.hidden + shape.clean_floats + shape.gram_floats)
+    per_step = block * (padded(shape.hidden) * shape.stores_delta + 4)
+    per_step += division.samples * (6 * shape.hidden + shape.clean_floats + shape.extra_floats)
     tiles = block * (6 * shape.hidden + 2 * shape.outputs)
     # Output deviations in segments and put together, outputs, and temporaries of the loss that is called.
     whole = shape.time * block * 6 * shape.outputs + (shape.time * division.samples * shape.rollouts) * bool(
@@ -103,11 +114,11 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
         MemoryError: one rollout of one sample at a time needs more; the message says how much.
     """
     rows_wanted = min(ROWS_WANTED.get(device_type, ROWS_WANTED["cuda"]), shape.batch * shape.rollouts)
-    parts = [shape.rollouts] if shape.gram_floats else _halved(shape.rollouts)
+    parts = [shape.rollouts] if shape.whole_samples else _halved(shape.rollouts)
     blocks = [(samples, rollouts) for samples in _halved(shape.batch) for rollouts in parts]
     full = [block for block in blocks if block[0] * block[1] >= rows_wanted]
     whole = full
-    if device_type == "cpu" and shape.stores_delta_a:
+    if device_type == "cpu" and shape.stores_delta:
         # Memory that does not stay allocated costs a page fault for every 4 KB.
         each = shape.itemsize * shape.time * padded(shape.hidden)
         whole = [block for block in full if block[0] * block[1] * each <= SPARE_BYTES] or full
@@ -137,25 +148,20 @@ def one_after_another(segments: Iterable[slice], device: torch.device) -> Iterat
         yield steps
 
 
-def divided(
-    shape: Shape, max_memory: int | None, device: torch.device, work: Callable[[Division], Result], *, alone: bool
-) -> Result:
-    """Return `work(division)` at the coarsest division that fits; see `within_memory`."""
-    return within_memory(
-        default_memory(device) if max_memory is None else max_memory,
-        device,
-        lambda most: divide(shape, most, device.type),
-        lambda division: needed_bytes(shape, division),
-        work,
-        alone=alone,
-    )
+class Divisible(Protocol[Parts]):
+    """Work that can be divided, by what it needs."""
+
+    def divide(self, max_memory: int, device_type: str) -> Parts:
+        """Return the coarsest division that needs no more bytes; raise MemoryError where none does."""
+
+    def needed_bytes(self, parts: Parts) -> int:
+        """Return what a division needs."""
 
 
 def within_memory(
-    max_memory: int,
+    whole: Divisible[Parts],
+    max_memory: int | None,
     device: torch.device,
-    choose: Callable[[int], Parts],
-    needed: Callable[[Parts], int],
     work: Callable[[Parts], Result],
     *,
     alone: bool,
@@ -163,10 +169,9 @@ def within_memory(
     """Return `work(parts)`; where memory runs out, do all of it again in half the memory, and so on down.
 
     Args:
-        max_memory: bytes to begin with, or fewer where memory ran out on that device before.
+        whole: what is divided.
+        max_memory: bytes to begin with, or fewer where memory ran out on that device before; None is the default.
         device: where the work runs.
-        choose: from bytes to the coarsest parts that need no more; raises MemoryError where none do.
-        needed: the bytes some parts need.
         work: what to do. It is called again, so it must leave nothing behind before it returns.
         alone: False where other processes divide alike and would wait for this one: running out is then an error.
 
@@ -174,11 +179,12 @@ def within_memory(
         MemoryError: `max_memory` is too little.
         torch.OutOfMemoryError: memory ran out at the smallest division; the message says what that needs.
     """
-    parts = choose(max_memory)
+    max_memory = default_memory(device) if max_memory is None else max_memory
+    parts = whole.divide(max_memory, device.type)
     limit = _lowered.get(device, max_memory)
     while alone and limit < max_memory:
         # Other work may need more at the least than what was left for that which ran out.
-        smaller = _at_most(limit, choose)
+        smaller = _at_most(limit, whole, device)
         if smaller is not None:
             parts = smaller
             break
@@ -191,20 +197,20 @@ def within_memory(
                 raise
             reason = str(error)
         # Here, outside the handler, no traceback holds what the failed attempt had allocated.
-        used = needed(parts)
+        used = whole.needed_bytes(parts)
         if not alone:
             raise torch.OutOfMemoryError(
                 f"out of memory with rollouts shared between processes, which have to divide alike: lower max_memory, "
                 f"in all of them, below {used} bytes ({reason})"
             )
         half = FIXED_BYTES + (used - FIXED_BYTES) // 2
-        smaller = _at_most(half, choose) or _at_most(used - 1, choose)
+        smaller = _at_most(half, whole, device) or _at_most(used - 1, whole, device)
         if smaller is None:
             raise torch.OutOfMemoryError(
                 f"out of memory at the smallest division, {parts}, which needs about {used} bytes on {device} beside "
                 f"parameters, inputs, targets and outputs; a shorter sequence or fewer units would fit ({reason})"
             )
-        _lowered[device] = needed(smaller)
+        _lowered[device] = whole.needed_bytes(smaller)
         warnings.warn(
             f"out of memory on {device} with {parts}; going on with {smaller}, in this update and those to come "
             f"(max_memory={_lowered[device]} divides like that from the start)",
@@ -214,9 +220,9 @@ def within_memory(
         parts = smaller
 
 
-def _at_most(limit: int, choose: Callable[[int], Parts]) -> Parts | None:
+def _at_most(limit: int, whole: Divisible[Parts], device: torch.device) -> Parts | None:
     try:
-        return choose(limit)
+        return whole.divide(limit, device.type)
     except MemoryError:
         return None
 
@@ -231,11 +237,6 @@ def segments_of(time: int, division: Division) -> list[slice]:
     """Return the time segments of a division, first to last."""
     length = -(-time // division.segments)
     return [slice(start, min(start + length, time)) for start in range(0, time, length)]
-
-
-def gram_floats(method: str, rollouts: int, hidden: int) -> int:
-    """Return a least-squares estimate's floats per step and sample: delta_a again, the Gram matrix and its factor."""
-    return rollouts * hidden + 2 * min(rollouts, hidden) ** 2 if method == "anp-ls" else 0
 
 
 def _halved(count: int) -> list[int]:

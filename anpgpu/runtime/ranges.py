@@ -57,6 +57,27 @@ def _attributes(domain: Any, name: str) -> Any:
     return domain.get_event_attributes(message=name, category=RANGES[name])
 
 
+NOWHERE = contextlib.nullcontext()
+
+
+def entered(name: str) -> contextlib.AbstractContextManager[object]:
+    """Return a context in the range `name`, one of `RANGES`; for `with`, at once."""
+    # What is traced holds no ranges: the ops that run later bring their own.
+    if torch.compiler.is_compiling():
+        return NOWHERE
+    domain = listening()
+    recorded = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    if domain is None and not recorded:
+        return NOWHERE
+    stack = contextlib.ExitStack()
+    if domain is not None:
+        domain.push_range(_attributes(domain, name))
+        stack.callback(domain.pop_range)
+    if recorded:
+        stack.enter_context(torch.profiler.record_function(f"{DOMAIN}::{name}"))
+    return stack
+
+
 def within(name: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Return a decorator: the function runs in the range `name`.
 
@@ -65,24 +86,11 @@ def within(name: str) -> Callable[[Callable[Arguments, Result]], Callable[Argume
     """
     if name not in RANGES:
         raise ValueError(f"a range is one of {', '.join(RANGES)}, got {name!r}")
-    label = f"{DOMAIN}::{name}"
 
     def wrap(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(function)
         def inside(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-            # What is traced holds no ranges: the ops that run later bring their own.
-            if torch.compiler.is_compiling():
-                return function(*arguments, **named)
-            domain = listening()
-            recorded = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-            if domain is None and not recorded:
-                return function(*arguments, **named)
-            with contextlib.ExitStack() as stack:
-                if domain is not None:
-                    domain.push_range(_attributes(domain, name))
-                    stack.callback(domain.pop_range)
-                if recorded:
-                    stack.enter_context(torch.profiler.record_function(label))
+            with entered(name):
                 return function(*arguments, **named)
 
         return inside

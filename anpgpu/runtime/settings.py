@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anpgpu.checks import sigma_range
+from anpgpu.checks import SIGMA_RANGES
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.perturbation import Perturbation
+from anpgpu.registry import ESTIMATORS, Estimator
 
 from .dispatch import choose_backend
+from .memory import Shape
 from .processes import Share, share_of
 
 PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -21,6 +23,8 @@ class Settings(NamedTuple):
     """A `Perturbation` resolved for given parameters."""
 
     method: str
+    """The estimator's name, for messages."""
+    estimator: type[Estimator]
     discount: float
     ridge: float
     baseline: bool
@@ -31,10 +35,31 @@ class Settings(NamedTuple):
     process_rank: int
     share: Share
 
-    @property
-    def parts(self) -> int:
-        """How many parts the estimates come in; see `layers.GradientSums`."""
-        return 3 if self.method == "anp-ls" else 2
+    def shape(
+        self,
+        *,
+        time: int,
+        batch: int,
+        hidden: int,
+        itemsize: int,
+        outputs: int = 0,
+        clean_floats: int = 0,
+        layers: int = 1,
+    ) -> Shape:
+        """Return what the memory of a layer's rollouts depends on; see `memory.Shape` for the arguments."""
+        return Shape(
+            time=time,
+            batch=batch,
+            rollouts=self.share.most,
+            hidden=hidden,
+            outputs=outputs,
+            stores_delta=self.estimator.stores_delta,
+            whole_samples=self.estimator.whole_samples,
+            clean_floats=clean_floats,
+            extra_floats=self.estimator.extra_floats(self.share.most, hidden),
+            layers=layers,
+            itemsize=itemsize,
+        )
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,8 +67,13 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Settings:
+def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
     """Resolve a perturbation for a layer's parameters, under the ambient autocast.
+
+    Args:
+        perturbation: the knobs.
+        cell: what the layer computes, an entry of `registry.CELLS`.
+        weight: a parameter, for its type and device.
 
     Raises:
         ImportError: the requested backend is missing.
@@ -53,7 +83,7 @@ def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Se
     if not weight.is_floating_point():
         raise TypeError(f"perturbation learning needs floating parameters, got {weight.dtype}; use method='bptt'")
     dtype = working_dtype(weight.dtype)
-    least, most = sigma_range(dtype)
+    least, most = SIGMA_RANGES[dtype]
     if not least <= perturbation.sigma <= most:
         raise ValueError(f"sigma must be in [{least}, {most}] for {dtype}, got {perturbation.sigma!r}")
     precision = perturbation.precision
@@ -70,24 +100,24 @@ def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Se
             precision = "bf16"
         else:
             precision = PRECISION_OF.get(weight.dtype, "fp32")
-    share = share_of(
-        perturbation.rollouts, shared=perturbation.shard_rollouts, by_samples=perturbation.method == "anp-ls"
-    )
+    estimator = ESTIMATORS[perturbation.method]
+    share = share_of(perturbation.rollouts, shared=perturbation.shard_rollouts, by_samples=estimator.whole_samples)
     options = RolloutOptions(
         rollouts=share.own.stop - share.own.start,
         sigma=float(perturbation.sigma),
         noise=perturbation.noise,
-        nonlinearity=nonlinearity,
+        cell=cell.forms,
         precision=precision,
     )
     return Settings(
         method=perturbation.method,
+        estimator=estimator,
         discount=float(perturbation.discount),
         ridge=float(perturbation.ridge),
         baseline=perturbation.baseline,
         rank=perturbation.rank,
         options=options,
-        backend=choose_backend(perturbation.backend, weight.device, dtype),
+        backend=choose_backend(perturbation.backend, weight.device, dtype, cell.forms),
         process_rank=0 if perturbation.shard_rollouts else process_rank(),
         share=share,
     )

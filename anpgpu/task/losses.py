@@ -1,7 +1,8 @@
 """Losses that `estimate_grad_` measures: values, exact output gradients, and what the rollouts need to see of them.
 
 Everything here is time first and batched; padded and ignored steps have weight zero. A loss is the mean over the steps
-that count, so the weights sum to one.
+that count, so the weights sum to one. A class per loss, in the table `registry.LOSSES`; a callable of the caller's is a
+`BlackBox`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
-from anpgpu.kernels.rollout import CrossEntropyLoss, Loss, OutputsOnly, SquaredLoss
-from anpgpu.network.stack import in_processing_order
+from anpgpu.kernels.loss import CrossEntropyLoss, Loss, OutputsOnly, SquaredLoss
+from anpgpu.network.weights import in_processing_order
+from anpgpu.registry import LOSSES
 
 IGNORE_INDEX = -100
 """Targets with this class have no cross-entropy, as in `torch.nn.CrossEntropyLoss`."""
 
 LossFunction = Callable[[Tensor, "Tensor | None"], Tensor]
 """loss(outputs (T, B, p, O), targets with a rollout axis of size 1) -> (T, B, p) or (B, p)."""
+
+
+Order = Callable[[Tensor], Tensor]
+"""Brings (L, b, ...) values from the order of time into that in which a layer's direction processes them."""
 
 
 class Targets(NamedTuple):
@@ -33,65 +39,79 @@ class Targets(NamedTuple):
 
 
 class MeasuredLoss:
-    """The loss of a batch of sequences, in pieces."""
+    """The loss of a batch of sequences, in pieces; the base of every loss.
 
-    def __init__(self, loss: str | LossFunction, targets: Targets, valid: Tensor, last_step: Tensor) -> None:
-        self.loss, self.targets, self.valid, self.last_step = loss, targets, valid, last_step
-        # A callable tells by what it returns whether its value is the sequence's.
-        self.per_sequence = not targets.per_step and not callable(loss)
-        self.weight = torch.empty(0)
-        self.dense = targets.values
-        if not callable(loss):
-            self._spread()
+    Args:
+        targets: in canonical form.
+        valid: steps within each sample's length, (T, B) bool.
+        last_step: each sample's last valid step, (B,) int64.
+    """
 
-    def _spread(self) -> None:
-        """Give every step a target and a weight."""
-        values, counted = self.targets.values, self.valid
+    black_box = False
+    """Whether only the caller can measure it."""
+
+    def __init__(self, targets: Targets, valid: Tensor, last_step: Tensor) -> None:
+        self.targets, self.valid, self.last_step = targets, valid, last_step
+        self.per_sequence = not targets.per_step
+        values, counted = targets.values, valid
         time, batch = counted.shape
         assert values is not None  # noqa: S101  (for the type checker; named losses have targets)
         if self.per_sequence:
-            counted = torch.arange(time, device=counted.device).unsqueeze(1) == self.last_step
+            counted = torch.arange(time, device=counted.device).unsqueeze(1) == last_step
             # Expanded, not copied: only the last step's is looked at.
             values = values.unsqueeze(0).expand(time, *values.shape)
-        if self.loss == "cross_entropy":
-            counted = counted & (values != IGNORE_INDEX)
+        counted = self.counted(counted, values)
         count = counted.sum()
         if batch and counted.device.type == "cpu" and not count:
             raise ValueError(f"no step has a loss: every target is ignore_index ({IGNORE_INDEX}) or beyond its length")
         self.weight = counted.to(torch.float64) / count
+        """Share of each step in the reported loss, (T, B)."""
         self.dense = values
+        """A target for every step."""
 
-    @property
-    def black_box(self) -> bool:
-        """Whether only the caller can measure the loss."""
-        return callable(self.loss)
+    @staticmethod
+    def tail(outputs: int) -> tuple[int, ...] | None:
+        """Return the shape of a target behind (T, B), for O outputs; None where it may be any."""
+        raise NotImplementedError
+
+    @staticmethod
+    def checked(targets: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+        """Return targets in the working type; raise TypeError or ValueError where they are no targets of this loss."""
+        raise NotImplementedError
+
+    def counted(self, valid: Tensor, targets: Tensor) -> Tensor:
+        """Return which of the valid steps, (T, B) bool, have a loss."""
+        del targets
+        return valid
+
+    def each(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each step, (L, b), without its weight."""
+        raise NotImplementedError
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the gradient of `each` in its outputs, (L, b, O)."""
+        raise NotImplementedError
+
+    def rollout_loss(
+        self,
+        readout: Tensor | None,
+        outputs: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        order: Order,
+    ) -> Loss:
+        """Return the loss as the kernels take it, its tensors in the order that `order` brings them into."""
+        raise NotImplementedError
 
     def values(self, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
         """Return each step's share of the reported loss, (L, b), from its outputs, (L, b, O)."""
         weight = self.weight[steps, samples].to(outputs.dtype)
-        target = self._dense(steps, samples)
-        if self.loss == "mse":
-            each = (outputs - target).square().mean(-1)
-        else:
-            each = F.cross_entropy(
-                outputs.flatten(0, 1), target.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-            ).view(target.shape)
-        return torch.where(weight == 0, 0, each * weight)
-
-    def _dense(self, steps: slice, samples: slice) -> Tensor:
-        assert self.dense is not None  # noqa: S101  (for the type checker; named losses have targets)
-        return self.dense[steps, samples]
+        return torch.where(weight == 0, 0, self.each(outputs, self.dense[steps, samples]) * weight)
 
     def output_gradient(self, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
         """Return dL/do, (L, b, O)."""
         weight = self.weight[steps, samples].to(outputs.dtype).unsqueeze(-1)
-        target = self._dense(steps, samples)
-        if self.loss == "mse":
-            gradient = (outputs - target) * (2 / outputs.shape[-1])
-        else:
-            gradient = torch.softmax(outputs, dim=-1)
-            gradient.scatter_add_(-1, _safe(target).unsqueeze(-1), -torch.ones_like(gradient[..., :1]))
-        return torch.where(weight == 0, 0, gradient * weight)
+        return torch.where(weight == 0, 0, self.gradient(outputs, self.dense[steps, samples]) * weight)
 
     def spec(
         self,
@@ -112,18 +132,150 @@ class MeasuredLoss:
             reverse: whether the layer runs backwards in time.
             lengths: valid steps of these samples.
         """
-        if self.black_box:
-            return OutputsOnly(readout)
         weight = in_processing_order(self.weight[steps, samples].to(outputs.dtype), reverse, lengths)
-        target = self._dense(steps, samples)
-        if self.loss == "mse":
-            return SquaredLoss(readout, in_processing_order(outputs - target, reverse, lengths), weight)
-        probs = in_processing_order(torch.softmax(outputs, dim=-1), reverse, lengths)
-        return CrossEntropyLoss(readout, probs, in_processing_order(_safe(target), reverse, lengths), weight)
+        targets = self.dense[steps, samples]
+        return self.rollout_loss(
+            readout, outputs, targets, weight, lambda values: in_processing_order(values, reverse, lengths)
+        )
 
     def call(self, outputs: Tensor, samples: slice) -> Tensor:
         """Call the caller's loss on outputs (T, b, p, O); return each step's share of the reported loss, (T, b, p)."""
-        assert callable(self.loss)  # noqa: S101  (for the type checker; the caller looked)
+        raise NotImplementedError
+
+
+@LOSSES.add("mse")
+class MeanSquaredError(MeasuredLoss):
+    """The squared error, averaged over outputs and over the steps that count."""
+
+    @staticmethod
+    def tail(outputs: int) -> tuple[int, ...]:
+        """Return (O,)."""
+        return (outputs,)
+
+    @staticmethod
+    def checked(targets: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+        """Return targets in the working type; raise TypeError unless they are floating."""
+        del outputs
+        if not targets.dtype.is_floating_point:
+            raise TypeError(f"targets of loss='mse' must be floating, got {targets.dtype}")
+        return targets.detach().to(dtype)
+
+    def each(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean squared error of each step."""
+        return (outputs - targets).square().mean(-1)
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return 2 (o - y) / O."""
+        return (outputs - targets) * (2 / outputs.shape[-1])
+
+    def rollout_loss(
+        self,
+        readout: Tensor | None,
+        outputs: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        order: Order,
+    ) -> Loss:
+        """Return the squared loss of the kernels."""
+        return SquaredLoss(readout, order(outputs - targets), weight)
+
+
+@LOSSES.add("cross_entropy")
+class CrossEntropy(MeasuredLoss):
+    """Cross-entropy with class indices, averaged over the steps that count; class -100 is ignored."""
+
+    @staticmethod
+    def tail(outputs: int) -> tuple[int, ...]:
+        """Return (): a target is a class index."""
+        del outputs
+        return ()
+
+    @staticmethod
+    def checked(targets: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+        """Return the targets; raise TypeError unless they are int64, ValueError unless they are classes."""
+        del dtype
+        if targets.dtype != torch.int64:
+            raise TypeError(
+                f"targets of loss='cross_entropy' must be class indices of dtype int64, got {targets.dtype}"
+            )
+        if targets.is_cuda:
+            # Looking would make the host wait.
+            return targets
+        wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= outputs))]
+        if len(wrong):
+            raise ValueError(f"class indices must be in [0, {outputs - 1}] or {IGNORE_INDEX}, got {int(wrong[0])}")
+        return targets
+
+    def counted(self, valid: Tensor, targets: Tensor) -> Tensor:
+        """Leave out the steps whose class is ignored."""
+        return valid & (targets != IGNORE_INDEX)
+
+    def each(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of each step."""
+        flat = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+        return flat.view(targets.shape)
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return softmax(o) minus the target's indicator."""
+        gradient = torch.softmax(outputs, dim=-1)
+        return gradient.scatter_add_(-1, _in_range(targets).unsqueeze(-1), -torch.ones_like(gradient[..., :1]))
+
+    def rollout_loss(
+        self,
+        readout: Tensor | None,
+        outputs: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        order: Order,
+    ) -> Loss:
+        """Return the cross-entropy of the kernels."""
+        return CrossEntropyLoss(readout, order(torch.softmax(outputs, dim=-1)), order(_in_range(targets)), weight)
+
+
+class BlackBox(MeasuredLoss):
+    """A loss of the caller's, which need not be differentiable.
+
+    Args:
+        loss: see `LossFunction`.
+        targets: in canonical form, or without values.
+        valid: steps within each sample's length, (T, B) bool.
+        last_step: each sample's last valid step, (B,) int64.
+    """
+
+    black_box = True
+
+    def __init__(self, loss: LossFunction, targets: Targets, valid: Tensor, last_step: Tensor) -> None:
+        self.loss, self.targets, self.valid, self.last_step = loss, targets, valid, last_step
+        self.per_sequence = False
+        """Told by what the first call returns."""
+        self.weight = torch.empty(0)
+
+    @staticmethod
+    def tail(outputs: int) -> None:
+        """Say that targets may have any shape behind (T, B) or (B,)."""
+        del outputs
+
+    @staticmethod
+    def checked(targets: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+        """Return the targets as they are."""
+        del outputs, dtype
+        return targets
+
+    def spec(
+        self,
+        readout: Tensor | None,
+        outputs: Tensor,
+        steps: slice,
+        samples: slice,
+        reverse: bool,
+        lengths: Tensor | None,
+    ) -> Loss:
+        """Return what makes a rollout return delta_o."""
+        del outputs, steps, samples, reverse, lengths
+        return OutputsOnly(readout)
+
+    def call(self, outputs: Tensor, samples: slice) -> Tensor:
+        """Call the caller's loss on outputs (T, b, p, O); return each step's share of the reported loss, (T, b, p)."""
         time, batch, rollouts, _ = outputs.shape
         targets = self._rollout_targets(samples)
         try:
@@ -159,6 +311,19 @@ class MeasuredLoss:
         return values[:, samples].unsqueeze(2) if self.targets.per_step else values[samples].unsqueeze(1)
 
 
-def _safe(target: Tensor) -> Tensor:
+def loss_class(loss: object) -> type[MeasuredLoss]:
+    """Return the class of a loss given by name or as a callable.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: there is no loss of that name; the message names those that exist.
+    """
+    if callable(loss):
+        return BlackBox
+    kind: type[MeasuredLoss] = LOSSES[loss] if isinstance(loss, str) else LOSSES.find(loss)
+    return kind
+
+
+def _in_range(target: Tensor) -> Tensor:
     """Return class indices with the ignored ones moved into range; their weight is zero."""
     return target.clamp(min=0)

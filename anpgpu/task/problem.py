@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from anpgpu.network.stack import Network, valid_steps
-from anpgpu.perturbation import one_of
+from anpgpu.network.cells import cell_name
+from anpgpu.network.stack import Network
+from anpgpu.network.weights import valid_steps
+from anpgpu.registry import CELLS
 from anpgpu.runtime.settings import working_dtype
 
-from .losses import IGNORE_INDEX, LossFunction, MeasuredLoss, Targets
-
-LOSSES = ("mse", "cross_entropy")
+from .losses import BlackBox, LossFunction, MeasuredLoss, Targets, loss_class
 
 
 class Layout(NamedTuple):
@@ -102,8 +102,7 @@ def canonical(
     """Check the arguments of `estimate_grad_` and bring them to canonical form; see there for what they are."""
     if not isinstance(rnn, nn.RNN):
         raise TypeError(f"rnn must be an anpgpu.RNN or a torch.nn.RNN, got {type(rnn).__name__}")
-    if not callable(loss):
-        one_of("loss", loss, LOSSES)
+    kind = loss_class(loss)
     _check_readout(readout, loss, rnn.hidden_size * (2 if rnn.bidirectional else 1))
     network, values, h_0, given, layout = sequences(rnn, inputs, hx, lengths)
     dtype = values.dtype
@@ -122,8 +121,11 @@ def canonical(
     outputs = network.hidden_size * network.directions if weight_o is None else weight_o.shape[0]
     if callable(loss) and readout is not None and linear is None:
         loss = _behind(readout, loss)
-    measured = MeasuredLoss(
-        loss, _targets(targets, loss, layout, (time, batch, outputs), dtype, values.device), valid, last_step
+    canonical_targets = _targets(targets, kind, layout, (time, batch, outputs), values)
+    measured = (
+        BlackBox(loss, canonical_targets, valid, last_step)
+        if callable(loss)
+        else kind(canonical_targets, valid, last_step)
     )
     dropout = _dropout(rnn.dropout) if rnn.training and rnn.dropout else None
     return Problem(network, weight_o, bias_o, values, h_0, given, measured, dropout, layout)
@@ -161,7 +163,7 @@ def sequences(
         weights,
         biases=rnn.bias,
         directions=2 if rnn.bidirectional else 1,
-        nonlinearity=rnn.nonlinearity,
+        cell=CELLS[cell_name(rnn)],
     ).to(dtype)
     return Sequences(network, values.detach().to(dtype), h_0.detach().to(dtype), given, layout)
 
@@ -262,21 +264,20 @@ def _lengths(lengths: Tensor | Sequence[int] | None, time: int, batch: int) -> T
 
 def _targets(
     targets: Tensor | None,
-    loss: str | LossFunction,
+    kind: type[MeasuredLoss],
     layout: Layout,
     sizes: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
+    inputs: Tensor,
 ) -> Targets:
     """Return targets in canonical form; `sizes` is (T, B, O)."""
     time, batch, outputs = sizes
-    if targets is None and callable(loss):
+    if targets is None and kind.black_box:
         return Targets(None, True)
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
-    if targets.device != device:
-        raise RuntimeError(f"targets are on {targets.device}, the inputs on {device}")
-    tail = {"mse": (outputs,), "cross_entropy": ()}.get(loss) if isinstance(loss, str) else None
+    if targets.device != inputs.device:
+        raise RuntimeError(f"targets are on {targets.device}, the inputs on {inputs.device}")
+    tail = kind.tail(outputs)
     # The caller's layout of (T, B), and of (B,).
     per_step = ((batch, time) if layout.batch_first else (time, batch)) if layout.batched else (time,)
     per_sequence = (batch,) if layout.batched else ()
@@ -288,21 +289,7 @@ def _targets(
     else:
         what = f"{(*per_step, *(tail or ('...',)))} or {(*per_sequence, *(tail or ('...',)))}"
         raise ValueError(f"targets must have shape {what}, got {shape}")
-    if loss == "mse":
-        if not values.dtype.is_floating_point:
-            raise TypeError(f"targets of loss='mse' must be floating, got {values.dtype}")
-        values = values.detach().to(dtype)
-    if loss == "cross_entropy":
-        if values.dtype != torch.int64:
-            raise TypeError(f"targets of loss='cross_entropy' must be class indices of dtype int64, got {values.dtype}")
-        wrong = (
-            values[(values != IGNORE_INDEX) & ((values < 0) | (values >= outputs))]
-            if not values.is_cuda
-            else values[:0]
-        )
-        if len(wrong):
-            raise ValueError(f"class indices must be in [0, {outputs - 1}] or {IGNORE_INDEX}, got {int(wrong[0])}")
-    return Targets(values, each)
+    return Targets(kind.checked(values, outputs, inputs.dtype), each)
 
 
 def _dropout(probability: float) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,214 @@
+"""From the rollouts of one layer to an estimate of its adjoint: a class per rule.
+
+    np      lam_t = mean_p c_t xi_t / sigma^2                     node perturbation
+    anp     lam_t = mean_p c_t H delta_a_t / ||delta_a_t||^2      activity-based node perturbation
+    anp-ls  lam_t = argmin sum_p (c_t - lam . delta_a_t)^2        least squares, c_t without what later noise did
+
+with c_t = delta_loss_t + discount c_{t+1}. A rule gets block after block of rollouts of a segment of steps, last
+segment first, and says what they amount to; it never sees a network. Source: Dalm, van Gerven, Ahmad 2023,
+arXiv:2310.00965 (np); Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967 (anp); anp-ls is derived in
+`kernels/least_squares.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anpgpu.kernels.least_squares import least_squares
+from anpgpu.registry import BACKENDS, ESTIMATORS, Estimator
+from anpgpu.runtime.dispatch import implementation
+from anpgpu.runtime.ranges import entered
+from anpgpu.runtime.settings import Settings
+
+from .by_layer import layers_backward, two_directions
+from .by_segment import one_direction
+from .sweep import Block
+
+
+class Rule(Estimator):
+    """How the rollouts of one layer are credited; one object for the rollouts of some samples, over all segments.
+
+    A rule of one's own overrides `add` and `estimate`; `docs/extending.md` goes through one.
+
+    Args:
+        settings: the resolved perturbation.
+        weight_hh: of the layer, (G H, H), for its size, type and device.
+        seed: the noise's key.
+        finite: rollouts that count, (b, P) bool; the sweep clears more of it as it goes.
+    """
+
+    weight_by: str | None = None
+    """What a rollout's credit is multiplied with, "noise" or "activity", where the estimate is a mean of products."""
+    backward = staticmethod(layers_backward)
+
+    @staticmethod
+    def walk(directions: int) -> Callable[[Any], Any]:
+        """Return the walk by segments of time, or for two directions, which need all of time, the one by layers."""
+        return one_direction if directions == 1 else two_directions
+
+    @classmethod
+    def rule(cls, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> Rule:
+        """Return a rule for the rollouts of some samples."""
+        return cls(settings, weight_hh, seed, finite)
+
+    def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
+        self.settings, self.seed, self.finite = settings, seed, finite
+        self.units = weight_hh.shape[1]
+        self.carry = weight_hh.new_zeros(finite.shape)
+        """The return of the step after the segment, (b, P)."""
+        self.sums: Tensor | None = None
+        self.ridge_grown = torch.zeros((), dtype=torch.int64, device=weight_hh.device)
+
+    @property
+    def fused(self) -> bool:
+        """Whether a backend's `rollout_adjoint` does what `add` would: a step is then credited with its own loss."""
+        settings = self.settings
+        direct = self.weight_by is not None and settings.discount == 0 and not settings.baseline
+        return direct and BACKENDS[settings.backend].fuses
+
+    def add(self, block: Block, delta_loss: Tensor, delta_a: Tensor | None) -> None:
+        """Take a block of rollouts of a segment.
+
+        Args:
+            block: which.
+            delta_loss: loss differences, (L, b, p); zero where a rollout does not count.
+            delta_a: activity differences, (L, b, p, H), where the rule stores them.
+        """
+        raise NotImplementedError
+
+    def add_sums(self, sums: Tensor) -> None:
+        """Add what a block's rollouts amount to, (parts, L, b, H)."""
+        self.sums = sums if self.sums is None else self.sums.add_(sums)
+
+    def estimate(self, counts: Tensor) -> Tensor:
+        """Return the estimate of the segment in parts, (parts, L, b, H), and forget it.
+
+        Args:
+            counts: each sample's rollouts that count, over all processes, (b,).
+        """
+        raise NotImplementedError
+
+    def taken(self) -> Tensor:
+        """Return the sums of the segment, and forget them."""
+        sums, self.sums = self.sums, None
+        assert sums is not None  # noqa: S101  (for the type checker; there is at least one block)
+        return sums
+
+
+class MeanOfProducts(Rule):
+    """An estimate that is the mean over rollouts of credit times what the rollout did at that step, f_p.
+
+    With `baseline` a rollout's credit is compared with the mean of the others:
+    sum_p (c_p - mean of the other c) f_p / n = (sum_p c_p f_p - mean c sum_p f_p) / (n - 1), so rollouts may come in
+    blocks.
+    """
+
+    def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
+        super().__init__(settings, weight_hh, seed, finite)
+        self.total: Tensor | None = None
+        """sum_p c_p, (L, b)."""
+        self.unit_sums: Tensor | None = None
+        """sum_p f_p, (parts, L, b, H)."""
+
+    def add(self, block: Block, delta_loss: Tensor, delta_a: Tensor | None) -> None:
+        """Add credit times noise or activity."""
+        with entered("returns"):
+            credit = implementation("returns", self.settings.backend)(
+                delta_loss, self.settings.discount, carry=self.carry[:, block.rollouts]
+            )
+        self.carry[:, block.rollouts] = credit[0]
+        self.add_sums(self._products(credit, block, delta_a))
+        if self.settings.baseline:
+            total = credit.sum(-1)
+            self.total = total if self.total is None else self.total.add_(total)
+            counted = self.finite[:, block.rollouts].to(credit.dtype).expand_as(credit)
+            sums = self._products(counted, block, delta_a)
+            self.unit_sums = sums if self.unit_sums is None else self.unit_sums.add_(sums)
+
+    def _products(self, credit: Tensor, block: Block, delta_a: Tensor | None) -> Tensor:
+        with entered("adjoint"):
+            sums: Tensor = implementation("adjoint", self.settings.backend)(
+                credit,
+                delta_a,
+                self.seed,
+                weight_by=self.weight_by,
+                units=self.units,
+                options=block.options,
+                counters=block.counters,
+            )
+        return sums
+
+    def estimate(self, counts: Tensor) -> Tensor:
+        """Return the mean."""
+        sums = self.taken()
+        if self.total is None or self.unit_sums is None:
+            return sums.div_(counts.view(1, 1, -1, 1))
+        sums -= (self.total / counts).unsqueeze(-1) * self.unit_sums
+        self.total = self.unit_sums = None
+        return sums.div_((counts - 1).clamp(min=1).view(1, 1, -1, 1))
+
+
+@ESTIMATORS.add("anp")
+class ActivityNodePerturbation(MeanOfProducts):
+    """Activity-based node perturbation: the cheapest update of lower variance than np; biased."""
+
+    weight_by = "activity"
+
+
+@ESTIMATORS.add("np")
+class NodePerturbation(MeanOfProducts):
+    """Node perturbation: unbiased at discount 1 for small sigma; its noise is made again instead of stored."""
+
+    weight_by = "noise"
+    stores_delta = False
+
+
+@ESTIMATORS.add("anp-ls")
+class LeastSquares(Rule):
+    """Ridge regression of the return on the activity differences, with the effect of later noise taken out."""
+
+    whole_samples = True
+    parts = 3
+
+    @classmethod
+    def extra_floats(cls, rollouts: int, hidden: int) -> int:
+        """Return delta_a again, the Gram matrix and its factor."""
+        return rollouts * hidden + 2 * min(rollouts, hidden) ** 2
+
+    @classmethod
+    def cost(cls, rollouts: int, hidden: int) -> float:
+        """Add for each of P rollouts m H for the Gram products, m = min(P, H), and m^3 / 6 for the factor."""
+        side = min(rollouts, hidden)
+        return rollouts * (1 + side / hidden) + side**3 / (6 * hidden**2)
+
+    def add(self, block: Block, delta_loss: Tensor, delta_a: Tensor | None) -> None:
+        """Regress, for all rollouts of the samples at once."""
+        settings, backend = self.settings, self.settings.backend
+        assert delta_a is not None  # noqa: S101  (for the type checker; the rule stores it)
+        recursion = implementation("deflate", backend) if BACKENDS[backend].own_recursion else None
+        with entered("least_squares"):
+            sums, self.carry, grown = least_squares(
+                delta_loss,
+                delta_a,
+                self.carry,
+                self.seed,
+                finite=self.finite,
+                discount=settings.discount,
+                ridge=settings.ridge,
+                baseline=settings.baseline,
+                options=block.options,
+                counters=block.counters,
+                draw=implementation("noise", backend),
+                recursion=recursion,
+            )
+        self.add_sums(sums)
+        self.ridge_grown += grown
+
+    def estimate(self, counts: Tensor) -> Tensor:
+        """Return the regression's result, which no count divides."""
+        del counts
+        return self.taken()

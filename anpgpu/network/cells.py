@@ -1,0 +1,137 @@
+"""What one step of a network computes: a class per cell, in the table `registry.CELLS`.
+
+A cell says how a layer runs, which clean values its rollouts need, and what the adjoint, the estimate lam_t of
+dL/da_t, means for weights, inputs and first state. What a step does to a deviation is in `kernels/cell*`, one form per
+backend; `Cell.forms` names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
+
+from anpgpu.kernels.cell import RELU, TANH, CellForms
+from anpgpu.registry import CELLS
+
+from .weights import LayerWeights, in_processing_order
+
+
+class LayerRun(NamedTuple):
+    """The clean activity of one layer and direction over some steps, in processing order."""
+
+    inputs: Tensor
+    """(T, B, I)."""
+    states: Tensor
+    """(T + 1, B, H): the state before the first step, then after each."""
+
+    def segment(self, steps: slice, samples: slice) -> LayerRun:
+        """Return the activity of some steps of some samples."""
+        return LayerRun(self.inputs[steps, samples], self.states[steps.start : steps.stop + 1, samples])
+
+
+class GateAdjoints(NamedTuple):
+    """dL/d(W_ih x + b_ih) and dL/d(W_hh h + b_hh), (parts, T, B, G H); the same tensor where they are equal."""
+
+    inputs: Tensor
+    recurrent: Tensor
+
+
+class Cell:
+    """An Elman cell, h_t = phi(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), and the base of every other.
+
+    A cell of one's own overrides what differs; `docs/extending.md` goes through one.
+    """
+
+    forms: CellForms
+    """What a step does to a deviation, on each backend that has it."""
+    native: bool = True
+    """Whether the forward pass of the torch module, without gradients, computes this cell."""
+
+    @classmethod
+    def run_layer(cls, layer: Sequence[LayerWeights], inputs: Tensor, h_0: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run one layer without perturbation.
+
+        Args:
+            layer: the weights of its directions, one or two.
+            inputs: (T, B, I), in time order.
+            h_0: (directions, B, H).
+
+        Returns:
+            The outputs, (T, B, D * H), and each direction's states, (T + 1, B, H) in processing order.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def preactivations(cls, weights: LayerWeights, run: LayerRun) -> Tensor:
+        """Return a = W_ih x + b_ih + W_hh h_{t-1} + b_hh, (T, B, H), for all steps of a run at once."""
+        preact = F.linear(run.inputs, weights.weight_ih, weights.bias_ih)
+        preact += F.linear(run.states[:-1], weights.weight_hh, weights.bias_hh)
+        return preact
+
+    @classmethod
+    def gate_adjoints(cls, adjoint: Tensor, weights: LayerWeights, run: LayerRun) -> GateAdjoints:
+        """Return what an adjoint, (parts, T, B, H), is for the two products of a step."""
+        del weights, run
+        return GateAdjoints(adjoint, adjoint)
+
+    @classmethod
+    def first_state_gradient(cls, adjoint: Tensor, weights: LayerWeights, run: LayerRun) -> Tensor:
+        """Return dL/dh_0, (B, H), from the adjoint of the first step, (B, H), and a run that begins there."""
+        del run
+        return adjoint @ weights.weight_hh
+
+
+class _Elman(Cell):
+    """What torch's own fused function runs."""
+
+    torch_run: Callable[..., tuple[Tensor, Tensor]]
+
+    @classmethod
+    def run_layer(cls, layer: Sequence[LayerWeights], inputs: Tensor, h_0: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run one layer by the function `torch.nn.RNN` itself calls, and as there both directions at once.
+
+        It projects the inputs before it reverses them, and a row's place in a matrix product may change its rounding.
+        """
+        flat = [weight for weights in layer for weight in weights if weight is not None]
+        biases, both = layer[0].bias_ih is not None, len(layer) == 2
+        outputs, _ = cls.torch_run(inputs, h_0, flat, biases, 1, 0.0, False, both, False)
+        sides = outputs.chunk(len(layer), -1)
+        states = [
+            torch.cat((start.unsqueeze(0).to(side.dtype), in_processing_order(side, bool(number), None)))
+            for number, (start, side) in enumerate(zip(h_0, sides, strict=True))
+        ]
+        return outputs, states
+
+
+@CELLS.add("tanh")
+class Tanh(_Elman):
+    """`torch.nn.RNN` with tanh."""
+
+    forms = TANH
+
+    @staticmethod
+    def torch_run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        """Call torch's function."""
+        return torch._VF.rnn_tanh(*arguments)
+
+
+@CELLS.add("relu")
+class Relu(_Elman):
+    """`torch.nn.RNN` with relu."""
+
+    forms = RELU
+
+    @staticmethod
+    def torch_run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        """Call torch's function."""
+        return torch._VF.rnn_relu(*arguments)
+
+
+def cell_name(module: nn.Module) -> str:
+    """Return the name in `CELLS` of what a recurrent module computes: its attribute `cell`, or its nonlinearity."""
+    name: str = getattr(module, "cell", None) or module.nonlinearity  # type: ignore[assignment]
+    return name
