@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .estimators.found import Estimate, FoundOfProblem
+from .estimators.found import Estimate, FoundOfProblem, NonFiniteRolloutsError
 from .estimators.job import Job
 from .network.cells import cell_name
 from .network.weights import valid_steps
@@ -18,9 +19,9 @@ from .perturbation import Perturbation, check_perturbation
 from .registry import CELLS, ESTIMATORS, Estimator
 from .runtime.memory import default_memory
 from .runtime.ranges import entered
-from .runtime.settings import new_seed, resolve
+from .runtime.settings import check_extent, new_seed, resolve
 from .task.losses import LossFunction
-from .task.problem import Problem, canonical
+from .task.problem import Problem, canonical, packed_like
 
 
 def estimate_grad_(
@@ -33,6 +34,7 @@ def estimate_grad_(
     perturbation: Perturbation | None = None,
     hx: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
+    targets_per: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Estimate:
     """Estimate gradients from forward passes and add them to `.grad`, as `backward()` would; no autograd graph is kept.
@@ -44,14 +46,17 @@ def estimate_grad_(
         inputs: as the rnn's, (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
         targets: per step, (T, B, O) or class indices (T, B), batch first where the inputs are; or per sequence, (B, O)
             or (B,): then only each sample's last valid step has a loss. Class -100 is ignored. For a callable loss, any
-            tensor beginning with (T, B) (taken first, where both fit) or (B,), or None.
+            tensor beginning with (T, B) or (B,), or None.
         loss: "mse" or "cross_entropy", averaged over the steps that count (and outputs); or
             `loss(outputs, targets)` with outputs (T, B, p, O) and targets with a rollout axis of size 1, which returns
-            (T, B, p) values per step or (B, p) per sequence. It may be called on part of the samples, and need not be
-            differentiable; its values are averaged. A Linear readout's weights are then perturbed.
+            (T, B, p) values per step or (B, p) per sequence. It may be called on part of the samples, may work in place
+            and need not be differentiable; its values are averaged. Outputs past a sample's length are zero; targets
+            are as given. A Linear readout's weights are then perturbed. Values that no rollout changes, as those of a
+            step function at a small sigma, teach nothing: a warning says so, once, on the CPU.
         perturbation: the default is the rnn's own, or `Perturbation()`.
         hx: initial state, as the rnn's.
         lengths: valid steps of each sample, (B,), in [1, T]; padding contributes nothing.
+        targets_per: "step" or "sequence", for targets of a callable loss whose sizes fit both.
         generator: where the update's one seed is drawn; the default is torch's default generator of the device.
 
     Returns:
@@ -64,15 +69,22 @@ def estimate_grad_(
     """
     perturbation = check_perturbation(getattr(rnn, "perturbation", None) if perturbation is None else perturbation)
     estimator = ESTIMATORS[perturbation.method]
-    for name, tensor in (("inputs", inputs), ("hx", hx)):
+    for name, tensor in (("inputs", inputs.data if isinstance(inputs, PackedSequence) else inputs), ("hx", hx)):
         _check_leaf(name, tensor, perturbation, estimator)
-    with entered("estimate_grad_"), torch.no_grad(), parametrize.cached():
+    # Tensors of inference mode could not be used outside it, and some live longer than a call.
+    with entered("estimate_grad_"), torch.inference_mode(False), torch.no_grad(), parametrize.cached():
         _compute_parametrized(rnn, readout)
-        problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths)
+        problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths, targets_per)
         work = problem if estimator.exact else _job(rnn, problem, perturbation, generator)
         # BPTT is torch's own, with torch's autocast.
         with nullcontext() if estimator.exact else torch.autocast(problem.inputs.device.type, enabled=False):
-            found: FoundOfProblem = estimator.walk(problem.network.directions)(work)
+            try:
+                found: FoundOfProblem = estimator.walk(problem.network.directions)(work)
+            except NonFiniteRolloutsError as error:
+                _blame_targets(problem, error)
+                raise
+        if problem.loss.black_box and problem.inputs.device.type == "cpu" and not estimator.exact:
+            _warn_unmoved(problem, perturbation)
         _add_gradients(rnn, readout, inputs, hx, problem, found)
         outputs = found.outputs
         if problem.lengths is not None:
@@ -103,9 +115,31 @@ def _check_leaf(name: str, tensor: object, perturbation: Perturbation, estimator
         )
 
 
+def _blame_targets(problem: Problem, error: NonFiniteRolloutsError) -> None:
+    """Raise the error anew where it is the targets that are not finite."""
+    targets = problem.loss.targets.values
+    if targets is not None and targets.is_floating_point() and not bool(torch.isfinite(targets).all()):
+        count = int((~torch.isfinite(targets)).sum())
+        raise NonFiniteRolloutsError(f"targets hold {count} values that are not finite: {error}") from error
+
+
+def _warn_unmoved(problem: Problem, perturbation: Perturbation) -> None:
+    """Warn where no rollout changed a caller's loss, so that every gradient is zero; Python shows it once a place."""
+    loss = problem.loss
+    if loss.moved or not problem.inputs.shape[1]:
+        return
+    warnings.warn(
+        f"no rollout changed the loss, whose values are {loss.returned}, and every gradient is zero: "
+        f"sigma={perturbation.sigma!r} may be too small to move it",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
 def _job(rnn: nn.RNN, problem: Problem, perturbation: Perturbation, generator: torch.Generator | None) -> Job:
     """Return what an estimator by rollouts works on; draw its seed."""
     settings = resolve(perturbation, CELLS[cell_name(rnn)], rnn.all_weights[0][1])
+    check_extent(len(rnn.all_weights), *problem.inputs.shape[:2])
     device, limit = problem.inputs.device, perturbation.max_memory
     return Job(
         problem,
@@ -133,28 +167,26 @@ def _add_gradients(
     problem: Problem,
     found: FoundOfProblem,
 ) -> None:
-    """Add what was found to `.grad` of every leaf that requires a gradient, through parametrizations."""
-    found_of: list[tuple[Tensor | None, Tensor | None]] = []
+    """Add what was found to `.grad` of every leaf that requires a gradient, through parametrizations.
+
+    Autograd itself does it: in place where a gradient is there, with hooks.
+    """
+    gradients: list[tuple[Tensor | None, Tensor | None]] = []
     for weights, sums in zip(rnn.all_weights, found.layers, strict=True):
-        found_of += zip(weights, sums.totals(biases=rnn.bias), strict=True)
+        gradients += zip(weights, sums.totals(biases=rnn.bias), strict=True)
     if isinstance(readout, nn.Linear):
-        found_of += [(readout.weight, found.weight_o), (readout.bias, found.bias_o)]
-    computed = []
-    for weight, gradient in found_of:
-        if weight is None or weight.is_leaf:
-            _add(weight, gradient)
-        elif gradient is not None:
-            computed.append((weight, gradient.to(weight.dtype)))
-    if computed:
-        torch.autograd.backward([weight for weight, _ in computed], [gradient for _, gradient in computed])
-    if isinstance(inputs, Tensor) and inputs.requires_grad:
-        _add(inputs, problem.layout.restore(found.inputs))
+        gradients += [(readout.weight, found.weight_o), (readout.bias, found.bias_o)]
+    if isinstance(inputs, PackedSequence):
+        if inputs.data.requires_grad:
+            gradients.append((inputs.data, packed_like(found.inputs, inputs)))
+    elif inputs.requires_grad:
+        gradients.append((inputs, problem.layout.restore(found.inputs)))
     if hx is not None:
-        _add(hx, found.h_0 if problem.layout.batched else found.h_0.squeeze(1))
-
-
-def _add(leaf: Tensor | None, gradient: Tensor | None) -> None:
-    if leaf is None or gradient is None or not leaf.requires_grad:
-        return
-    gradient = gradient.to(leaf.dtype)
-    leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad + gradient
+        gradients.append((hx, found.h_0 if problem.layout.batched else found.h_0.squeeze(1)))
+    learning = [
+        (tensor, gradient.to(tensor.dtype))
+        for tensor, gradient in gradients
+        if tensor is not None and gradient is not None and tensor.requires_grad
+    ]
+    if learning:
+        torch.autograd.backward([tensor for tensor, _ in learning], [gradient for _, gradient in learning])

@@ -1,4 +1,4 @@
-"""The ops on tensors: `noise`, `rollout`, `returns`, `adjoint`.
+"""The ops on tensors: `noise`, `rollout`, `returns`, `adjoint`; and `release_memory`.
 
 Shapes: T time steps, B batch, P rollouts per sample, H hidden units, O outputs; time first. The equations stand in
 `anpgpu.kernels.noise`, `.rollout` and `.adjoint`. Each op runs where its tensors are; `backend=` chooses another
@@ -16,6 +16,7 @@ from .kernels.cell import TANH
 from .kernels.loss import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, SquaredLoss
 from .kernels.noise import Counters, Purpose
 from .kernels.rollout import Rollout, RolloutOptions
+from .kernels.scratch import release
 from .ops.tensors import loss_arguments, option_scalars, underived
 from .perturbation import NOISES, check_backend
 from .registry import CELLS, ESTIMATORS
@@ -30,6 +31,7 @@ __all__ = [
     "SquaredLoss",
     "adjoint",
     "noise",
+    "release_memory",
     "returns",
     "rollout",
 ]
@@ -243,6 +245,11 @@ def adjoint(
         backend,
     )
     return sums.sum(0) / rollouts
+
+
+def release_memory() -> int:
+    """Give back what updates on the CPU left allocated for the next one, up to 256 MiB; return how many bytes."""
+    return release()
 
 
 def _weight_by(method: str) -> str:

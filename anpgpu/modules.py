@@ -35,7 +35,8 @@ class RNN(nn.RNN):
     gradient of the loss in the outputs, runs perturbed rollouts against it and returns estimates of the gradients of
     weights, biases, inputs and initial state, so that any head, loss and optimiser works.
 
-    Each forward pass that needs gradients draws one 64-bit seed from torch's default generator of the module's device.
+    Each forward pass that needs gradients draws one 64-bit seed from torch's default generator of the module's device,
+    and so does one in training mode under `torch.no_grad`, which activation checkpointing may repeat with gradients.
 
     torch.compile takes it as two ops, in a full graph; the first RNN of a process sets torch._dynamo.config.allow_rnn,
     without which the compiler stops at whatever derives from `torch.nn.RNN`. torch.export exports the clean run, in
@@ -92,13 +93,19 @@ class RNN(nn.RNN):
         weights: list[Tensor] = [weight for layer in self.all_weights for weight in layer]
         values = input.data if isinstance(input, PackedSequence) else input
         leaves = [*weights, values] if hx is None else [*weights, values, hx]
-        needed = torch.is_grad_enabled() and any(getattr(leaf, "requires_grad", False) for leaf in leaves)
+        learns = any(getattr(leaf, "requires_grad", False) for leaf in leaves)
+        needed = torch.is_grad_enabled() and learns
         exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         # nn.RNN would be compiled step by step: its graph grows with the sequence, the op's does not.
         compiling = torch.compiler.is_compiling() and not exporting and not forward_mode()
         exact = ESTIMATORS[perturbation.method].exact or exporting
         if CELLS[cell_name(self)].native and (exact or not (needed or compiling)):
-            return super().forward(input, hx)
+            result = super().forward(input, hx)
+            if learns and self.training and not torch.is_grad_enabled() and not exact:
+                # A pass that activation checkpointing repeats with gradients: the repetition draws this number again,
+                # and the next update another. Dropout, too, draws in training without gradients.
+                new_seed(values.device)
+            return result
         if not torch.compiler.is_compiling():
             self._update_flat_weights()
         if isinstance(input, PackedSequence):
@@ -144,7 +151,7 @@ class RNN(nn.RNN):
     def _perturbed(
         self, inputs: Tensor, hx: Tensor, weights: list[Tensor], lengths: Tensor | None, needed: bool
     ) -> tuple[Tensor, Tensor]:
-        perturbation = self.perturbation
+        perturbation = check_perturbation(self.perturbation)
         for tensor in (hx, *weights):
             if tensor.device != inputs.device:
                 # With one of its tensors on meta an op runs its fake, and hands out memory that nobody wrote.

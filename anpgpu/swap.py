@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from .modules import RNN, Record, let_dynamo_trace
@@ -18,15 +20,28 @@ def swap_(model: nn.Module, perturbation: Perturbation | None = None) -> int:
         model: any module.
         perturbation: how gradients are estimated; the default is `Perturbation()`.
 
+    Recurrent modules that cannot be swapped (LSTM, GRU, cells) are left alone, and a warning names them.
+
     Returns:
         How many RNNs now learn by perturbation.
 
     Raises:
+        ValueError: there is no `torch.nn.RNN` inside the model; the message names the recurrent modules that are.
         TypeError: `model` is no module, `perturbation` no `Perturbation`, or an RNN of the model is of a class derived
             from `torch.nn.RNN`; the model is then as it was.
     """
     chosen = check_perturbation(perturbation)
     found = [module for module in _modules(model) if isinstance(module, nn.RNN)]
+    others = [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, nn.RNN)
+    ]
+    if not found:
+        left = f"; left alone: {', '.join(others)}" if others else ""
+        raise ValueError(f"there is no nn.RNN to swap inside {type(model).__name__}{left}")
+    if others:
+        warnings.warn(f"swap_ left alone: {', '.join(others)}; only nn.RNN can be swapped", UserWarning, stacklevel=2)
     for module in found:
         if not isinstance(module, RNN):
             _replaced_class(type(module), nn.RNN, RNN)

@@ -34,3 +34,10 @@ def give_back(delta_a: Tensor | None) -> None:
         _spare[delta_a.dtype] = delta_a.new_empty(0).set_(
             storage, 0, (storage.nbytes() // delta_a.element_size(),), (1,)
         )
+
+
+def release() -> int:
+    """Free what `give_back` left for the next rollout; return how many bytes."""
+    size = sum(spare.untyped_storage().nbytes() for spare in _spare.values())
+    _spare.clear()
+    return size

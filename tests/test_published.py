@@ -41,7 +41,8 @@ def networks(inputs=I, hidden=H, outputs=O, *, kind=nn.RNN, dtype=torch.float64,
 
 
 def gradients(rnn, head):
-    return Update(rnn.weight_ih_l0.grad, rnn.weight_hh_l0.grad, head.weight.grad)
+    # Copies: the next update is added in place.
+    return Update(rnn.weight_ih_l0.grad.clone(), rnn.weight_hh_l0.grad.clone(), head.weight.grad.clone())
 
 
 class Update(NamedTuple):

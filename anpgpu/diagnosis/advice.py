@@ -44,7 +44,7 @@ class Row(NamedTuple):
         return value if math.isfinite(value) else -math.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """What `diagnose` found."""
 
@@ -67,6 +67,12 @@ class Diagnosis:
     def learning_rate_scale(self) -> float:
         """What SGD's learning rate must be multiplied with for steps of BPTT's size; Adam does not feel the norm."""
         return 1 / self.best.total.ratio
+
+    def __repr__(self) -> str:
+        return f"<Diagnosis of {len(self.rows)} settings: {self.advice}>"
+
+    def __str__(self) -> str:
+        return self.table()
 
     def table(self) -> str:
         """Return all rows as aligned text."""

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -53,6 +54,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     seed: int = 0,
     hx: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
+    targets_per: str | None = None,
     progress: bool = True,
 ) -> Diagnosis:
     """Compare perturbation estimates with the true gradient of this batch, and recommend a setting.
@@ -88,6 +90,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
         seed: which seeds; equal ones give equal results.
         hx: initial state, as the rnn's.
         lengths: valid steps of each sample, (B,).
+        targets_per: as in `estimate_grad_`.
         progress: whether to show a progress bar.
 
     Returns:
@@ -141,13 +144,17 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
             perturbation=how,
             hx=hx.detach() if isinstance(hx, Tensor) else hx,
             lengths=lengths,
+            targets_per=targets_per,
             generator=generator,
         )
         grads = [torch.zeros_like(one) if one.grad is None else one.grad for _, one in trained]
         return torch.cat([grad.flatten() for grad in grads]).cpu(), found
 
     # The caller's readout and loss may draw random numbers.
-    with torch.random.fork_rng(devices=sorted({one.device.index for _, one in trained if one.is_cuda})):
+    devices = sorted({one.device.index for _, one in trained if one.is_cuda})
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # The table says where a setting moves nothing.
+        warnings.filterwarnings("ignore", message="no rollout changed the loss")
         truth, unseen = _true_gradient(estimate, trained[0][1].device.type, lenient=callable(loss))
         owner = torch.cat([torch.full((one.numel(),), number) for number, (_, one) in enumerate(trained)])
         members = {part: [part in name for name, _ in trained] for part in PARTS}

@@ -45,7 +45,7 @@ def by_autograd(problem: Problem) -> FoundOfProblem:
     outputs = problem.read(run.outputs)
     whole, everyone = slice(0, outputs.shape[0]), slice(0, outputs.shape[1])
     if problem.loss.black_box:
-        each = problem.loss.call(outputs.unsqueeze(2), everyone)
+        each = problem.loss.call(outputs.unsqueeze(2).clone(), everyone)
     else:
         each = problem.loss.values(outputs, whole, everyone)
     found.loss = each.sum()

@@ -249,7 +249,7 @@ def _measure_side(problem: Problem, outputs: Tensor, reverse: bool) -> Measure:
     """Return what turns one direction's delta_o, in processing order, into loss differences in processing order."""
 
     def measure(delta_o: Tensor, samples: slice) -> Tensor:
-        lengths = None if problem.lengths is None else problem.lengths[samples]
+        lengths = problem.lengths_of(samples)
         change = BlackBoxChange(problem, outputs[:, samples], samples)
         delta_loss = change.of(in_processing_order(delta_o, reverse, lengths))
         # One value per sequence is credited at the last valid step in either order: all before has part in it.

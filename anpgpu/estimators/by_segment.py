@@ -76,6 +76,7 @@ class _ChunkOfSamples:
             self.problem.network,
             self.problem.inputs[:, samples],
             self.problem.h_0[:, samples],
+            None if self.problem.lengths is None else self.problem.lengths[samples],
             keep=len(segments) == 1,
             masks=tuple(mask[:, samples] for mask in masks),
         )

@@ -52,8 +52,11 @@ class BlackBoxChange:
     def __init__(self, problem: Problem, outputs: Tensor, samples: slice) -> None:
         self.problem, self.samples = problem, samples
         self.outputs = outputs.unsqueeze(2)
-        self.clean = problem.loss.call(self.outputs, samples)
+        self.clean = problem.loss.call(self.outputs.clone(), samples)
 
     def of(self, delta_o: Tensor) -> Tensor:
         """Return (T, b, p) loss differences of delta_o, (T, b, p, O)."""
-        return self.problem.loss.call(self.outputs + delta_o, self.samples) - self.clean
+        change = self.problem.loss.call(self.outputs + delta_o, self.samples) - self.clean
+        if not change.is_cuda:
+            self.problem.loss.moved |= bool((change != 0).any())
+        return change

@@ -247,9 +247,8 @@ def _clean_segments(problem: Problem, samples: slice, segments: list[slice]) -> 
     """Give the clean run of some samples, segment by segment; two directions have one segment."""
     inputs, h_0 = problem.inputs[:, samples], problem.h_0[:, samples]
     if problem.network.directions == 2:
-        lengths = None if problem.lengths is None else problem.lengths[samples]
-        yield segments[0], run_network(problem.network, inputs, h_0, lengths, None)
+        yield segments[0], run_network(problem.network, inputs, h_0, problem.lengths_of(samples), None)
         return
-    clean = CheckpointedRun(problem.network, inputs, h_0, keep=len(segments) == 1)
+    clean = CheckpointedRun(problem.network, inputs, h_0, problem.lengths_of(samples), keep=len(segments) == 1)
     for steps in segments:
         yield steps, clean.segment(steps)

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 from anpgpu.kernels.cell import RELU, TANH, CellForms
 from anpgpu.registry import CELLS
 
-from .weights import LayerWeights, in_processing_order
+from .weights import LayerWeights, in_processing_order, valid_steps
 
 
 class LayerRun(NamedTuple):
@@ -26,11 +26,14 @@ class LayerRun(NamedTuple):
     inputs: Tensor
     """(T, B, I)."""
     states: Tensor
-    """(T + 1, B, H): the state before the first step, then after each."""
+    """(T + 1, B, H): the state before the first step, then after each; zero past a sample's length."""
+    valid: Tensor | None = None
+    """Steps within each sample's length, (T, B) bool; None where all are."""
 
     def segment(self, steps: slice, samples: slice) -> LayerRun:
         """Return the activity of some steps of some samples."""
-        return LayerRun(self.inputs[steps, samples], self.states[steps.start : steps.stop + 1, samples])
+        valid = None if self.valid is None else self.valid[steps, samples]
+        return LayerRun(self.inputs[steps, samples], self.states[steps.start : steps.stop + 1, samples], valid)
 
 
 class GateAdjoints(NamedTuple):
@@ -48,6 +51,9 @@ class Cell:
 
     forms: CellForms
     """What a step does to a deviation, on each backend that has it."""
+    resting: float | None = None
+    """A pre-activation around which no deviation survives, for cells whose deviations could grow without bound in the
+    padding; None where they cannot."""
     native: bool = True
     """Whether the forward pass of the torch module, without gradients, computes this cell."""
 
@@ -66,11 +72,27 @@ class Cell:
         raise NotImplementedError
 
     @classmethod
+    def run_padded(cls, weights: LayerWeights, inputs: Tensor, h_0: Tensor, lengths: Tensor) -> Tensor:
+        """Run one direction on samples of unequal length; return its states, (T + 1, B, H), zero past the length.
+
+        Args:
+            weights: of the direction.
+            inputs: (T, B, I), in processing order.
+            h_0: (B, H).
+            lengths: (B,) int64 on the CPU, in [0, T].
+        """
+        _, (states,) = cls.run_layer((weights,), inputs, h_0.unsqueeze(0))
+        valid = valid_steps(len(inputs), lengths, inputs.device).unsqueeze(-1)
+        return torch.cat((states[:1], torch.where(valid, states[1:], 0)))
+
+    @classmethod
     def preactivations(cls, weights: LayerWeights, run: LayerRun) -> Tensor:
         """Return a = W_ih x + b_ih + W_hh h_{t-1} + b_hh, (T, B, H), for all steps of a run at once."""
         preact = F.linear(run.inputs, weights.weight_ih, weights.bias_ih)
         preact += F.linear(run.states[:-1], weights.weight_hh, weights.bias_hh)
-        return preact
+        if cls.resting is None or run.valid is None:
+            return preact
+        return torch.where(run.valid.unsqueeze(-1), preact, cls.resting)
 
     @classmethod
     def gate_adjoints(cls, adjoint: Tensor, weights: LayerWeights, run: LayerRun) -> GateAdjoints:
@@ -106,6 +128,22 @@ class _Elman(Cell):
         ]
         return outputs, states
 
+    @classmethod
+    def run_padded(cls, weights: LayerWeights, inputs: Tensor, h_0: Tensor, lengths: Tensor) -> Tensor:
+        """Run one direction as torch runs a packed sequence: nothing is computed past a sample's length."""
+        longest_first = lengths.argsort(descending=True, stable=True)
+        longest_first = longest_first[: int((lengths > 0).sum())]
+        states = torch.cat((h_0.unsqueeze(0).to(inputs.dtype), inputs.new_zeros((len(inputs), *h_0.shape))))
+        if not len(longest_first):
+            return states
+        order = longest_first.to(inputs.device)
+        data, sizes = torch._VF._pack_padded_sequence(inputs[:, order], lengths[longest_first], False)
+        flat = [weight for weight in weights if weight is not None]
+        biases = weights.bias_ih is not None
+        data, _ = cls.torch_run(data, sizes, h_0[order].unsqueeze(0), flat, biases, 1, 0.0, False, False)
+        padded, _ = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(inputs))
+        return torch.cat((states[:1], torch.zeros_like(states[1:]).to(padded.dtype).index_copy(1, order, padded)))
+
 
 @CELLS.add("tanh")
 class Tanh(_Elman):
@@ -124,6 +162,7 @@ class Relu(_Elman):
     """`torch.nn.RNN` with relu."""
 
     forms = RELU
+    resting = -1e30
 
     @staticmethod
     def torch_run(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,22 @@ class CheckpointedRun:
         network: of one direction.
         inputs: of these samples, (T, b, I).
         h_0: their first states, (layers, b, H).
+        lengths: valid steps of these samples, (b,) int64 on the CPU; None where all are valid.
         keep: whether there is one segment, whose activity is kept.
         masks: what multiplies the inputs of every layer but the first, (T, b, H) each; none without dropout.
     """
 
     def __init__(
-        self, network: Network, inputs: Tensor, h_0: Tensor, *, keep: bool, masks: tuple[Tensor, ...] = ()
+        self,
+        network: Network,
+        inputs: Tensor,
+        h_0: Tensor,
+        lengths: Tensor | None,
+        *,
+        keep: bool,
+        masks: tuple[Tensor, ...] = (),
     ) -> None:
-        self.network, self.inputs, self.masks, self.keep = network, inputs, masks, keep
+        self.network, self.inputs, self.lengths, self.masks, self.keep = network, inputs, lengths, masks, keep
         self.starts = {0: h_0}
         self.whole: CleanRun | None = None
 
@@ -32,7 +40,8 @@ class CheckpointedRun:
         """Return the clean run of a segment whose start has been reached before."""
         if self.whole is not None:
             return self.whole
-        run = run_network(self.network, self.inputs[steps], self.starts[steps.start], dropout=self._dropout(steps))
+        rest = None if self.lengths is None else (self.lengths - steps.start).clamp(0, steps.stop - steps.start)
+        run = run_network(self.network, self.inputs[steps], self.starts[steps.start], rest, self._dropout(steps))
         self.starts[steps.stop] = run.h_n
         self.whole = run if self.keep else None
         return run

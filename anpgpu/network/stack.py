@@ -74,6 +74,7 @@ def run_network(
     masks: list[Tensor | None] = []
     final: list[Tensor] = []
     cell, values = network.cell, inputs
+    valid = None if lengths is None else valid_steps(len(inputs), lengths, inputs.device)
     for number, layer in enumerate(network.layers):
         mask = dropout(values) if dropout is not None and number else None
         if mask is not None:
@@ -85,15 +86,12 @@ def run_network(
             # The layer above reads the tensor this layer wrote, as in nn.RNN: products depend on an operand's address.
             values, states = cell.run_layer(layer, values, h_0[first : first + network.directions])
         else:
-            sides, states = [], []
-            for side, weights in enumerate(layer):
-                start = h_0[first + side : first + side + 1]
-                outputs, (state,) = cell.run_layer((weights,), ordered[side], start)
-                sides.append(in_processing_order(outputs, bool(side), lengths))
-                states.append(state)
-            values = joined(sides)
-            values = values * valid_steps(len(values), lengths, values.device).unsqueeze(-1)
-        runs.append(tuple(LayerRun(*activity) for activity in zip(ordered, states, strict=True)))
+            states = [
+                cell.run_padded(weights, ordered[side], h_0[first + side], lengths)
+                for side, weights in enumerate(layer)
+            ]
+            values = joined([in_processing_order(state[1:], bool(side), lengths) for side, state in enumerate(states)])
+        runs.append(tuple(LayerRun(*activity, valid) for activity in zip(ordered, states, strict=True)))
         final += [_last_states(state, lengths) for state in states]
     return CleanRun(tuple(runs), tuple(masks), values, torch.stack(final))
 

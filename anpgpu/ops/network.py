@@ -20,11 +20,11 @@ from anpgpu.estimators.by_layer import Backward
 from anpgpu.estimators.found import Found
 from anpgpu.network.cells import LayerRun
 from anpgpu.network.stack import CleanRun, Network, joined, run_network
-from anpgpu.network.weights import in_processing_order
+from anpgpu.network.weights import in_processing_order, valid_steps
 from anpgpu.perturbation import Perturbation
 from anpgpu.registry import CELLS
 from anpgpu.runtime.ranges import within
-from anpgpu.runtime.settings import resolve, working_dtype
+from anpgpu.runtime.settings import check_extent, resolve, working_dtype
 
 from .tensors import looped, underived
 
@@ -116,16 +116,16 @@ def clean_run(
         *scalars: `Structure`.
 
     Returns:
-        outputs, (T, B, D * H); h_n, (layers * D, B, H); and per layer below the last and direction the states in
-        processing order, (T + 1, B, H). All contiguous.
+        outputs, (T, B, D * H); h_n, (layers * D, B, H); and per layer and direction the states in processing order,
+        (T + 1, B, H), for the backward pass. All contiguous, and none shares memory with another.
     """
     structure = Structure(*scalars)
-    given = iter(masks)
+    drawn = iter(masks)
     with _under(structure.autocast, inputs.device):
-        run = run_network(structure.network(weights), inputs, hx, lengths, (lambda _: next(given)) if masks else None)
-    # The last layer's states are its outputs, and no two results of an op may share memory.
+        run = run_network(structure.network(weights), inputs, hx, lengths, (lambda _: next(drawn)) if masks else None)
+    # The caller may change what is returned in place, as nn.RNN's; the backward pass has states of its own.
     outputs = run.outputs.clone(memory_format=torch.contiguous_format)
-    return outputs, run.h_n, [one.states.contiguous() for layer in run.layers[:-1] for one in layer]
+    return outputs, run.h_n.clone(), [side.states.contiguous() for layer in run.layers for side in layer]
 
 
 @clean_run.register_fake
@@ -135,11 +135,10 @@ def _(
     structure = Structure(*scalars)
     dtype, units = structure.state_dtype(weights[0]), hx.shape[2]
     time, batch = inputs.shape[:2]
-    below = structure.directions * (structure.layers(weights) - 1)
     return (
         inputs.new_empty((time, batch, structure.directions * units), dtype=dtype),
         inputs.new_empty(hx.shape, dtype=dtype),
-        [inputs.new_empty((time + 1, batch, units), dtype=dtype) for _ in range(below)],
+        [inputs.new_empty((time + 1, batch, units), dtype=dtype) for _ in range(hx.shape[0])],
     )
 
 
@@ -148,20 +147,17 @@ class Left(NamedTuple):
 
     seed: Tensor
     inputs: Tensor
-    h_0: Tensor
-    """The last layer's, (D, B, H)."""
-    outputs: Tensor
     lengths: Tensor | None
     weights: tuple[Tensor, ...]
-    lower: tuple[Tensor, ...]
+    states: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
 
 
 @torch.library.custom_op(
     "anpgpu::rnn_backward",
     mutates_args=(),
-    schema="(Tensor grad_outputs, Tensor grad_h_n, Tensor seed, Tensor inputs, Tensor h_0, Tensor outputs, "
-    "Tensor? lengths, Tensor[] weights, Tensor[] lower, Tensor[] masks, SymInt lowest, "
+    schema="(Tensor grad_outputs, Tensor grad_h_n, Tensor seed, Tensor inputs, Tensor? lengths, "
+    "Tensor[] weights, Tensor[] states, Tensor[] masks, SymInt lowest, "
     + STRUCTURE
     + "".join(f", {SCHEMA_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(Perturbation))
     + ") -> Tensor[]",
@@ -184,6 +180,7 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
     perturbation = Perturbation(*scalars)
     with _under(structure.autocast, left.inputs.device):
         settings = resolve(perturbation, CELLS[structure.cell], left.weights[1])
+    check_extent(len(left.states), *left.inputs.shape[:2])
     # Loss differences and sums stay in the working type, also where backward() is called under autocast.
     with torch.autocast(left.inputs.device.type, enabled=False):
         dtype = working_dtype(left.weights[0].dtype)
@@ -241,47 +238,47 @@ class PerturbedRNN(torch.autograd.Function):
     def forward(
         call: Call, seed: Tensor, lengths: Tensor | None, inputs: Tensor, hx: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return outputs, h_n, and the states of every layer below the last."""
+        """Return outputs, h_n, and the states of every layer."""
         weights, masks = tensors[: call.weights], tensors[call.weights :]
-        outputs, h_n, lower = torch.ops.anpgpu.rnn(inputs, hx, list(weights), list(masks), lengths, *call.structure)
-        return outputs, h_n, *lower
+        outputs, h_n, states = torch.ops.anpgpu.rnn(inputs, hx, list(weights), list(masks), lengths, *call.structure)
+        return outputs, h_n, *states
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep inputs, weights, states, masks and the seed."""
-        call, seed, lengths, values, hx, *tensors = inputs
-        outputs, _, *lower = output
-        ctx.call, ctx.lower = call, len(lower)
-        ctx.mark_non_differentiable(*lower)
+        call, seed, lengths, values, _, *tensors = inputs
+        _, _, *states = output
+        ctx.call, ctx.states = call, len(states)
+        ctx.mark_non_differentiable(*states)
         if not torch.compiler.is_compiling():
             # Nobody wants zeros as large as the states; the compiler, which has no such switch, drops them by itself.
             ctx.set_materialize_grads(False)
-        ctx.save_for_backward(seed, values, hx[-call.structure.directions :], outputs, lengths, *tensors, *lower)
+        ctx.save_for_backward(seed, values, lengths, *tensors, *states)
 
     @staticmethod
     def backward(ctx: Any, grad_outputs: Tensor | None, grad_h_n: Tensor | None, *_: None) -> tuple[Any, ...]:
         """Estimate the gradients of inputs, hx and weights."""
         call: Call = ctx.call
-        seed, values, h_0, outputs, lengths, *tensors = ctx.saved_tensors
-        weights = tensors[: call.weights]
+        seed, values, lengths, *tensors = ctx.saved_tensors
         _, _, _, *needed = ctx.needs_input_grad
         per_layer = call.structure.weights_per_layer
         wanted = [number for number in range(call.weights) if needed[2 + number]]
         lowest = 0 if needed[0] or needed[1] else min(wanted) // per_layer
+        states = tensors[-1]
+        batch, units = states.shape[1:]
         if grad_outputs is None:
-            grad_outputs = torch.zeros_like(outputs)
+            grad_outputs = states.new_zeros((values.shape[0], batch, call.structure.directions * units))
         if grad_h_n is None:
-            layers = call.structure.layers(weights)
-            grad_h_n = outputs.new_zeros((layers * call.structure.directions, *h_0.shape[1:]))
-        split = _Split(call.weights, ctx.lower, (lowest, *call.structure, *call.perturbation))
+            grad_h_n = states.new_zeros((ctx.states, batch, units))
+        split = _Split(call.weights, ctx.states, (lowest, *call.structure, *call.perturbation))
         d_inputs, d_hx, *d_weights = underived(
-            _backward_of, split, grad_outputs, grad_h_n, seed, values, h_0, outputs, lengths, *tensors
+            _backward_of, split, grad_outputs, grad_h_n, seed, values, lengths, *tensors
         )
-        d_weights, kept = d_weights[: call.weights], d_weights[call.weights :]
+        d_weights, counts = d_weights[: call.weights], d_weights[call.weights :]
         # What is traced, or inside a transform of torch.func, has no value to keep.
-        watched = not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+        watched = not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(counts[0])
         if call.keeper is not None and watched:
-            call.keeper.keep(*kept)
+            call.keeper.keep(*counts)
         grads = [d_inputs, d_hx, *d_weights]
         return (
             None,
@@ -301,15 +298,15 @@ class _Split(NamedTuple):
     """How the tensors of a backward pass, which autograd functions take one by one, make the op's arguments."""
 
     weights: int
-    lower: int
+    states: int
     scalars: tuple[Any, ...]
 
 
 def _backward_of(split: _Split, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the backward op's results."""
-    fixed, rest = tensors[:7], list(tensors[7:])
-    lower = len(rest) - split.lower
-    lists = rest[: split.weights], rest[lower:], rest[split.weights : lower]
+    fixed, rest = tensors[:5], list(tensors[5:])
+    first = len(rest) - split.states
+    lists = rest[: split.weights], rest[first:], rest[split.weights : first]
     return tuple(torch.ops.anpgpu.rnn_backward(*fixed, *lists, *split.scalars))
 
 
@@ -351,22 +348,19 @@ def run_perturbed(
 def _rebuild(left: Left, structure: Structure, dtype: torch.dtype) -> CleanRun:
     """Put a clean run together again from what was kept of it, in the working type."""
     lengths, directions = left.lengths, structure.directions
-    top = [
-        torch.cat((start.to(side.dtype).unsqueeze(0), in_processing_order(side, bool(number), lengths)))
-        for number, (start, side) in enumerate(zip(left.h_0, left.outputs.chunk(directions, -1), strict=True))
-    ]
-    states = [one.to(dtype) for one in (*left.lower, *top)]
     masks: list[Tensor | None] = [None, *(mask.to(dtype) for mask in left.masks)]
     masks += [None] * (structure.layers(left.weights) - len(masks))
-    layers = []
     values = left.inputs.to(dtype)
+    valid = None if lengths is None else valid_steps(len(values), lengths, values.device)
+    layers = []
     for number, mask in enumerate(masks):
         if mask is not None:
             values = values * mask
-        here = states[number * directions : (number + 1) * directions]
-        layers.append(
-            tuple(LayerRun(in_processing_order(values, bool(side), lengths), one) for side, one in enumerate(here))
-        )
-        sides = [in_processing_order(one[1:], bool(side), lengths) for side, one in enumerate(here)]
-        values = joined(sides)
+        states = [state.to(dtype) for state in left.states[number * directions : (number + 1) * directions]]
+        sides = [
+            LayerRun(in_processing_order(values, bool(side), lengths), state, valid)
+            for side, state in enumerate(states)
+        ]
+        layers.append(tuple(sides))
+        values = joined([in_processing_order(state[1:], bool(side), lengths) for side, state in enumerate(states)])
     return CleanRun(tuple(layers), tuple(masks), values, values.new_empty(0))

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -30,6 +31,9 @@ ROWS_WANTED = {"cpu": 64, "cuda": 4096}
 
 DEFAULT_SHARE = 8
 """Rollouts use this fraction of the device's total memory at most, unless told otherwise."""
+
+UNKNOWN_MEMORY = 8 << 30
+"""What a machine is taken to have where the system does not say."""
 
 FIXED_BYTES = 16 << 20
 """Blocks of noise and other temporaries that do not grow with the shapes."""
@@ -80,10 +84,47 @@ class Division(NamedTuple):
 
 
 def default_memory(device: torch.device) -> int:
-    """Return the bytes rollouts may use by default: a share of the device's total memory, so that runs repeat."""
+    """Return the bytes rollouts may use by default: a share of the device's total memory, so that runs repeat.
+
+    On a CPU the total is that of the machine, or of the container or job where that is limited to less.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) // DEFAULT_SHARE
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // DEFAULT_SHARE
+    return _host_memory() // DEFAULT_SHARE
+
+
+@functools.cache
+def _host_memory() -> int:
+    """Return the bytes this process may use in all, read once."""
+    # Windows has no sysconf.
+    names = getattr(os, "sysconf_names", {})
+    known = "SC_PHYS_PAGES" in names
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else UNKNOWN_MEMORY
+    return min([total, *_cgroup_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def _cgroup_limits(root: Path, own: Path) -> list[int]:
+    """Return the memory limits of this process's control groups, versions 1 and 2, in bytes."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in {"", "memory"}:
+            continue
+        top, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
+        here = PurePosixPath(path)
+        # A group is bound by its parents' limits, too; inside a container its own path may be the root.
+        for folder in (here, *here.parents):
+            try:
+                text = (top / str(folder).lstrip("/") / name).read_text(encoding="utf-8").strip()
+            except OSError:
+                continue
+            if text.isdigit():
+                limits.append(int(text))
+    return limits
 
 
 def needed_bytes(shape: Shape, division: Division) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anpgpu.checks import SIGMA_RANGES
+from anpgpu.kernels.noise import COUNTER_LIMITS
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.perturbation import Perturbation
 from anpgpu.registry import ESTIMATORS, Estimator
@@ -121,6 +122,23 @@ def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
         process_rank=0 if perturbation.shard_rollouts else process_rank(),
         share=share,
     )
+
+
+def check_extent(layers: int, time: int, batch: int) -> None:
+    """Raise ValueError where an update has more than the noise's counters can tell apart.
+
+    Args:
+        layers: layers times directions.
+        time: T.
+        batch: B.
+    """
+    for what, count, field in (
+        ("layers and directions", layers, "layer"),
+        ("steps", time, "time"),
+        ("samples", batch, "sample"),
+    ):
+        if count > COUNTER_LIMITS[field]:
+            raise ValueError(f"noise tells at most {COUNTER_LIMITS[field]} {what} apart, got {count}")
 
 
 def process_rank() -> int:

@@ -49,6 +49,10 @@ class MeasuredLoss:
 
     black_box = False
     """Whether only the caller can measure it."""
+    moved = False
+    """Whether some rollout changed a caller's loss; known on the CPU alone."""
+    returned: torch.dtype | None = None
+    """The type of a caller's values."""
 
     def __init__(self, targets: Targets, valid: Tensor, last_step: Tensor) -> None:
         self.targets, self.valid, self.last_step = targets, valid, last_step
@@ -240,12 +244,13 @@ class BlackBox(MeasuredLoss):
         targets: in canonical form, or without values.
         valid: steps within each sample's length, (T, B) bool.
         last_step: each sample's last valid step, (B,) int64.
+        padded: whether some steps are not valid.
     """
 
     black_box = True
 
-    def __init__(self, loss: LossFunction, targets: Targets, valid: Tensor, last_step: Tensor) -> None:
-        self.loss, self.targets, self.valid, self.last_step = loss, targets, valid, last_step
+    def __init__(self, loss: LossFunction, targets: Targets, valid: Tensor, last_step: Tensor, *, padded: bool) -> None:
+        self.loss, self.targets, self.valid, self.last_step, self.padded = loss, targets, valid, last_step, padded
         self.per_sequence = False
         """Told by what the first call returns."""
         self.weight = torch.empty(0)
@@ -275,9 +280,16 @@ class BlackBox(MeasuredLoss):
         return OutputsOnly(readout)
 
     def call(self, outputs: Tensor, samples: slice) -> Tensor:
-        """Call the caller's loss on outputs (T, b, p, O); return each step's share of the reported loss, (T, b, p)."""
+        """Call the caller's loss; return each step's share of the reported loss, (T, b, p).
+
+        Args:
+            outputs: (T, b, p, O), which the caller may overwrite. What stands past a sample's length becomes zero.
+            samples: which.
+        """
         time, batch, rollouts, _ = outputs.shape
-        targets = self._rollout_targets(samples)
+        targets, valid = self._rollout_targets(samples), self.valid[:, samples]
+        if self.padded:
+            outputs = torch.where(valid[..., None, None], outputs, 0)
         try:
             values = self.loss(outputs, targets)
         except RuntimeError as error:
@@ -295,8 +307,8 @@ class BlackBox(MeasuredLoss):
                 f"the loss must return shape (T, B, p) = {(time, batch, rollouts)} or (B, p) = {(batch, rollouts)}, "
                 f"got {tuple(values.shape)}"
             )
+        self.returned = values.dtype
         values = (values if torch.is_grad_enabled() else values.detach()).to(outputs.dtype)
-        valid = self.valid[:, samples]
         if values.dim() == 3:
             return torch.where(valid.unsqueeze(-1), values / self.valid.sum(), 0)
         self.per_sequence = True
@@ -308,7 +320,8 @@ class BlackBox(MeasuredLoss):
         values = self.targets.values
         if values is None:
             return None
-        return values[:, samples].unsqueeze(2) if self.targets.per_step else values[samples].unsqueeze(1)
+        # A copy: the caller may work in place.
+        return (values[:, samples].unsqueeze(2) if self.targets.per_step else values[samples].unsqueeze(1)).clone()
 
 
 def loss_class(loss: object) -> type[MeasuredLoss]:

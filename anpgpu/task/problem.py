@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from anpgpu.checks import one_of
 from anpgpu.network.cells import cell_name
 from anpgpu.network.stack import Network
 from anpgpu.network.weights import valid_steps
@@ -16,6 +17,9 @@ from anpgpu.registry import CELLS
 from anpgpu.runtime.settings import working_dtype
 
 from .losses import BlackBox, LossFunction, MeasuredLoss, Targets, loss_class
+
+VARYING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+"""Modules whose function depends, in training mode, on a random draw or on what else is in the batch."""
 
 
 class Layout(NamedTuple):
@@ -75,6 +79,10 @@ class Problem(NamedTuple):
         """O."""
         return self.width if self.weight_o is None else self.weight_o.shape[0]
 
+    def lengths_of(self, samples: slice) -> Tensor | None:
+        """Return the valid steps of some samples, (b,); None where all steps are valid."""
+        return None if self.lengths is None else self.lengths[samples]
+
     def read(self, hidden: Tensor) -> Tensor:
         """Return the outputs of hidden states (..., D * H)."""
         return hidden if self.weight_o is None else nn.functional.linear(hidden, self.weight_o, self.bias_o)
@@ -98,6 +106,7 @@ def canonical(
     loss: str | LossFunction,
     hx: Tensor | None,
     lengths: Tensor | Sequence[int] | None,
+    targets_per: str | None = None,
 ) -> Problem:
     """Check the arguments of `estimate_grad_` and bring them to canonical form; see there for what they are."""
     if not isinstance(rnn, nn.RNN):
@@ -121,9 +130,11 @@ def canonical(
     outputs = network.hidden_size * network.directions if weight_o is None else weight_o.shape[0]
     if callable(loss) and readout is not None and linear is None:
         loss = _behind(readout, loss)
-    canonical_targets = _targets(targets, kind, layout, (time, batch, outputs), values)
+    if targets_per is not None:
+        one_of("targets_per", targets_per, ("step", "sequence"))
+    canonical_targets = _targets(targets, kind, layout, (time, batch, outputs), values, targets_per)
     measured = (
-        BlackBox(loss, canonical_targets, valid, last_step)
+        BlackBox(loss, canonical_targets, valid, last_step, padded=given is not None)
         if callable(loss)
         else kind(canonical_targets, valid, last_step)
     )
@@ -168,6 +179,16 @@ def sequences(
     return Sequences(network, values.detach().to(dtype), h_0.detach().to(dtype), given, layout)
 
 
+def packed_like(values: Tensor, packed: PackedSequence) -> Tensor:
+    """Return (T, B, ...) values in the layout of a packed sequence's data."""
+    _, lengths = pad_packed_sequence(packed)
+    order = packed.sorted_indices
+    if order is not None:
+        values, lengths = values.index_select(1, order), lengths[order.cpu()]
+    data, _ = torch._VF._pack_padded_sequence(values, lengths, False)
+    return data
+
+
 def _same_device(name: str, given: Tensor, inputs: Tensor) -> None:
     if given.device != inputs.device:
         raise RuntimeError(f"{name} is on {given.device}, the inputs on {inputs.device}")
@@ -189,6 +210,12 @@ def _check_readout(readout: nn.Module | None, loss: str | LossFunction, width: i
             f"readout must be a torch.nn.Linear or None with loss={loss!r}, got {type(readout).__name__}; "
             "use loss.backward() through anpgpu.RNN for other heads"
         )
+    for name, module in readout.named_modules():
+        if module.training and isinstance(module, VARYING):
+            raise ValueError(
+                f"the readout's {name or 'module'} ({type(module).__name__}) is another function at each call in "
+                "training mode, and clean and perturbed losses could not be compared: call readout.eval()"
+            )
     if any(parameter.requires_grad for parameter in readout.parameters()):
         raise TypeError(
             f"the parameters of readout {type(readout).__name__} cannot be estimated: only a torch.nn.Linear's can; "
@@ -268,6 +295,7 @@ def _targets(
     layout: Layout,
     sizes: tuple[int, int, int],
     inputs: Tensor,
+    targets_per: str | None,
 ) -> Targets:
     """Return targets in canonical form; `sizes` is (T, B, O)."""
     time, batch, outputs = sizes
@@ -282,14 +310,23 @@ def _targets(
     per_step = ((batch, time) if layout.batch_first else (time, batch)) if layout.batched else (time,)
     per_sequence = (batch,) if layout.batched else ()
     shape = tuple(targets.shape)
-    if shape == (*per_step, *tail) if tail is not None else shape[: len(per_step)] == per_step:
-        values, each = layout.time_first(targets), True
-    elif shape == (*per_sequence, *tail) if tail is not None else shape[: len(per_sequence)] == per_sequence:
-        values, each = targets if layout.batched else targets.unsqueeze(0), False
-    else:
-        what = f"{(*per_step, *(tail or ('...',)))} or {(*per_sequence, *(tail or ('...',)))}"
+    fits = {
+        name: shape == (*start, *tail) if tail is not None else shape[: len(start)] == start
+        for name, start in (("step", per_step), ("sequence", per_sequence))
+    }
+    if targets_per is None and fits["step"] and tail is None and shape == (*per_sequence, outputs):
+        raise ValueError(
+            f"targets of shape {shape} may be one for each step or {outputs} numbers for each sequence: say which with "
+            "targets_per='step' or 'sequence'"
+        )
+    wanted = [name for name in fits if fits[name] and targets_per in {None, name}]
+    if not wanted:
+        shapes = {"step": (*per_step, *(tail or ("...",))), "sequence": (*per_sequence, *(tail or ("...",)))}
+        what = " or ".join(str(shapes[name]) for name in fits if targets_per in {None, name})
         raise ValueError(f"targets must have shape {what}, got {shape}")
-    return Targets(kind.checked(values, outputs, inputs.dtype), each)
+    if wanted[0] == "step":
+        return Targets(kind.checked(layout.time_first(targets), outputs, inputs.dtype), True)
+    return Targets(kind.checked(targets if layout.batched else targets.unsqueeze(0), outputs, inputs.dtype), False)
 
 
 def _dropout(probability: float) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,361 @@
+"""Cases that users met: small inputs with the right answer, each for a kind of fault."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import anpgpu
+from anpgpu import Perturbation
+
+T, B, I, H, O = 6, 3, 2, 4, 2  # noqa: E741  (the design's names)
+METHODS = ("np", "anp", "anp-ls", "wp")
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def network(method="np", *, dtype=torch.float64, rollouts=8, head=True, **options):
+    torch.manual_seed(0)
+    how = Perturbation(method, rollouts=rollouts, sigma=1e-3)
+    rnn = anpgpu.RNN(I, H, dtype=dtype, perturbation=how, **options)
+    width = H * (2 if rnn.bidirectional else 1)
+    return rnn, nn.Linear(width, O, dtype=dtype) if head else None
+
+
+def estimated(rnn, head, *arguments, seed=1, **named):
+    """The estimate and all gradients of one update from a seed."""
+    for module in (rnn, head):
+        if module is not None:
+            module.zero_grad()
+    seen = anpgpu.estimate_grad_(rnn, head, *arguments, generator=torch.Generator().manual_seed(seed), **named)
+    modules = [module for module in (rnn, head) if module is not None]
+    return seen, flat(leaf.grad for module in modules for leaf in module.parameters() if leaf.grad is not None)
+
+
+# Padding and callables: what stands behind a sample's length decides nothing.
+
+
+def squared_sum(outputs, targets):
+    return outputs.sum(0).square().sum(-1)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, "bptt"])
+def test_padding_does_not_reach_a_callable_of_whole_sequences(method, bidirectional):
+    rnn, head = network(method, bidirectional=bidirectional)
+    torch.manual_seed(1)
+    longest = torch.randn(9, 2, I, dtype=torch.float64)
+    results = []
+    for time in (4, 5, 9):
+        inputs = longest[:time].clone()
+        inputs[2:, 0] = inputs[4:, 1] = 7.0
+        results.append(estimated(rnn, head, inputs, None, squared_sum, lengths=[2, 4]))
+    for seen, gradients in results[1:]:
+        assert_close(seen.loss, results[0][0].loss, "float64")
+        assert_close(gradients, results[0][1], "float64")
+
+
+@pytest.mark.parametrize("method", ["np", "bptt"])
+def test_a_callable_sees_zeros_where_a_sample_has_ended(method):
+    rnn, head = network(method)
+    ended = []
+
+    def watched(outputs, targets):
+        ended.append(outputs[3:, 0])
+        return outputs.square().mean(-1)
+
+    anpgpu.estimate_grad_(rnn, head, torch.randn(T, B, I, dtype=torch.float64), None, watched, lengths=[3, 6, 6])
+    assert ended
+    assert all(torch.equal(part, torch.zeros_like(part)) for part in ended)
+
+
+# A loss that works in place.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_works_in_place_changes_nothing(method):
+    rnn, head = network(method)
+    inputs, targets = torch.randn(T, B, I, dtype=torch.float64), torch.randn(T, B, O, dtype=torch.float64)
+    before = targets.clone()
+    seen, gradients = estimated(rnn, head, inputs, targets, lambda o, t: o.sub_(t).square_().mean(-1))
+    plain, expected = estimated(rnn, head, inputs, targets, lambda o, t: (o - t).square().mean(-1))
+    assert_close(gradients, expected, "float64")
+    assert torch.equal(seen.outputs, plain.outputs)
+    _, negated = estimated(rnn, head, inputs, targets, lambda o, t: t.neg_().add(o).square_().mean(-1))
+    assert_close(negated, expected, "float64")
+    assert torch.equal(targets, before)
+
+
+# Reentrant checkpointing.
+
+
+def reentrant(rnn, inputs):
+    return checkpoint(lambda values: rnn(values)[0], inputs, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.*:FutureWarning")
+@pytest.mark.parametrize("method", ["np", "anp-ls"])
+def test_two_updates_under_reentrant_checkpointing_have_different_noise(method):
+    rnn, _ = network(method, head=False)
+    inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    gradients = []
+    for _ in range(3):
+        rnn.zero_grad()
+        reentrant(rnn, inputs).square().sum().backward()
+        gradients.append(rnn.weight_hh_l0.grad.clone())
+    assert not torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[1], gradients[2])
+
+
+def test_reentrant_checkpointing_repeats_an_update_of_the_same_seed():
+    rnn, _ = network("np", head=False)
+    inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for run in (reentrant, lambda module, values: module(values)[0]):
+        rnn.zero_grad()
+        torch.manual_seed(3)
+        run(rnn, inputs).square().sum().backward()
+        gradients.append(rnn.weight_hh_l0.grad.clone())
+    assert torch.equal(*gradients)
+
+
+# Padding that explodes.
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, "bptt"])
+def test_a_network_that_grows_in_the_padding_is_that_of_the_short_sequence(method, bidirectional):
+    torch.manual_seed(0)
+    how = Perturbation(method, rollouts=8, sigma=1e-3)
+    rnn = anpgpu.RNN(I, H, nonlinearity="relu", perturbation=how, bidirectional=bidirectional)
+    for name, weight in rnn.named_parameters():
+        if "weight_hh" in name:
+            weight.data = 1.5 * torch.eye(H)
+    inputs = torch.rand(12, 2, I)
+    gradients = []
+    for time in (12, 1000):
+        padded = torch.cat((inputs, torch.zeros(time - 12, 2, I)))
+        rnn.zero_grad()
+        torch.manual_seed(4)
+        outputs, _ = rnn(pack_padded_sequence(padded, [12, 9]))
+        outputs.data.sum().backward()
+        gradients.append(flat(weight.grad for weight in rnn.parameters()))
+        rnn.zero_grad()
+        estimated(rnn, None, padded, torch.zeros(time, 2, H * (1 + bidirectional)), lengths=[12, 9])
+        gradients.append(flat(weight.grad for weight in rnn.parameters()))
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert_close(gradients[2], gradients[0], "float32_long")
+    assert_close(gradients[3], gradients[1], "float32_long")
+
+
+# In-place use of what a forward pass returns.
+
+
+def states_of(rnn, inputs):
+    outputs, h_n = rnn(inputs)
+    return outputs.data if isinstance(outputs, PackedSequence) else outputs, h_n
+
+
+@pytest.mark.parametrize("form", ["plain", "batch first", "packed", "unbatched"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("method", ["np", "wp"])
+def test_outputs_and_states_may_be_changed_in_place_as_those_of_torch(method, layers, form):
+    rnn, _ = network(method, num_layers=layers, head=False, batch_first=form == "batch first")
+    inputs = torch.randn(T, B, I, dtype=torch.float64)
+    inputs = {"packed": pack_padded_sequence(inputs, [T, 4, 2]), "unbatched": inputs[:, 0]}.get(form, inputs)
+    torch.manual_seed(5)
+    outputs, h_n = states_of(rnn, inputs)
+    (torch.relu(outputs).sum() + (2 * h_n).sum()).backward()
+    expected = flat(weight.grad for weight in rnn.parameters())
+    rnn.zero_grad()
+    torch.manual_seed(5)
+    outputs, h_n = states_of(rnn, inputs)
+    (outputs.relu_().sum() + h_n.mul_(2).sum()).backward()
+    assert_close(flat(weight.grad for weight in rnn.parameters()), expected, "float64")
+
+
+def test_truncated_bptts_idiom_works_after_a_swap():
+    rnn, _ = network("np", head=False)
+    state = None
+    for _ in range(3):
+        outputs, state = rnn(torch.randn(T, B, I, dtype=torch.float64), state)
+        outputs.sum().backward()
+        state.detach_()
+        state.zero_()
+    assert not state.requires_grad
+
+
+# Where estimates go.
+
+
+def test_estimates_are_added_to_grad_in_place():
+    rnn, head = network("np")
+    inputs, targets = torch.randn(T, B, I, dtype=torch.float64), torch.randn(T, B, O, dtype=torch.float64)
+    _, expected = estimated(rnn, head, inputs, targets)
+    leaves = [*rnn.parameters(), *head.parameters()]
+    buffer = torch.zeros(sum(leaf.numel() for leaf in leaves), dtype=torch.float64)
+    start = 0
+    for leaf in leaves:
+        leaf.grad = buffer[start : start + leaf.numel()].view_as(leaf)
+        start += leaf.numel()
+    fired = []
+    for leaf in leaves:
+        leaf.register_post_accumulate_grad_hook(fired.append)
+    anpgpu.estimate_grad_(rnn, head, inputs, targets, generator=torch.Generator().manual_seed(1))
+    assert_close(buffer, expected, "float64")
+    assert len(fired) == len(leaves)
+    assert all(leaf.grad.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for leaf in leaves)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_update_in_inference_mode_leaves_the_next_one_whole(method):
+    rnn, head = network(method)
+    inputs, targets = torch.randn(T, B, I, dtype=torch.float64), torch.randn(T, B, O, dtype=torch.float64)
+    _, expected = estimated(rnn, head, inputs, targets)
+    with torch.inference_mode():
+        _, inside = estimated(rnn, head, inputs, targets)
+    assert_close(inside.clone(), expected, "float64")
+    assert all(not leaf.grad.is_inference() for leaf in (*rnn.parameters(), *head.parameters()))
+    _, after = estimated(rnn, head, inputs, targets)
+    assert_close(after, expected, "float64")
+
+
+def test_a_packed_sequence_from_a_graph_is_refused_and_a_leafs_data_gets_its_gradient():
+    rnn, head = network("np")
+    embedded = nn.Embedding(5, I, dtype=torch.float64)(torch.randint(5, (T, B)))
+    targets = torch.randn(T, B, O, dtype=torch.float64)
+    with pytest.raises(ValueError, match="inputs come from a graph"):
+        anpgpu.estimate_grad_(rnn, head, pack_padded_sequence(embedded, [T, 4, 2]), targets)
+    packed = pack_padded_sequence(embedded.detach(), [T, 4, 2])
+    packed.data.requires_grad_()
+    padded = embedded.detach().requires_grad_()
+    generator = torch.Generator()
+    anpgpu.estimate_grad_(rnn, head, packed, targets, generator=generator.manual_seed(1))
+    anpgpu.estimate_grad_(rnn, head, padded, targets, lengths=[T, 4, 2], generator=generator.manual_seed(1))
+    assert_close(packed.data.grad, pack_padded_sequence(padded.grad, [T, 4, 2]).data, "float64")
+
+
+def test_no_perturbation_means_the_default():
+    rnn, head = network("np")
+    rnn.perturbation = None
+    rnn(torch.randn(T, B, I, dtype=torch.float64))[0].sum().backward()
+    assert rnn.weight_hh_l0.grad is not None
+    anpgpu.estimate_grad_(rnn, head, torch.randn(T, B, I).double(), torch.randn(T, B, O).double())
+
+
+# Sizes that could mean two things.
+
+
+def test_targets_per_decides_where_sizes_do_not():
+    rnn, head = network("np", batch_first=True)
+    inputs, targets = torch.randn(2, O, I, dtype=torch.float64), torch.randn(2, O, dtype=torch.float64)
+
+    def of_sequences(outputs, targets):
+        return (outputs[-1] - targets).square().mean(-1)
+
+    with pytest.raises(ValueError, match=r"targets_per"):
+        anpgpu.estimate_grad_(rnn, head, inputs, targets, of_sequences)
+    seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, of_sequences, targets_per="sequence")
+    assert_close(seen.loss, (head(rnn(inputs)[0][:, -1]) - targets).square().mean().detach(), "float64")
+    with pytest.raises(ValueError, match="targets_per must be one of 'step', 'sequence'; got 'batch'"):
+        anpgpu.estimate_grad_(rnn, head, inputs, targets, of_sequences, targets_per="batch")
+
+
+# What swap_ leaves alone.
+
+
+def test_swap_names_what_it_leaves_alone():
+    model = nn.ModuleDict({"rnn": nn.RNN(2, 3), "lstm": nn.LSTM(3, 3), "cell": nn.GRUCell(3, 3)})
+    with pytest.warns(UserWarning, match=r"lstm \(LSTM\), cell \(GRUCell\)"):
+        assert anpgpu.swap_(model) == 1
+    with pytest.raises(ValueError, match=r"no nn\.RNN.*left alone: 1 \(LSTM\)"):
+        anpgpu.swap_(nn.Sequential(nn.Linear(2, 3), nn.LSTM(3, 3)))
+    with pytest.raises(ValueError, match=r"no nn\.RNN"):
+        anpgpu.swap_(nn.Linear(2, 3))
+
+
+# Losses that nothing can be learnt from.
+
+
+def wrong(outputs, targets):
+    return outputs.argmax(-1) != targets
+
+
+def test_a_loss_that_no_rollout_moves_is_told_once():
+    rnn, head = network("np", dtype=torch.float32)
+    inputs, labels = torch.randn(T, B, I), torch.randint(O, (T, B))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            anpgpu.estimate_grad_(rnn, head, inputs, labels, wrong)
+    assert len(told) == 1
+    assert "bool" in str(told[0].message)
+    assert "sigma=0.001" in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rnn.perturbation = Perturbation("np", rollouts=64, sigma=0.5)
+        anpgpu.estimate_grad_(rnn, head, inputs, labels, wrong)
+
+
+# Errors that name what is wrong.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_targets_that_are_not_finite_are_named(method):
+    rnn, head = network(method)
+    targets = torch.randn(T, B, O, dtype=torch.float64)
+    targets[2, 1, 0] = math.nan
+    with pytest.raises(RuntimeError, match="targets"):
+        anpgpu.estimate_grad_(rnn, head, torch.randn(T, B, I, dtype=torch.float64), targets)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, lambda _: nn.BatchNorm1d(H)])
+def test_a_readout_that_is_another_function_at_each_call_is_refused(kind):
+    rnn, _ = network("np", dtype=torch.float32)
+    readout = nn.Sequential(kind(0.5)).requires_grad_(False)
+    inputs, targets = torch.randn(T, B, I), torch.randn(T, B, H)
+
+    def loss(outputs, targets):
+        return (outputs - targets).square().mean(-1)
+
+    with pytest.raises(ValueError, match=r"readout.*eval\(\)"):
+        anpgpu.estimate_grad_(rnn, readout.train(), inputs, targets, loss)
+
+
+def test_noise_has_no_more_layers_and_samples_than_it_can_tell_apart():
+    rnn = nn.RNN(1, 1, num_layers=257)
+    with pytest.raises(ValueError, match=r"256 layers.*257"):
+        anpgpu.estimate_grad_(rnn, None, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
+    rnn = nn.RNN(1, 1)
+    samples = (1 << 20) + 1
+    inputs, targets = torch.zeros(1, samples, 1), torch.zeros(1, samples, 1)
+    with pytest.raises(ValueError, match=rf"1048576.*{samples}"):
+        anpgpu.estimate_grad_(rnn, None, inputs, targets, perturbation=Perturbation("np", rollouts=1))
+    learns = anpgpu.RNN(1, 1, perturbation=Perturbation("np", rollouts=1))
+    with pytest.raises(ValueError, match=rf"1048576.*{samples}"):
+        learns(inputs)[0].sum().backward()
+
+
+def test_a_diagnosis_prints_its_table():
+    rnn, head = network("np", dtype=torch.float32)
+    diagnosis = anpgpu.diagnose(
+        rnn, head, torch.randn(T, B, I), torch.randn(T, B, O), rollouts=(4,), discounts=(1,), repeats=2, progress=False
+    )
+    assert diagnosis.table() in str(diagnosis)
+    assert len(repr(diagnosis)) < 5000
+
+
+def test_memory_that_an_update_left_can_be_released():
+    rnn, head = network("anp", dtype=torch.float32)
+    rnn.perturbation = Perturbation("anp", rollouts=64, backend="torch")
+    anpgpu.estimate_grad_(rnn, head, torch.randn(50, B, I), torch.randn(50, B, O))
+    assert anpgpu.functional.release_memory() > 0
+    assert anpgpu.functional.release_memory() == 0
