@@ -53,7 +53,7 @@ class CellForms(NamedTuple):
     torch: Callable[[Tensor, Rows], Deviation]
     """Class of the deviation."""
     numba: int | None
-    """Branch of `cell_numba`: a function as an argument would keep Numba from storing kernels on the disk."""
+    """Branch of `rollout_numba`: a function as an argument would keep Numba from storing kernels on the disk."""
     triton: str | None
     """Name of the device function in `cell_triton`."""
     cupy: str | None

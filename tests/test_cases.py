@@ -93,6 +93,89 @@ def test_a_loss_that_works_in_place_changes_nothing(method):
     assert torch.equal(targets, before)
 
 
+# One value for a whole sequence.
+
+SEQUENCE = (12, 2, 2, 6, 2)
+"""T, B, I, H, O of the cases below."""
+
+
+def mean_of_steps(outputs, targets):
+    return (outputs - targets).square().mean(-1).mean(0)
+
+
+def cosine_to_bptt(method, rollouts, *, lengths=None, loss=mean_of_steps, seeds=1, **options):
+    """Cosine between BPTT's gradient of the rnn and the mean estimate of some seeds."""
+    time, batch, features, units, width = SEQUENCE
+    torch.manual_seed(0)
+    rnn = anpgpu.RNN(features, units, dtype=torch.float64, **options)
+    head = nn.Linear(units * (1 + rnn.bidirectional), width, dtype=torch.float64)
+    inputs, targets = (torch.randn(time, batch, size, dtype=torch.float64) for size in (features, width))
+    gradients = []
+    for how in (Perturbation("bptt"), Perturbation(method, rollouts=rollouts, sigma=1e-5, ridge=1e-6)):
+        for seed in range(1 if how.method == "bptt" else seeds):
+            rnn.zero_grad()
+            anpgpu.estimate_grad_(
+                rnn, head, inputs, targets, loss, perturbation=how, lengths=lengths, targets_per="step",
+                generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+            gradients.append(flat(weight.grad for weight in rnn.parameters()))
+    return float(torch.cosine_similarity(gradients[0], torch.stack(gradients[1:]).mean(0), dim=0))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [{}, {"num_layers": 2}, {"bidirectional": True}, {"lengths": [12, 5]}, {"lengths": [7, 12], "bidirectional": True}],
+    ids=str,
+)
+def test_values_of_whole_sequences_are_regressed_without_bias(network):
+    # P >= 2 T O.
+    assert cosine_to_bptt("anp-ls", 2 * SEQUENCE[0] * SEQUENCE[4], **network) > 0.999
+
+
+def test_with_fewer_rollouts_than_outputs_the_cosine_rises_with_them():
+    few, some, enough = (cosine_to_bptt("anp-ls", rollouts, seeds=4) for rollouts in (8, 16, 32))
+    assert 0.3 < few < some < enough
+
+
+def test_anp_credits_a_whole_sequence_as_its_steps():
+    def each_step(outputs, targets):
+        return (outputs - targets).square().mean(-1)
+
+    whole, steps = (cosine_to_bptt("anp", 64, loss=loss, seeds=4) for loss in (mean_of_steps, each_step))
+    assert abs(whole - steps) < 0.02
+
+
+def test_the_value_of_a_sequence_does_not_depend_on_division(monkeypatch):
+    results = []
+    for limit in (None, 17_500_000):
+        rnn, head = network("anp-ls", rollouts=16)
+        rnn.perturbation = Perturbation("anp-ls", rollouts=16, sigma=1e-4, max_memory=limit)
+        torch.manual_seed(2)
+        inputs, targets = torch.randn(200, B, I, dtype=torch.float64), torch.randn(200, B, O, dtype=torch.float64)
+        results.append(estimated(rnn, head, inputs, targets, mean_of_steps)[1])
+    assert_close(results[1], results[0], "unridged")
+
+
+# Differentiation through cuDNN.
+
+
+def test_what_autograd_differentiates_runs_in_training_mode(monkeypatch):
+    # cuDNN refuses to differentiate anything else, whatever mode the module is in.
+    modes, run = [], torch._VF.rnn_tanh
+
+    def watched(*arguments):
+        # Of a packed sequence the sizes of its steps come second, and no batch_first last.
+        modes.append(arguments[7 if arguments[1].dtype == torch.int64 else 6])
+        return run(*arguments)
+
+    monkeypatch.setattr(torch._VF, "rnn_tanh", watched, raising=False)
+    rnn, head = network("bptt")
+    inputs, targets = torch.randn(T, B, I, dtype=torch.float64), torch.randn(T, B, O, dtype=torch.float64)
+    for lengths in (None, [T, 3, 2]):
+        anpgpu.estimate_grad_(rnn.eval(), head, inputs, targets, lengths=lengths)
+    assert modes == [True, True]
+
+
 # Reentrant checkpointing.
 
 

@@ -20,7 +20,6 @@ from anpgpu.network.stack import CleanRun, Network, run_network
 from anpgpu.network.weights import LayerWeights, in_processing_order
 from anpgpu.runtime.memory import Division, one_after_another, segments_of, within_memory
 from anpgpu.runtime.settings import Settings
-from anpgpu.task.problem import Problem
 
 from .found import Found, FoundOfProblem
 from .job import BlackBoxChange, Job, draw_masks
@@ -108,7 +107,7 @@ def two_directions(job: Job) -> FoundOfProblem:
         spec = loss.spec(problem.readout_of(side), found.outputs, whole, everyone, bool(side), problem.lengths)
         if change is None:
             return LayerLoss(functools.partial(loss_of_steps, spec))
-        measure = _measure_side(problem, found.outputs, bool(side))
+        measure = _measure_side(job, found.outputs, bool(side))
         return LayerLoss(lambda *_: spec, measure, problem.outputs_size)
 
     nothing = found.outputs.new_empty(0)
@@ -133,6 +132,7 @@ def _walk(found: Found, backward: Backward, loss_of_layer: Callable[[int, int, T
                 hidden=network.hidden_size,
                 itemsize=activity.states.element_size(),
                 outputs=loss.outputs,
+                at_once=loss.measure is not None,
             )
             layer = _Layer(weights, activity, loss, index)
             estimate = within_memory(
@@ -245,14 +245,16 @@ def _with_final(grad: Tensor, grad_h_n: Tensor, lengths: Tensor | None) -> Tenso
     return grad.scatter_add(0, last, grad_h_n.unsqueeze(0))
 
 
-def _measure_side(problem: Problem, outputs: Tensor, reverse: bool) -> Measure:
+def _measure_side(job: Job, outputs: Tensor, reverse: bool) -> Measure:
     """Return what turns one direction's delta_o, in processing order, into loss differences in processing order."""
 
     def measure(delta_o: Tensor, samples: slice) -> Tensor:
-        lengths = problem.lengths_of(samples)
-        change = BlackBoxChange(problem, outputs[:, samples], samples)
+        lengths = job.problem.lengths_of(samples)
+        change = BlackBoxChange(job.problem, outputs[:, samples], samples, job.settings)
         delta_loss = change.of(in_processing_order(delta_o, reverse, lengths))
-        # One value per sequence is credited at the last valid step in either order: all before has part in it.
-        return delta_loss if problem.loss.per_sequence else in_processing_order(delta_loss, reverse, lengths)
+        if job.problem.loss.per_sequence and not change.spread:
+            # One value per sequence is credited at the last valid step in either order: all before has part in it.
+            return delta_loss
+        return in_processing_order(delta_loss, reverse, lengths)
 
     return measure

@@ -34,6 +34,7 @@ def one_direction(job: Job) -> FoundOfProblem:
         outputs=problem.outputs_size if problem.loss.black_box or job.perturb_readout else 0,
         clean_floats=3 * layers * hidden + 2 * features + 4 * problem.outputs_size,
         layers=layers,
+        at_once=problem.loss.black_box,
     )
     masks = draw_masks(problem)
     work = functools.partial(_estimate, job.agreed(*masks), masks, shape)
@@ -130,7 +131,7 @@ class _ChunkOfSamples:
 
     def _measure(self) -> None:
         """Have the caller measure the clean run and, where time is cut, the rollouts, a block at a time."""
-        self.change = BlackBoxChange(self.problem, self.outputs, self.samples)
+        self.change = BlackBoxChange(self.problem, self.outputs, self.samples, self.job.settings)
         self.found.loss += self.change.clean.sum()
         if not self.top.segmented:
             return

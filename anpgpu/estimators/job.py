@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from anpgpu.runtime.settings import Settings
@@ -11,6 +12,9 @@ from anpgpu.task.problem import Problem
 
 EVERYONE = slice(None)
 """All samples, or all steps."""
+
+SPREAD_RIDGE = 1e-6
+"""Of the regression of whole sequences' values, relative to the mean squared output deviation of a rollout."""
 
 
 class Job(NamedTuple):
@@ -47,16 +51,60 @@ def draw_masks(problem: Problem) -> tuple[Tensor, ...]:
 
 
 class BlackBoxChange:
-    """Loss differences that only the caller can measure: the perturbed call minus the clean one."""
+    """Loss differences that only the caller can measure: the perturbed call minus the clean one.
 
-    def __init__(self, problem: Problem, outputs: Tensor, samples: slice) -> None:
+    A value of a whole sequence, v_p = sum_t dL/do_t . delta_o_tp to first order, is no loss of its last step: what
+    earlier outputs caused is part of it, and activity of later steps goes along with that, so that to regress the value
+    on activity is biased, however many rollouts there are. So dL/do of all valid steps is found first,
+
+        g = argmin_g sum_p (v_p - sum_t g_t . delta_o_tp)^2 + r |g|^2,
+
+    exact from P >= T O on, and below in the span of P directions; then delta_loss_tp = g_t . delta_o_tp, as of a linear
+    loss. An estimator that weights credit by noise needs none of this: it is unbiased as it is. Derived here.
+
+    Args:
+        problem: with a loss of the caller's.
+        outputs: clean outputs of some samples, (T, b, O).
+        samples: which.
+        settings: of rollouts whose activity is to be credited; None where it is not.
+    """
+
+    def __init__(self, problem: Problem, outputs: Tensor, samples: slice, settings: Settings | None = None) -> None:
         self.problem, self.samples = problem, samples
         self.outputs = outputs.unsqueeze(2)
         self.clean = problem.loss.call(self.outputs.clone(), samples)
+        self.spread = problem.loss.per_sequence and settings is not None and settings.estimator.stores_delta
+        """Whether a value of a whole sequence is spread over its steps."""
+        if self.spread and settings is not None and not settings.share.alone and not settings.share.by_samples:
+            raise ValueError(
+                f"method={settings.method!r} with shard_rollouts=True needs a loss of each step: one value of a whole "
+                "sequence is regressed on all rollouts at once; return (T, B, p) values, or use method='np' or 'anp-ls'"
+            )
 
     def of(self, delta_o: Tensor) -> Tensor:
         """Return (T, b, p) loss differences of delta_o, (T, b, p, O)."""
         change = self.problem.loss.call(self.outputs + delta_o, self.samples) - self.clean
         if not change.is_cuda:
             self.problem.loss.moved |= bool((change != 0).any())
-        return change
+        return self._spread(delta_o, change.sum(0)) if self.spread else change
+
+    def _spread(self, delta_o: Tensor, values: Tensor) -> Tensor:
+        """Return each step's share, (T, b, p), of the differences of whole sequences, (b, p); NaN where one is lost."""
+        time, batch, rollouts, outputs = delta_o.shape
+        valid = self.problem.loss.valid[:, self.samples, None, None]
+        finite = torch.isfinite(values) & torch.isfinite(delta_o).all(-1).all(0)
+        rows = torch.where(valid & finite.unsqueeze(-1), delta_o, 0).permute(1, 2, 0, 3).flatten(2)
+        scale = torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        rows = rows / scale
+        targets = torch.where(finite, values, 0).unsqueeze(-1)
+        dual = rollouts <= time * outputs
+        gram = (rows @ rows.mT if dual else rows.mT @ rows).double()
+        # The trace is 1.
+        gram.diagonal(dim1=-2, dim2=-1).add_(SPREAD_RIDGE / max(rollouts, 1))
+        factor = torch.linalg.cholesky_ex(gram)[0].to(rows.dtype)
+        if dual:
+            gradient = rows.mT @ torch.cholesky_solve(targets, factor)
+        else:
+            gradient = torch.cholesky_solve(rows.mT @ targets, factor)
+        gradient = (gradient / scale).view(batch, time, 1, outputs).transpose(0, 1)
+        return torch.where(finite, (torch.where(valid, delta_o, 0) * gradient).sum(-1), torch.nan)

@@ -120,7 +120,8 @@ class _Elman(Cell):
         """
         flat = [weight for weights in layer for weight in weights if weight is not None]
         biases, both = layer[0].bias_ih is not None, len(layer) == 2
-        outputs, _ = cls.torch_run(inputs, h_0, flat, biases, 1, 0.0, False, both, False)
+        # cuDNN differentiates what it ran in training mode alone; without dropout the mode changes nothing else.
+        outputs, _ = cls.torch_run(inputs, h_0, flat, biases, 1, 0.0, torch.is_grad_enabled(), both, False)
         sides = outputs.chunk(len(layer), -1)
         states = [
             torch.cat((start.unsqueeze(0).to(side.dtype), in_processing_order(side, bool(number), None)))
@@ -140,7 +141,9 @@ class _Elman(Cell):
         data, sizes = torch._VF._pack_padded_sequence(inputs[:, order], lengths[longest_first], False)
         flat = [weight for weight in weights if weight is not None]
         biases = weights.bias_ih is not None
-        data, _ = cls.torch_run(data, sizes, h_0[order].unsqueeze(0), flat, biases, 1, 0.0, False, False)
+        data, _ = cls.torch_run(
+            data, sizes, h_0[order].unsqueeze(0), flat, biases, 1, 0.0, torch.is_grad_enabled(), False
+        )
         padded, _ = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(inputs))
         return torch.cat((states[:1], torch.zeros_like(states[1:]).to(padded.dtype).index_copy(1, order, padded)))
 

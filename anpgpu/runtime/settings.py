@@ -46,8 +46,12 @@ class Settings(NamedTuple):
         outputs: int = 0,
         clean_floats: int = 0,
         layers: int = 1,
+        at_once: bool = False,
     ) -> Shape:
-        """Return what the memory of a layer's rollouts depends on; see `memory.Shape` for the arguments."""
+        """Return what the memory of a layer's rollouts depends on; see `memory.Shape` for the arguments.
+
+        at_once: whether activity can be credited only once all rollouts of a sample have run.
+        """
         return Shape(
             time=time,
             batch=batch,
@@ -55,7 +59,7 @@ class Settings(NamedTuple):
             hidden=hidden,
             outputs=outputs,
             stores_delta=self.estimator.stores_delta,
-            whole_samples=self.estimator.whole_samples,
+            whole_samples=self.estimator.whole_samples or (at_once and self.estimator.stores_delta),
             clean_floats=clean_floats,
             extra_floats=self.estimator.extra_floats(self.share.most, hidden),
             layers=layers,
