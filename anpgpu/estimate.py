@@ -35,7 +35,7 @@ def estimate_grad_(
     lengths: Tensor | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> Estimate:
-    """Estimate gradients from forward passes and add them to `.grad`, as `backward()` would; no autograd graph is kept.
+    """Estimate gradients from forward passes and add them to `.grad`, as `backward()` does, without an autograd graph.
 
     Args:
         rnn: an `anpgpu.RNN` or any `torch.nn.RNN`.
@@ -44,22 +44,23 @@ def estimate_grad_(
         inputs: as the rnn's, (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
         targets: per step, (T, B, O) or class indices (T, B), batch first where the inputs are; or per sequence, (B, O)
             or (B,): then only each sample's last valid step has a loss. Class -100 is ignored. For a callable loss, any
-            tensor beginning with (T, B) (taken first, where both fit) or (B,), or None.
-        loss: "mse" or "cross_entropy", averaged over the steps that count (and outputs); or
+            tensor whose shape begins with (T, B) or (B,) (per step where both fit), or None.
+        loss: "mse" or "cross_entropy", averaged over the steps that count ("mse": also over outputs); or
             `loss(outputs, targets)` with outputs (T, B, p, O) and targets with a rollout axis of size 1, which returns
-            (T, B, p) values per step or (B, p) per sequence. It may be called on part of the samples, and need not be
-            differentiable; its values are averaged. A Linear readout's weights are then perturbed.
+            values per step, (T, B, p), or per sequence, (B, p); these are averaged. It may be called on some of the
+            samples and need not be differentiable. The gradient of a Linear readout is then estimated from perturbed
+            outputs.
         perturbation: the default is the rnn's own, or `Perturbation()`.
         hx: initial state, as the rnn's.
         lengths: valid steps of each sample, (B,), in [1, T]; padding contributes nothing.
-        generator: where the update's one seed is drawn; the default is torch's default generator of the device.
+        generator: draws the update's one seed; the default is torch's default generator of the device.
 
     Returns:
         `Estimate`: clean loss, outputs and final state, rollouts skipped, split-half cosine.
 
     Raises:
         ValueError, TypeError: an argument is not of this form; the message quotes it.
-        RuntimeError: as `torch.nn.RNN`; or no rollout of a sample is finite. `.grad` is then as it was.
+        RuntimeError: as `torch.nn.RNN`; or no rollout of a sample is finite. `.grad` is then unchanged.
         MemoryError: `max_memory` is too little for one rollout.
     """
     perturbation = check_perturbation(getattr(rnn, "perturbation", None) if perturbation is None else perturbation)
@@ -70,7 +71,7 @@ def estimate_grad_(
         _compute_parametrized(rnn, readout)
         problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths)
         work = problem if estimator.exact else _job(rnn, problem, perturbation, generator)
-        # BPTT is torch's own, with torch's autocast.
+        # BPTT runs under the caller's autocast, as torch's own backward pass would.
         with nullcontext() if estimator.exact else torch.autocast(problem.inputs.device.type, enabled=False):
             found: FoundOfProblem = estimator.walk(problem.network.directions)(work)
         _add_gradients(rnn, readout, inputs, hx, problem, found)
@@ -88,7 +89,7 @@ def estimate_grad_(
 
 
 def _check_leaf(name: str, tensor: object, perturbation: Perturbation, estimator: type[Estimator]) -> None:
-    """Raise where a tensor is to get a gradient that it cannot get."""
+    """Raise where a tensor requires a gradient that `estimate_grad_` cannot give it."""
     if not isinstance(tensor, Tensor) or not tensor.requires_grad:
         return
     if not tensor.is_leaf:
@@ -104,7 +105,7 @@ def _check_leaf(name: str, tensor: object, perturbation: Perturbation, estimator
 
 
 def _job(rnn: nn.RNN, problem: Problem, perturbation: Perturbation, generator: torch.Generator | None) -> Job:
-    """Return what an estimator by rollouts works on; draw its seed."""
+    """Return the job of an estimator that runs rollouts, and draw its seed."""
     settings = resolve(perturbation, CELLS[cell_name(rnn)], rnn.all_weights[0][1])
     device, limit = problem.inputs.device, perturbation.max_memory
     return Job(
@@ -118,7 +119,7 @@ def _job(rnn: nn.RNN, problem: Problem, perturbation: Perturbation, generator: t
 
 @torch.enable_grad()
 def _compute_parametrized(*modules: nn.Module | None) -> None:
-    """Compute parametrized weights, which `parametrize.cached` keeps, with the graph back to their parameters."""
+    """Compute parametrized weights with a graph to their parameters; `parametrize.cached` keeps both."""
     for module in modules:
         parametrizations = getattr(module, "parametrizations", None)
         for name in parametrizations if isinstance(parametrizations, nn.ModuleDict) else ():
@@ -133,14 +134,14 @@ def _add_gradients(
     problem: Problem,
     found: FoundOfProblem,
 ) -> None:
-    """Add what was found to `.grad` of every leaf that requires a gradient, through parametrizations."""
-    found_of: list[tuple[Tensor | None, Tensor | None]] = []
+    """Add the gradients to `.grad` of every leaf that requires one, through parametrizations."""
+    gradient_of: list[tuple[Tensor | None, Tensor | None]] = []
     for weights, sums in zip(rnn.all_weights, found.layers, strict=True):
-        found_of += zip(weights, sums.totals(biases=rnn.bias), strict=True)
+        gradient_of += zip(weights, sums.totals(biases=rnn.bias), strict=True)
     if isinstance(readout, nn.Linear):
-        found_of += [(readout.weight, found.weight_o), (readout.bias, found.bias_o)]
+        gradient_of += [(readout.weight, found.weight_o), (readout.bias, found.bias_o)]
     computed = []
-    for weight, gradient in found_of:
+    for weight, gradient in gradient_of:
         if weight is None or weight.is_leaf:
             _add(weight, gradient)
         elif gradient is not None:
