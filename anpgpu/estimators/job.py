@@ -1,4 +1,4 @@
-"""What a method of `estimate_grad_` works on, the dropout of an update, and losses that only the caller can measure."""
+"""The job of an estimator in `estimate_grad_`, the dropout of an update, and loss differences of a black box."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ EVERYONE = slice(None)
 
 
 class Job(NamedTuple):
-    """What a method works on."""
+    """The arguments of an estimator that runs rollouts."""
 
     problem: Problem
     settings: Settings
     seed: Tensor
+    """Of the update, 0-dim int64."""
     max_memory: int
+    """Bytes."""
     perturb_readout: bool
+    """Whether the readout's gradient is estimated from perturbed outputs."""
 
     def agreed(self, *masks: Tensor) -> Job:
-        """Return the job with the one seed of all processes that share its rollouts.
+        """Return the job with the same seed in all processes that share its rollouts.
 
         Raises:
-            RuntimeError: they do not hold the same batch, weights and dropout masks.
+            RuntimeError: the processes do not hold the same batch, weights and dropout masks.
         """
         problem = self.problem
         weights = [
@@ -39,7 +42,7 @@ class Job(NamedTuple):
 
 
 def draw_masks(problem: Problem) -> tuple[Tensor, ...]:
-    """Draw the dropout of every layer but the first, (T, B, D * H): once, however the work is divided then."""
+    """Draw the dropout masks of every layer but the first, (T, B, D * H), once for every division of the work."""
     if problem.dropout is None:
         return ()
     values = problem.inputs.new_empty((*problem.inputs.shape[:2], problem.width))
@@ -47,7 +50,7 @@ def draw_masks(problem: Problem) -> tuple[Tensor, ...]:
 
 
 class BlackBoxChange:
-    """Loss differences that only the caller can measure: the perturbed call minus the clean one."""
+    """Loss differences of a black box: the caller's loss of perturbed outputs minus that of clean outputs."""
 
     def __init__(self, problem: Problem, outputs: Tensor, samples: slice) -> None:
         self.problem, self.samples = problem, samples
@@ -55,5 +58,5 @@ class BlackBoxChange:
         self.clean = problem.loss.call(self.outputs, samples)
 
     def of(self, delta_o: Tensor) -> Tensor:
-        """Return (T, b, p) loss differences of delta_o, (T, b, p, O)."""
+        """Return loss differences, (T, b, p), from delta_o, (T, b, p, O)."""
         return self.problem.loss.call(self.outputs + delta_o, self.samples) - self.clean
