@@ -73,18 +73,18 @@ def estimate_grad_(
         work = problem if estimator.exact else _job(rnn, problem, perturbation, generator)
         # BPTT runs under the caller's autocast, as torch's own backward pass would.
         with nullcontext() if estimator.exact else torch.autocast(problem.inputs.device.type, enabled=False):
-            found: FoundOfProblem = estimator.walk(problem.network.directions)(work)
-        _add_gradients(rnn, readout, inputs, hx, problem, found)
-        outputs = found.outputs
+            result: FoundOfProblem = estimator.walk(problem.network.directions)(work)
+        _add_gradients(rnn, readout, inputs, hx, problem, result)
+        outputs = result.outputs
         if problem.lengths is not None:
             outputs = torch.where(valid_steps(len(outputs), problem.lengths, outputs.device).unsqueeze(-1), outputs, 0)
         return Estimate(
-            loss=found.loss,
+            loss=result.loss,
             outputs=problem.layout.restore(outputs),
-            h_n=found.h_n if problem.layout.batched else found.h_n.squeeze(1),
-            skipped=found.skipped,
-            split_half=found.split_half,
-            ridge_grown=found.ridge_grown,
+            h_n=result.h_n if problem.layout.batched else result.h_n.squeeze(1),
+            skipped=result.skipped,
+            split_half=result.split_half,
+            ridge_grown=result.ridge_grown,
         )
 
 
@@ -132,14 +132,14 @@ def _add_gradients(
     inputs: Tensor | PackedSequence,
     hx: Tensor | None,
     problem: Problem,
-    found: FoundOfProblem,
+    result: FoundOfProblem,
 ) -> None:
     """Add the gradients to `.grad` of every leaf that requires one, through parametrizations."""
     gradient_of: list[tuple[Tensor | None, Tensor | None]] = []
-    for weights, sums in zip(rnn.all_weights, found.layers, strict=True):
+    for weights, sums in zip(rnn.all_weights, result.layers, strict=True):
         gradient_of += zip(weights, sums.totals(biases=rnn.bias), strict=True)
     if isinstance(readout, nn.Linear):
-        gradient_of += [(readout.weight, found.weight_o), (readout.bias, found.bias_o)]
+        gradient_of += [(readout.weight, result.weight_o), (readout.bias, result.bias_o)]
     computed = []
     for weight, gradient in gradient_of:
         if weight is None or weight.is_leaf:
@@ -149,9 +149,9 @@ def _add_gradients(
     if computed:
         torch.autograd.backward([weight for weight, _ in computed], [gradient for _, gradient in computed])
     if isinstance(inputs, Tensor) and inputs.requires_grad:
-        _add(inputs, problem.layout.restore(found.inputs))
+        _add(inputs, problem.layout.restore(result.inputs))
     if hx is not None:
-        _add(hx, found.h_0 if problem.layout.batched else found.h_0.squeeze(1))
+        _add(hx, result.h_0 if problem.layout.batched else result.h_0.squeeze(1))
 
 
 def _add(leaf: Tensor | None, gradient: Tensor | None) -> None:

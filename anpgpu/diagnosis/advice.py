@@ -93,14 +93,14 @@ class Diagnosis:
         )
 
     def _cells(self, row: Row) -> list[str]:
-        how, total = row.perturbation, row.total
+        setting, total = row.perturbation, row.total
         hidden = row.parts.get("weight_hh", Alignment())
         cosines = (total.cosine, hidden.cosine, total.limit, total.limit_error, total.agreement, row.split_half)
         return [
-            how.method,
-            str(how.rollouts),
-            f"{how.discount:g}" if discounted(how.method) else "-",
-            f"{how.sigma:g}",
+            setting.method,
+            str(setting.rollouts),
+            f"{setting.discount:g}" if discounted(setting.method) else "-",
+            f"{setting.sigma:g}",
             *(_figure(value, ".2f") for value in cosines),
             _figure(total.ratio, ".3g"),
             f"{row.cost:.0f}",
@@ -205,9 +205,9 @@ def advise(rows: Sequence[Row], current: Row, best: Row, tolerance: float, unsee
     return text + "."
 
 
-def _name(how: Perturbation) -> str:
-    discount = f", discount {how.discount:g}" if discounted(how.method) else ""
-    return f"{how.method} with {how.rollouts} rollouts{discount}, sigma {how.sigma:g}"
+def _name(setting: Perturbation) -> str:
+    discount = f", discount {setting.discount:g}" if discounted(setting.method) else ""
+    return f"{setting.method} with {setting.rollouts} rollouts{discount}, sigma {setting.sigma:g}"
 
 
 def _lack(rows: Sequence[Row], row: Row, tolerance: float, unseen: str | None) -> str:
@@ -228,14 +228,14 @@ def _lack(rows: Sequence[Row], row: Row, tolerance: float, unseen: str | None) -
 
 def _cause(rows: Sequence[Row], row: Row, tolerance: float) -> str:
     """Name the knob whose change raises the limit most, from rows that differ in that knob alone."""
-    how, limit = row.perturbation, row.total.limit
-    limits = {f"it is {how.method}'s own": limit + tolerance}
+    setting, limit = row.perturbation, row.total.limit
+    limits = {f"it is {setting.method}'s own": limit + tolerance}
     for other in rows:
         that = other.perturbation
-        if that.sigma < how.sigma and dataclasses.replace(that, sigma=how.sigma) == how:
+        if that.sigma < setting.sigma and dataclasses.replace(that, sigma=setting.sigma) == setting:
             limits[f"sigma is too large, at {that.sigma:g} the limit is {other.total.limit:.2f}"] = other.total.limit
-        if that.discount != how.discount and dataclasses.replace(that, discount=how.discount) == how:
-            size = "small" if that.discount > how.discount else "large"
+        if that.discount != setting.discount and dataclasses.replace(that, discount=setting.discount) == setting:
+            size = "small" if that.discount > setting.discount else "large"
             key = f"the discount is too {size}, at {that.discount:g} the limit is {other.total.limit:.2f}"
             limits[key] = other.total.limit
     return max(limits, key=lambda key: limits[key] if math.isfinite(limits[key]) else -math.inf)

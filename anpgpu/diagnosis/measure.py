@@ -128,7 +128,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     if not trained:
         raise ValueError("no parameter of the rnn requires a gradient: there is nothing to diagnose")
 
-    def estimate(how: Perturbation, generator: torch.Generator | None) -> tuple[Tensor, Estimate]:
+    def estimate(setting: Perturbation, generator: torch.Generator | None) -> tuple[Tensor, Estimate]:
         copied.zero_grad()
         report = estimate_grad_(
             copied,
@@ -136,7 +136,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
             inputs.detach() if isinstance(inputs, Tensor) else inputs,
             targets,
             loss,
-            perturbation=how,
+            perturbation=setting,
             hx=hx.detach() if isinstance(hx, Tensor) else hx,
             lengths=lengths,
             generator=generator,
@@ -167,8 +167,8 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     return Diagnosis(rows, now, best, advise(rows, now, best, tolerance, unseen), unseen)
 
 
-def _with_sigmas(how: Perturbation, sigmas: Sequence[float]) -> Iterator[Perturbation]:
-    return (dataclasses.replace(how, sigma=sigma) for sigma in sigmas)
+def _with_sigmas(setting: Perturbation, sigmas: Sequence[float]) -> Iterator[Perturbation]:
+    return (dataclasses.replace(setting, sigma=sigma) for sigma in sigmas)
 
 
 def _seeds(repeats: int, seed: int) -> list[int]:
@@ -212,22 +212,22 @@ class _Measure:
 
     def add(self, settings: Sequence[Perturbation] | Iterator[Perturbation], bar: tqdm) -> None:
         """Measure the settings that are not measured yet."""
-        for how in settings:
-            if how not in self.row_of:
-                self.row_of[how] = self._row(how)
+        for setting in settings:
+            if setting not in self.row_of:
+                self.row_of[setting] = self._row(setting)
                 bar.update()
 
-    def _row(self, how: Perturbation) -> Row:
+    def _row(self, setting: Perturbation) -> Row:
         gradients, halves, skipped, seconds = [], [], 0, []
-        cost = cost_of(how, self.hidden)
+        cost = cost_of(setting, self.hidden)
         for seed in self.seeds:
             started = time.perf_counter()
             try:
-                gradient, report = self.estimate(how, torch.Generator().manual_seed(seed))
+                gradient, report = self.estimate(setting, torch.Generator().manual_seed(seed))
             except RuntimeError as error:
                 # No finite rollout, or out of memory: the row reports that this setting does not work.
                 why = str(error).splitlines()[0]
-                return Row(how, Alignment(), {}, math.nan, skipped, math.nan, cost, why)
+                return Row(setting, Alignment(), {}, math.nan, skipped, math.nan, cost, why)
             seconds.append(time.perf_counter() - started)
             gradients.append(gradient)
             halves.append(float(report.split_half))
@@ -238,4 +238,4 @@ class _Measure:
             for kind, mask in self.masks.items()
         }
         half = statistics.fmean(halves)
-        return Row(how, alignment(estimates, self.truth), parts, half, skipped, statistics.median(seconds), cost)
+        return Row(setting, alignment(estimates, self.truth), parts, half, skipped, statistics.median(seconds), cost)

@@ -67,7 +67,7 @@ class Shape(NamedTuple):
         return divide(self, max_memory, device_type)
 
     def needed_bytes(self, division: Division) -> int:
-        """Return what a division needs; see `needed_bytes`."""
+        """Return the bytes a division needs; see `needed_bytes`."""
         return needed_bytes(self, division)
 
 
