@@ -1,4 +1,4 @@
-"""`python -m anpgpu diagnose`: the diagnostic from the command line, for a network of one's own."""
+"""`python -m anpgpu diagnose`: the diagnostic from the command line, for a user's own network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ names, which may also hold perturbation, hx and lengths.
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line (by default the process's own) and run the command."""
+    """Parse the command line, by default the process's, and run the command."""
     parser = argparse.ArgumentParser(prog="python -m anpgpu", description="anpgpu from the command line.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
@@ -49,21 +49,21 @@ def main(arguments: list[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     output, quiet = options.pop("output"), options.pop("quiet")
     names = ("methods", "rollouts", "discounts", "sigmas", "repeats", "tolerance", "seed")
-    given = {name: options[name] for name in names if options[name] is not None}
+    grid = {name: options[name] for name in names if options[name] is not None}
     try:
         if output is not None and not output.parent.is_dir():
             raise ValueError(f"--output: there is no folder {str(output.parent)!r}")
-        found = diagnose(**load(options["case"]), **given, progress=not quiet)
-        sys.stdout.write(found.table() + "\n")
-        sys.stdout.write(f"recommendation: {found.recommendation}\n")
+        diagnosis = diagnose(**load(options["case"]), **grid, progress=not quiet)
+        sys.stdout.write(diagnosis.table() + "\n")
+        sys.stdout.write(f"recommendation: {diagnosis.recommendation}\n")
         if output is not None:
-            found.plot(output)
+            diagnosis.plot(output)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
 
 
 def load(case: str) -> dict[str, Any]:
-    """Return the arguments for `diagnose` that a function of a user's file makes, from "PATH:FUNCTION".
+    """Call the function of a user's file named by "PATH:FUNCTION"; return its arguments for `diagnose`.
 
     Raises:
         ValueError, TypeError: there is no such file or function, or it returns something else; the message quotes it.
@@ -73,21 +73,21 @@ def load(case: str) -> dict[str, Any]:
         raise ValueError(f"CASE must be PATH:FUNCTION, got {case!r}")
     if not Path(path).is_file():
         raise ValueError(f"CASE: there is no file {path!r}")
-    # As when the file is run, what lies beside it can be imported.
+    # The file may import its neighbours, as when it is run as a script.
     sys.path.insert(0, str(Path(path).resolve().parent))
     make = runpy.run_path(path).get(function)
     if not callable(make):
         raise ValueError(f"CASE: {path!r} has no function {function!r}")
-    made = make()
-    if isinstance(made, tuple) and len(made) in {4, 5}:
-        made = dict(zip((*REQUIRED, "loss"), made, strict=False))
-    if not isinstance(made, Mapping):
-        raise TypeError(f"{function}() must return a tuple of 4 or 5 or a dict, got {made!r:.200}")
-    missing, unknown = set(REQUIRED) - set(made), set(made) - {*REQUIRED, *OPTIONAL}
+    arguments = make()
+    if isinstance(arguments, tuple) and len(arguments) in {4, 5}:
+        arguments = dict(zip((*REQUIRED, "loss"), arguments, strict=False))
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"{function}() must return a tuple of 4 or 5 or a dict, got {arguments!r:.200}")
+    missing, unknown = set(REQUIRED) - set(arguments), set(arguments) - {*REQUIRED, *OPTIONAL}
     if missing or unknown:
         what = f"lacks {sorted(missing)}" if missing else f"holds the unknown {sorted(unknown)}"
         raise ValueError(f"the dict of {function}() {what}; it may hold {[*REQUIRED, *OPTIONAL]}")
-    return dict(made)
+    return dict(arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks of the ops' arguments, each raising an error that quotes the value."""
+"""Checks of arguments; each raises an error that quotes the value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ WORKING = (torch.float32, torch.float64)
 SIGMA_RANGES = {
     dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max / 8) for dtype in (torch.float16, torch.bfloat16, *WORKING)
 }
-"""The least and the largest sigma of noise of a type: a normal number, of which Gaussian noise reaches 6.7 times."""
+"""Smallest and largest sigma by the noise's type: sigma is a normal number, and 6.7 sigma, the most extreme Gaussian
+value, is finite."""
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -56,7 +57,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def sigma(value: object, dtype: torch.dtype) -> float:
-    """Return `value`, a standard deviation whose noise `dtype` holds; raise otherwise."""
+    """Return `value`, a standard deviation whose noise `dtype` can represent; raise otherwise."""
     least, most = SIGMA_RANGES[dtype]
     if not least <= real("sigma", value) <= most:
         raise ValueError(f"sigma must be positive and finite, in [{least}, {most}] for {dtype}, got {value!r}")
@@ -65,30 +66,30 @@ def sigma(value: object, dtype: torch.dtype) -> float:
 
 def shaped(name: str, value: object, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return `value`, a tensor of that shape with the type and device of `like`; raise otherwise."""
-    given = tensor(name, value)
-    if tuple(given.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(given.shape)}")
-    if given.dtype != like.dtype:
-        raise ValueError(f"{name} must be {like.dtype}, as the other tensors are, got {given.dtype}")
-    if given.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, where the other tensors are, got {given.device}")
-    return given
+    result = tensor(name, value)
+    if tuple(result.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(result.shape)}")
+    if result.dtype != like.dtype:
+        raise ValueError(f"{name} must be {like.dtype}, as the other tensors are, got {result.dtype}")
+    if result.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, where the other tensors are, got {result.device}")
+    return result
 
 
 def working(name: str, value: object, dims: int) -> Tensor:
     """Return `value`, a float32 or float64 tensor with that many dimensions, none of size 0 but the batch; or raise."""
-    given = tensor(name, value)
-    if given.dtype not in WORKING:
-        raise TypeError(f"{name} must be float32 or float64, got {given.dtype}")
-    if given.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(given.shape)}")
-    if any(size == 0 for axis, size in enumerate(given.shape) if axis != 1):
-        raise ValueError(f"{name} must not be empty but for its batch, got shape {tuple(given.shape)}")
-    return given
+    result = tensor(name, value)
+    if result.dtype not in WORKING:
+        raise TypeError(f"{name} must be float32 or float64, got {result.dtype}")
+    if result.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(result.shape)}")
+    if any(size == 0 for axis, size in enumerate(result.shape) if axis != 1):
+        raise ValueError(f"{name} must not be empty but for its batch, got shape {tuple(result.shape)}")
+    return result
 
 
 def place(value: object) -> torch.device:
-    """Return `value` as a device on which tensors can be made; raise otherwise."""
+    """Return `value` as a device that exists on this machine; raise otherwise."""
     try:
         device = torch.device(value)  # type: ignore[call-overload]
         torch.empty(0, device=device)
@@ -158,7 +159,7 @@ def loss(value: object, preact: Tensor) -> None:
             f"loss.target must be int64 of shape {(time, batch)}, got {target.dtype} of shape {tuple(target.shape)}"
         )
     if target.is_cuda or torch.compiler.is_compiling():
-        # Looking would make the host wait, or break the compiled graph.
+        # Reading values would make the host wait for the GPU, or break the compiled graph.
         return
     if target.numel() and not (int(target.min()) >= 0 and int(target.max()) < outputs):
         raise ValueError(f"loss.target must be in [0, {outputs - 1}], got {int(target.min())} to {int(target.max())}")

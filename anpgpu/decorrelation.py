@@ -2,9 +2,9 @@
 
     x^ = D x,    D <- D - rate (mean x^ x^T with a zero diagonal) D,    D = I at the start
 
-Seen by gradient descent, D is a constant that reparametrises the weight: the network computes with W D, so the chain
-rule alone gives dW = sum lam (D x)^T, dx = (W D)^T lam, for whatever method estimates lam, the adjoint of W D. Nothing
-below the weights knows of D. (`method="wp"` perturbs W D, not W; both are estimates of the same gradient.)
+For gradient descent D is a constant: the network computes with W D, and the chain rule gives dW = sum lam (D x)^T and
+dx = (W D)^T lam, whichever method estimates lam, the adjoint of the pre-activation. Rollouts and kernels know nothing
+of D. (`method="wp"` perturbs W D instead of W; both estimate the same gradient.)
 
 Source: the rule of Ahmad, Schrader, van Gerven 2022 ("Constrained parameter inference as a principle for learning"),
 with node perturbation in Dalm, van Gerven, Ahmad 2023, arXiv:2310.00965; on RNNs in Fernandez, Keemink, van Gerven
@@ -38,13 +38,13 @@ class Decorrelate(nn.Module):
         size: length of x.
         rate: step size of the rule, positive. It multiplies the mean of x^ x^T, so the more active the units, the
             smaller it must be.
-        every: D changes on every so many calls of `update_`.
-        device: where D is.
-        dtype: D's type, by default torch's.
+        every: how many calls of `update_` make one change of D.
+        device: D's device.
+        dtype: D's type; the default is torch's default.
 
     Attributes:
         matrix: D, (size, size), a buffer.
-        calls: how often `update_` was called, 0-dim int64, a buffer: `every` resumes where it stopped.
+        calls: number of calls of `update_`, 0-dim int64, a buffer, so that a reloaded module goes on counting.
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message quotes it.
@@ -71,7 +71,7 @@ class Decorrelate(nn.Module):
         """Return D x, of the shape of x, (..., size).
 
         Raises:
-            RuntimeError: the type of `activity` is not D's, outside autocast.
+            RuntimeError: `activity` has another type than D, outside autocast.
         """
         kind = activity.device.type
         # The meta device has no autocast, and torch raises when asked.
@@ -86,11 +86,11 @@ class Decorrelate(nn.Module):
 
         Args:
             activity: x, (..., size): the mean is over everything but its last dimension.
-            valid: which of x count, (...) bool; all by default.
+            valid: which rows of x count, (...) bool; all by default.
 
         Raises:
             ValueError, TypeError: `activity` is no floating tensor of this shape.
-            RuntimeError: the step would not be stable, see `Decorrelation`; D is then as it was.
+            RuntimeError: the step would not be stable, see `Decorrelation`; D is then unchanged.
         """
         if not checks.tensor("activity", activity).is_floating_point():
             raise TypeError(f"activity must be floating, got {activity.dtype}")
@@ -119,7 +119,7 @@ class DecorrelatedWeight(nn.Module):
         self.register_buffer("calls", torch.zeros((), device=weight.device, dtype=torch.int64))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return W D in the type of W, also under autocast: the network decides about the types of its products."""
+        """Return W D in the type of W. Autocast is off here: it applies where the network uses the weight."""
         with torch.autocast(weight.device.type, enabled=False):
             return (weight.to(self.matrix.dtype) @ self.matrix).to(weight.dtype)
 
@@ -130,45 +130,45 @@ class Site(NamedTuple):
     module: nn.Module
     name: str
     layer: int
-    """Of the RNN; -1 for the readout."""
+    """Layer of the RNN; -1 for the readout."""
     side: int
     """Direction, 0 or 1."""
 
     def activity(self, run: CleanRun) -> Tensor:
-        """Return what the weight would see without D: (T, B, N), in the order of `valid_steps`."""
+        """Return the weight's presynaptic activity without D, (T, B, N); each sample's valid steps come first."""
         if self.layer < 0:
             return run.outputs
-        here = run.layers[self.layer][self.side]
-        return here.states[:-1] if self.name.startswith("weight_hh") else here.inputs
+        layer_run = run.layers[self.layer][self.side]
+        return layer_run.states[:-1] if self.name.startswith("weight_hh") else layer_run.inputs
 
 
 class Decorrelation:
-    """Attaches a matrix D to weights of an RNN and changes it beside the optimiser.
+    """Puts a matrix D in front of weights of an RNN and updates it next to the optimiser.
 
         decorrelation = Decorrelation(rnn)
         ...
         optimiser.step()
         decorrelation.update_(inputs, hx)            # one clean run, no gradients
 
-    Every weight has a D of its own, a parametrization (`torch.nn.utils.parametrize`) in the RNN: D is in the
-    state_dict, and moves and is copied with the module. Parameters stay the same objects, so that the optimiser may be
-    made before or after. A weight that has a D already keeps it. Other parametrizations
-    (orthogonal, weight_norm) must be registered before; W is then what they make of it.
+    Each weight has a D of its own, a parametrization (`torch.nn.utils.parametrize`): D is in the state_dict, and moves
+    and copies with the module. Parameters stay the same objects, so the optimiser may be made before or after. A weight
+    that already has a D keeps it. Register other parametrizations (orthogonal, weight_norm) first; W is then their
+    result.
 
-    The rule only ever shrinks: the power of D x falls until nothing is correlated, and W has to grow to make up for it.
-    With several processes each updates by its own samples: broadcast or average `matrices` to keep them equal.
+    The rule only shrinks: the power of D x falls until its units are uncorrelated, and W must grow to compensate. Each
+    process updates D from its own samples: broadcast or average `matrices` to keep processes equal.
 
     Args:
-        rnn: an `anpgpu.RNN`, by any method, or a `torch.nn.RNN`.
-        readout: also decorrelate what this `torch.nn.Linear` sees of the RNN's outputs.
-        hidden: decorrelate hidden states, the presynaptic activity h_{t-1} of every W_hh and the lower layer's outputs
-            as W_ih of every layer but the first sees them (both directions at once in a bidirectional network).
-        inputs: decorrelate the network's inputs, as W_ih of the first layer sees them.
-        rate: step size of the rule, positive. A step is taken to be stable while rate times the Frobenius norm of mean
+        rnn: an `anpgpu.RNN`, with any method, or a `torch.nn.RNN`.
+        readout: also decorrelate the inputs of this `torch.nn.Linear`, the RNN's outputs.
+        hidden: decorrelate hidden states: h_{t-1} for every W_hh, and the lower layer's outputs for W_ih of every layer
+            but the first (both directions at once in a bidirectional network).
+        inputs: decorrelate the network's inputs, for W_ih of the first layer.
+        rate: step size of the rule, positive. A step counts as stable while rate times the Frobenius norm of mean
             x^ x^T, with a zero diagonal, is below 2; rate < 2 / mean ||x^||^2 ensures it.
-        every: D changes on every so many calls of `update_`.
-        average_over_time: one step a call, by the mean over samples and time steps; False: one step per time step, by
-            the mean over samples.
+        every: how many calls of `update_` make one change of D.
+        average_over_time: one step per call, from the mean over samples and time steps; False: one step per time step,
+            from the mean over samples.
 
     Raises:
         ValueError, TypeError: an argument is outside its range; the message quotes it.
@@ -204,9 +204,9 @@ class Decorrelation:
 
     @property
     def matrices(self) -> dict[str, Tensor]:
-        """Every D, (N, N), by its weight's name; the readout's is "readout"."""
+        """Each D, (N, N), by its weight's name; the readout's is "readout"."""
         names = ["readout" if site.layer < 0 else site.name for site in self.sites]
-        return {name: one.matrix for name, one in zip(names, self._parametrizations(), strict=True)}
+        return {name: weight.matrix for name, weight in zip(names, self._parametrizations(), strict=True)}
 
     @torch.no_grad()
     def update_(
@@ -218,49 +218,49 @@ class Decorrelation:
         """Run the clean network once, without dropout, and change every D by the rule.
 
         Args:
-            inputs: as the rnn's, or a PackedSequence; any that stand for the rest will do, a part of a long sequence.
+            inputs: as the rnn's, or a PackedSequence; part of the data will do, such as a stretch of a long sequence.
             hx: initial state, as the rnn's.
-            lengths: valid steps of each sample, (B,), in [1, T]; padding counts for nothing.
+            lengths: valid steps of each sample, (B,), in [1, T]; padding is ignored.
 
         Raises:
             ValueError, TypeError: an argument is not of this form; the message quotes it.
-            RuntimeError: a step would not be stable, or not finite, with the value; every D is then as it was.
-                Or a D is no longer there, as after `fold_()`.
+            RuntimeError: a step would not be stable, or not finite; the message quotes its norm, and every D is
+                unchanged. Or a D is gone, as after `fold_()`.
         """
-        found = self._parametrizations()
-        due = [_is_due(one.calls, self.every) for one in found]
+        weights = self._parametrizations()
+        due = [_is_due(weight.calls, self.every) for weight in weights]
         if any(due):
-            given = sequences(self.rnn, inputs, hx, lengths)
-            with torch.autocast(given.inputs.device.type, enabled=False):
-                run = run_network(given.network, given.inputs, given.h_0, given.lengths)
+            batch = sequences(self.rnn, inputs, hx, lengths)
+            with torch.autocast(batch.inputs.device.type, enabled=False):
+                run = run_network(batch.network, batch.inputs, batch.h_0, batch.lengths)
                 valid = None
-                if given.lengths is not None:
-                    valid = valid_steps(len(given.inputs), given.lengths, given.inputs.device)
+                if batch.lengths is not None:
+                    valid = valid_steps(len(batch.inputs), batch.lengths, batch.inputs.device)
                 _change(
                     [
-                        _step(site.name, one.matrix, self._rows(site.activity(run), valid), self.rate)
-                        for site, one, now in zip(self.sites, found, due, strict=True)
-                        if now
+                        _step(site.name, weight.matrix, self._rows(site.activity(run), valid), self.rate)
+                        for site, weight, changes in zip(self.sites, weights, due, strict=True)
+                        if changes
                     ]
                 )
-        for one in found:
-            one.calls += 1
-        # nn.RNN keeps the weights it last computed; with their graph it could not be deep-copied.
+        for weight in weights:
+            weight.calls += 1
+        # nn.RNN caches the weights it computed last; with their graph the module could not be deep-copied.
         self.rnn._update_flat_weights()
 
     def _parametrizations(self) -> list[DecorrelatedWeight]:
-        """Return what holds each D."""
-        every = []
+        """Return the parametrization that holds D, for each site."""
+        weights = []
         for site in self.sites:
-            found = _last_parametrization(site.module, site.name)
-            if not isinstance(found, DecorrelatedWeight):
-                last = "none" if found is None else type(found).__name__
+            parametrization = _last_parametrization(site.module, site.name)
+            if not isinstance(parametrization, DecorrelatedWeight):
+                last = "none" if parametrization is None else type(parametrization).__name__
                 raise RuntimeError(
                     f"the last parametrization of {site.name} must be its decorrelation, got {last}: "
                     "make a new Decorrelation, after every other parametrization"
                 )
-            every.append(found)
-        return every
+            weights.append(parametrization)
+        return weights
 
     def _rows(self, activity: Tensor, valid: Tensor | None) -> list[Tensor]:
         """Return the activity, (N, units), of each step of the rule."""
@@ -269,19 +269,19 @@ class Decorrelation:
         return [step if valid is None else step[valid[time]] for time, step in enumerate(activity)]
 
     def fold_(self) -> None:
-        """Multiply every D into its weight and take it off: the same network, without decorrelation.
+        """Multiply every D into its weight and remove it: the network computes the same, without decorrelation.
 
-        Parameters stay the same objects. All other parametrizations of these weights become permanent, too; a weight of
-        several originals, such as weight_norm's, becomes a new parameter. Nothing is left to update then.
+        Other parametrizations of these weights become permanent, too. Parameters stay the same objects, except that a
+        weight with several originals, such as weight_norm's, becomes a new parameter. `update_` raises afterwards.
         """
         self._parametrizations()
         for module in {id(site.module): site.module for site in self.sites}.values():
-            # A copied module shares its class with the original, whose properties must stay.
-            made = type(module)
-            module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
+            # A copied module shares its class with the original, which must keep the properties removed below.
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
         for site in self.sites:
             parametrize.remove_parametrizations(site.module, site.name, leave_parametrized=True)
-        # In the order of a plain module, by which optimisers know them.
+        # Restore the order of a plain module's parameters: optimisers number parameters by it.
         for name in [name for name in self.rnn._flat_weights_names if name in self.rnn._parameters]:
             self.rnn._parameters[name] = self.rnn._parameters.pop(name)
         if self.readout is not None:
@@ -293,9 +293,8 @@ def squared_correlation(activity: Tensor, *, centred: bool = True) -> Tensor:
 
     Args:
         activity: (..., N), samples along everything but the last dimension.
-        centred: Pearson's coefficient, covariance over standard deviations; False: without taking off the means, the
-            moments that decorrelation works on. Units that do not vary (are zero) are left out; NaN where
-            fewer than two are left.
+        centred: Pearson's coefficient, covariance over standard deviations; False: means are not subtracted, as in the
+            rule. Units that do not vary (False: are zero) are left out; NaN where fewer than two remain.
 
     Raises:
         ValueError, TypeError: `activity` is not of this form; the message quotes it.
@@ -313,7 +312,7 @@ def squared_correlation(activity: Tensor, *, centred: bool = True) -> Tensor:
     if centred:
         rows = rows - rows.mean(0)
     size = torch.linalg.vector_norm(rows, dim=0)
-    # A unit that does not vary keeps the rounding of its mean.
+    # A constant unit minus its mean is rounding error, not exactly zero.
     varies = size > 1e-12 * power
     rows = rows[:, varies] / size[varies]
     units = rows.shape[1]
@@ -324,22 +323,22 @@ def squared_correlation(activity: Tensor, *, centred: bool = True) -> Tensor:
 
 
 def _sites(rnn: nn.RNN, readout: nn.Linear | None, *, hidden: bool, inputs: bool) -> list[Site]:
-    found = []
+    sites = []
     for index in range(len(rnn.all_weights)):
         layer, side = divmod(index, 2 if rnn.bidirectional else 1)
         suffix = f"l{layer}" + ("_reverse" if side else "")
         if hidden if layer else inputs:
-            found.append(Site(rnn, f"weight_ih_{suffix}", layer, side))
+            sites.append(Site(rnn, f"weight_ih_{suffix}", layer, side))
         if hidden:
-            found.append(Site(rnn, f"weight_hh_{suffix}", layer, side))
-    return found if readout is None else [*found, Site(readout, "weight", -1, 0)]
+            sites.append(Site(rnn, f"weight_hh_{suffix}", layer, side))
+    return sites if readout is None else [*sites, Site(readout, "weight", -1, 0)]
 
 
 def _last_parametrization(module: nn.Module, name: str) -> nn.Module | None:
-    every = getattr(module, "parametrizations", None)
-    if not isinstance(every, nn.ModuleDict) or name not in every:
+    parametrizations = getattr(module, "parametrizations", None)
+    if not isinstance(parametrizations, nn.ModuleDict) or name not in parametrizations:
         return None
-    return list(every[name].children())[-1]
+    return list(parametrizations[name].children())[-1]
 
 
 def _rate(rate: float) -> float:
@@ -353,18 +352,18 @@ def _is_due(calls: Tensor, every: int) -> bool:
 
 
 class Step(NamedTuple):
-    """A D and what it is to become."""
+    """One D and its update."""
 
     name: str
     rate: float
     matrix: Tensor
     becomes: Tensor
     overshoot: Tensor
-    """The largest norm of rate (mean x^ x^T with a zero diagonal), 0-dim: stable below 2."""
+    """Largest norm of rate (mean x^ x^T with a zero diagonal), 0-dim; a step is stable below 2."""
 
 
 def _step(name: str, matrix: Tensor, activity: list[Tensor], rate: float) -> Step:
-    """Apply the rule once for each activity, (N, units)."""
+    """Return D after one step of the rule per activity, (N, units)."""
     becomes = matrix.to(working_dtype(matrix.dtype))
     overshoot = becomes.new_zeros(())
     for rows in activity:
@@ -380,7 +379,7 @@ def _step(name: str, matrix: Tensor, activity: list[Tensor], rate: float) -> Ste
 
 
 def _change(steps: list[Step]) -> None:
-    """Put the new matrices in place, all or none."""
+    """Write the new matrices, all or none."""
     worst = torch.stack([step.overshoot.double() for step in steps]).tolist()
     for step, overshoot in zip(steps, worst, strict=True):
         if not overshoot < 2:

@@ -37,7 +37,7 @@ def estimate_grad_(
     targets_per: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Estimate:
-    """Estimate gradients from forward passes and add them to `.grad`, as `backward()` would; no autograd graph is kept.
+    """Estimate gradients from forward passes and add them to `.grad`, as `backward()` does, without an autograd graph.
 
     Args:
         rnn: an `anpgpu.RNN` or any `torch.nn.RNN`.
@@ -64,7 +64,7 @@ def estimate_grad_(
 
     Raises:
         ValueError, TypeError: an argument is not of this form; the message quotes it.
-        RuntimeError: as `torch.nn.RNN`; or no rollout of a sample is finite. `.grad` is then as it was.
+        RuntimeError: as `torch.nn.RNN`; or no rollout of a sample is finite. `.grad` is then unchanged.
         MemoryError: `max_memory` is too little for one rollout.
     """
     perturbation = check_perturbation(getattr(rnn, "perturbation", None) if perturbation is None else perturbation)
@@ -76,31 +76,31 @@ def estimate_grad_(
         _compute_parametrized(rnn, readout)
         problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths, targets_per)
         work = problem if estimator.exact else _job(rnn, problem, perturbation, generator)
-        # BPTT is torch's own, with torch's autocast.
+        # BPTT runs under the caller's autocast, as torch's own backward pass would.
         with nullcontext() if estimator.exact else torch.autocast(problem.inputs.device.type, enabled=False):
             try:
-                found: FoundOfProblem = estimator.walk(problem.network.directions)(work)
+                result: FoundOfProblem = estimator.walk(problem.network.directions)(work)
             except NonFiniteRolloutsError as error:
                 _blame_targets(problem, error)
                 raise
         if problem.loss.black_box and problem.inputs.device.type == "cpu" and not estimator.exact:
             _warn_unmoved(problem, perturbation)
-        _add_gradients(rnn, readout, inputs, hx, problem, found)
-        outputs = found.outputs
+        _add_gradients(rnn, readout, inputs, hx, problem, result)
+        outputs = result.outputs
         if problem.lengths is not None:
             outputs = torch.where(valid_steps(len(outputs), problem.lengths, outputs.device).unsqueeze(-1), outputs, 0)
         return Estimate(
-            loss=found.loss,
+            loss=result.loss,
             outputs=problem.layout.restore(outputs),
-            h_n=found.h_n if problem.layout.batched else found.h_n.squeeze(1),
-            skipped=found.skipped,
-            split_half=found.split_half,
-            ridge_grown=found.ridge_grown,
+            h_n=result.h_n if problem.layout.batched else result.h_n.squeeze(1),
+            skipped=result.skipped,
+            split_half=result.split_half,
+            ridge_grown=result.ridge_grown,
         )
 
 
 def _check_leaf(name: str, tensor: object, perturbation: Perturbation, estimator: type[Estimator]) -> None:
-    """Raise where a tensor is to get a gradient that it cannot get."""
+    """Raise where a tensor requires a gradient that `estimate_grad_` cannot give it."""
     if not isinstance(tensor, Tensor) or not tensor.requires_grad:
         return
     if not tensor.is_leaf:
@@ -137,7 +137,7 @@ def _warn_unmoved(problem: Problem, perturbation: Perturbation) -> None:
 
 
 def _job(rnn: nn.RNN, problem: Problem, perturbation: Perturbation, generator: torch.Generator | None) -> Job:
-    """Return what an estimator by rollouts works on; draw its seed."""
+    """Return the job of an estimator that runs rollouts, and draw its seed."""
     settings = resolve(perturbation, CELLS[cell_name(rnn)], rnn.all_weights[0][1])
     check_extent(len(rnn.all_weights), *problem.inputs.shape[:2])
     device, limit = problem.inputs.device, perturbation.max_memory
@@ -152,7 +152,7 @@ def _job(rnn: nn.RNN, problem: Problem, perturbation: Perturbation, generator: t
 
 @torch.enable_grad()
 def _compute_parametrized(*modules: nn.Module | None) -> None:
-    """Compute parametrized weights, which `parametrize.cached` keeps, with the graph back to their parameters."""
+    """Compute parametrized weights with a graph to their parameters; `parametrize.cached` keeps both."""
     for module in modules:
         parametrizations = getattr(module, "parametrizations", None)
         for name in parametrizations if isinstance(parametrizations, nn.ModuleDict) else ():
@@ -165,24 +165,24 @@ def _add_gradients(
     inputs: Tensor | PackedSequence,
     hx: Tensor | None,
     problem: Problem,
-    found: FoundOfProblem,
+    result: FoundOfProblem,
 ) -> None:
     """Add what was found to `.grad` of every leaf that requires a gradient, through parametrizations.
 
     Autograd itself does it: in place where a gradient is there, with hooks.
     """
     gradients: list[tuple[Tensor | None, Tensor | None]] = []
-    for weights, sums in zip(rnn.all_weights, found.layers, strict=True):
+    for weights, sums in zip(rnn.all_weights, result.layers, strict=True):
         gradients += zip(weights, sums.totals(biases=rnn.bias), strict=True)
     if isinstance(readout, nn.Linear):
-        gradients += [(readout.weight, found.weight_o), (readout.bias, found.bias_o)]
+        gradients += [(readout.weight, result.weight_o), (readout.bias, result.bias_o)]
     if isinstance(inputs, PackedSequence):
         if inputs.data.requires_grad:
-            gradients.append((inputs.data, packed_like(found.inputs, inputs)))
+            gradients.append((inputs.data, packed_like(result.inputs, inputs)))
     elif inputs.requires_grad:
-        gradients.append((inputs, problem.layout.restore(found.inputs)))
+        gradients.append((inputs, problem.layout.restore(result.inputs)))
     if hx is not None:
-        gradients.append((hx, found.h_0 if problem.layout.batched else found.h_0.squeeze(1)))
+        gradients.append((hx, result.h_0 if problem.layout.batched else result.h_0.squeeze(1)))
     learning = [
         (tensor, gradient.to(tensor.dtype))
         for tensor, gradient in gradients

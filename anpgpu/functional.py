@@ -1,8 +1,8 @@
 """The ops on tensors: `noise`, `rollout`, `returns`, `adjoint`; and `release_memory`.
 
-Shapes: T time steps, B batch, P rollouts per sample, H hidden units, O outputs; time first. The equations stand in
-`anpgpu.kernels.noise`, `.rollout` and `.adjoint`. Each op runs where its tensors are; `backend=` chooses another
-implementation ("triton", "cupy", "numba", "torch") and raises where that is missing.
+Shapes: T time steps, B batch, P rollouts per sample, H hidden units, O outputs; time first. Equations:
+`anpgpu.kernels.noise`, `.rollout` and `.adjoint`. Each op runs on its tensors' device; `backend=` chooses an
+implementation ("triton", "cupy", "numba", "torch") and raises where it is missing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def noise(
         kind: "rademacher" or "gaussian".
         counters: global indices of element (0, 0, 0, 0).
         dtype: floating type of the result.
-        device: where to make it; the default is the seed's device, or the CPU.
+        device: of the result; the default is the seed's device, or the CPU for an int.
         backend: "auto", "triton", "cupy", "numba" or "torch".
 
     Raises:
@@ -76,8 +76,8 @@ def noise(
     place = checks.place(device) if device is not None else getattr(seed, "device", torch.device("cpu"))
     key = checks.seed(seed, place)
     where = checks.counters(counters, sizes, kind)
-    made: Tensor = underived(torch.ops.anpgpu.noise, key, sizes, float(sigma), kind, list(where), dtype, backend)
-    return made
+    result: Tensor = underived(torch.ops.anpgpu.noise, key, sizes, float(sigma), kind, list(where), dtype, backend)
+    return result
 
 
 def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword with a default)
@@ -160,7 +160,7 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
 
 
 def returns(delta_loss: Tensor, discount: float, *, carry: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """Return the credit c_t = delta_loss_t + discount c_{t+1}, (T, B, P).
+    """Return the discounted return c_t = delta_loss_t + discount c_{t+1}, (T, B, P): each rollout's credit.
 
     Args:
         delta_loss: (T, B, P), float32 or float64.
@@ -193,7 +193,7 @@ def adjoint(
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
     backend: str = "auto",
 ) -> Tensor:
-    """Return the estimate of the adjoint dL/da, (T, B, H): the mean over rollouts of what each says.
+    """Return the estimate of the adjoint dL/da, (T, B, H): the mean over rollouts of credit times noise or activity.
 
     Args:
         credit: returns c, (T, B, P), float32 or float64.
@@ -253,7 +253,7 @@ def release_memory() -> int:
 
 
 def _weight_by(method: str) -> str:
-    """Return what a rollout's credit is multiplied with in a method whose estimate is a mean of products."""
+    """Return what multiplies a rollout's credit, "noise" or "activity", in a method that is a mean of products."""
     weighted = {name: getattr(rule, "weight_by", None) for name, rule in ESTIMATORS.items()}
     products: dict[str, str] = {name: weight_by for name, weight_by in weighted.items() if weight_by is not None}
     one_of("method", method, tuple(products))
@@ -268,7 +268,7 @@ def _options(
     nonlinearity: str = TANH.name,
     precision: str = "auto",
 ) -> RolloutOptions:
-    """Return the checked scalars of a block of rollouts."""
+    """Check the scalars of a block of rollouts and return them."""
     one_of("noise", noise, NOISES)
     cell = CELLS.find(nonlinearity, "nonlinearity")
     one_of("precision", precision, OPERANDS)

@@ -1,4 +1,4 @@
-"""`RNN`: an nn.RNN whose backward pass is perturbed rollouts."""
+"""`RNN`: a `torch.nn.RNN` whose backward pass runs perturbed rollouts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .runtime.settings import resolve
 
 
 def _check_depth(*args: Any, **kwargs: Any) -> None:
-    """Raise where layers and directions, given as to `torch.nn.RNN`, are more than a counter of noise can name."""
+    """Raise where layers times directions exceed the layer field of the noise counters; arguments of `torch.nn.RNN`."""
     layers = kwargs.get("num_layers", args[2] if len(args) > 2 else 1)
     both = kwargs.get("bidirectional", args[7] if len(args) > 7 else False)
     most = COUNTER_LIMITS["layer"] // (2 if both is True else 1)
@@ -30,26 +30,26 @@ def _check_depth(*args: Any, **kwargs: Any) -> None:
 class RNN(nn.RNN):
     """An Elman RNN trained by perturbed rollouts instead of backpropagation through time.
 
-    Constructor arguments, parameters, state_dict, inputs, outputs and errors are those of `torch.nn.RNN`, and so are
-    the values it returns. The forward pass keeps clean activity but no graph through time. The backward pass takes the
-    gradient of the loss in the outputs, runs perturbed rollouts against it and returns estimates of the gradients of
-    weights, biases, inputs and initial state, so that any head, loss and optimiser works.
+    Constructor arguments, parameters, state_dict, inputs, outputs and errors are those of `torch.nn.RNN`, and it
+    returns the same values. The forward pass stores clean activity but no graph through time. The backward pass takes
+    the gradient of the loss with respect to the outputs, runs perturbed rollouts and returns estimates of the gradients
+    of weights, biases, inputs and initial state. Any head, loss and optimiser works.
 
     Each forward pass that needs gradients draws one 64-bit seed from torch's default generator of the module's device,
     and so does one in training mode under `torch.no_grad`, which activation checkpointing may repeat with gradients.
 
-    torch.compile takes it as two ops, in a full graph; the first RNN of a process sets torch._dynamo.config.allow_rnn,
-    without which the compiler stops at whatever derives from `torch.nn.RNN`. torch.export exports the clean run, in
+    torch.compile sees two ops, in a full graph. The first RNN of a process sets torch._dynamo.config.allow_rnn, without
+    which the compiler breaks the graph at any subclass of `torch.nn.RNN`. torch.export exports the clean run, in
     torch's own ops. Forward-mode and second derivatives raise; torch.func.grad works, and so does vmap, slice by slice.
 
     Args:
         *args: as `torch.nn.RNN`.
-        perturbation: how gradients are estimated; may be replaced at any time.
+        perturbation: how gradients are estimated; the attribute may be replaced at any time.
         **kwargs: as `torch.nn.RNN`.
 
     Raises:
-        ValueError, TypeError: as `torch.nn.RNN`; ValueError also for more than 256 layers (128 of two directions), more
-            than the noise can tell apart.
+        ValueError, TypeError: as `torch.nn.RNN`; ValueError also for more than 256 layers (128 with two directions),
+            the limit of the noise counters.
 
     Source: Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967.
     """
@@ -69,7 +69,7 @@ class RNN(nn.RNN):
 
     @property
     def last_estimate(self) -> Estimate | None:
-        """What the last backward pass found; None before the first. Compiled ones and torch.func leave it as it was."""
+        """Report of the last backward pass, None before the first; torch.compile and torch.func do not update it."""
         return self._record.estimate
 
     def forward(  # type: ignore[override]
@@ -80,7 +80,7 @@ class RNN(nn.RNN):
         """Run the network; see `torch.nn.RNN`."""
         result = self._run(input, hx)
         if "parametrizations" in self._modules and not torch.compiler.is_compiling():
-            # What nn.RNN keeps of them was computed, and with its graph no copy can be made of the module.
+            # nn.RNN caches computed weights; with their graph the module could not be deep-copied.
             self._flat_weights = [None if weight is None else weight.detach() for weight in self._flat_weights]
         return result
 
@@ -96,7 +96,7 @@ class RNN(nn.RNN):
         learns = any(getattr(leaf, "requires_grad", False) for leaf in leaves)
         needed = torch.is_grad_enabled() and learns
         exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        # nn.RNN would be compiled step by step: its graph grows with the sequence, the op's does not.
+        # The compiler would unroll nn.RNN over time; the op's graph does not grow with the sequence.
         compiling = torch.compiler.is_compiling() and not exporting and not forward_mode()
         exact = ESTIMATORS[perturbation.method].exact or exporting
         if CELLS[cell_name(self)].native and (exact or not (needed or compiling)):
@@ -127,7 +127,7 @@ class RNN(nn.RNN):
         self.check_forward_args(input, hx, None)
         time_first = input.transpose(0, 1) if self.batch_first else input
         if not time_first.shape[0]:
-            # The message is nn.RNN's own.
+            # Raises nn.RNN's own error.
             return super().forward(input, hx)
         outputs, h_n = self._perturbed(time_first, hx, weights, None, needed)
         outputs = outputs.transpose(0, 1) if self.batch_first else outputs
@@ -137,11 +137,11 @@ class RNN(nn.RNN):
         self, packed: PackedSequence, hx: Tensor | None, weights: list[Tensor], needed: bool
     ) -> tuple[PackedSequence, Tensor]:
         batch = int(packed.batch_sizes[0])
-        given = packed.data.new_zeros((len(self.all_weights), batch, self.hidden_size)) if hx is None else hx
-        self.check_forward_args(packed.data, given, packed.batch_sizes)
-        # Padding is undone in the caller's order of samples, which is also hx's.
+        h_0 = packed.data.new_zeros((len(self.all_weights), batch, self.hidden_size)) if hx is None else hx
+        self.check_forward_args(packed.data, h_0, packed.batch_sizes)
+        # Unpacked into the caller's order of samples, which is also hx's.
         padded, lengths = pad_packed_sequence(packed)
-        outputs, h_n = self._perturbed(padded, given, weights, lengths, needed)
+        outputs, h_n = self._perturbed(padded, h_0, weights, lengths, needed)
         order = packed.sorted_indices
         if order is not None:
             outputs, lengths = outputs.index_select(1, order), lengths[order.cpu()]
@@ -154,7 +154,7 @@ class RNN(nn.RNN):
         perturbation = check_perturbation(self.perturbation)
         for tensor in (hx, *weights):
             if tensor.device != inputs.device:
-                # With one of its tensors on meta an op runs its fake, and hands out memory that nobody wrote.
+                # With one tensor on meta an op runs its fake, whose result is uninitialised memory.
                 raise RuntimeError(
                     "Input, hidden and parameter tensors are not at the same device, found input tensor at "
                     f"{inputs.device} and another at {tensor.device}"
@@ -173,7 +173,7 @@ class RNN(nn.RNN):
             )
         structure = Structure(cell_name(self), self.bias, 2 if self.bidirectional else 1, autocast_dtype(inputs.device))
         if not estimator.exact and not torch.compiler.is_compiling():
-            # Compiled, what is missing or does not fit is told by the backward pass.
+            # Fails early on a missing backend or a wrong type; under torch.compile the backward pass does.
             resolve(perturbation, CELLS[structure.cell], weights[1])
         masks = []
         if self.dropout and self.training:
@@ -182,29 +182,29 @@ class RNN(nn.RNN):
             masks = [nn.functional.dropout(ones, self.dropout) for _ in range(self.num_layers - 1)]
         if estimator.exact or torch.compiler.is_exporting():
             return differentiable_run(structure, inputs, hx, weights, masks, lengths)
-        # The seed is drawn last, so that dropout draws what it draws in nn.RNN.
+        # The seed is drawn last, so that dropout masks are those of nn.RNN.
         seed = new_seed(inputs.device) if needed else None
         return run_perturbed(self._record, perturbation, structure, seed, inputs, hx, weights, masks, lengths)
 
 
 class Record:
-    """Where a backward pass leaves what it found, for `RNN.last_estimate`."""
+    """Holds the report of the last backward pass, for `RNN.last_estimate`."""
 
     def __init__(self) -> None:
         self.estimate: Estimate | None = None
 
     def keep(self, skipped: Tensor, split_half: Tensor, ridge_grown: Tensor) -> None:
-        """Take what a backward pass found."""
+        """Store the report of a backward pass."""
         self.estimate = Estimate(None, None, None, skipped, split_half, ridge_grown)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
-        """A copied module has had no backward pass."""
+        """Return an empty record: a copied module has had no backward pass."""
         return Record()
 
 
 def let_dynamo_trace() -> None:
-    """Let torch.compile into modules that derive from `torch.nn.RNN`; it breaks its graph there unless told not to."""
-    # Imported late: it takes as long as torch itself, and the first op to run imports it anyway.
+    """Let torch.compile trace subclasses of `torch.nn.RNN`, at which it breaks the graph by default."""
+    # Imported late: it takes as long as torch itself, and the first op that runs imports it anyway.
     import torch._dynamo
 
     torch._dynamo.config.allow_rnn = True

@@ -12,39 +12,39 @@ NOISES = ("rademacher", "gaussian")
 READOUTS = ("exact", "perturbed")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 AUTO = "auto"
-"""The backend that depends on where the tensors are; see `runtime.dispatch`."""
+"""Chooses the backend by the tensors' device; see `runtime.dispatch`."""
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How gradients are estimated from perturbed rollouts. The defaults are those of `profiling/study_defaults.py`.
+    """How gradients are estimated from perturbed rollouts; `profiling/study_defaults.py` chose the defaults.
 
     Attributes:
         method: "anp-ls" (least-squares activity-based node perturbation), "anp" (activity-based node perturbation),
             "np" (node perturbation), "wp" (weight perturbation) or "bptt" (exact, by autograd: the baseline). For
-            comparison, in `estimate_grad_` alone: "published-anp", "published-np", "published-wp", the rules as
+            comparison, only in `estimate_grad_`: "published-anp", "published-np", "published-wp", the rules as
             published. They need rollouts=1 and noise="gaussian", credit each step with its own loss and perturb the
-            readout, whatever `discount` and `readout` say.
+            readout; they ignore `discount` and `readout`.
         rollouts: perturbed rollouts per sample, at least 1. More rollouts, less variance.
         sigma: standard deviation of the injected noise. Rollouts carry deviations, so small values lose no precision.
         noise: "rademacher" (+-sigma) or "gaussian".
-        discount: how much of the loss of later steps a perturbation is credited with, in [0, 1]: 0 sees the loss of
-            its own step alone, as published; 1 the whole rest of the sequence. For "anp" and "np" less than 1 trades
-            bias for variance; "anp-ls" has no need of it. "wp" and "bptt" do not use it.
+        discount: weight of later losses in a perturbation's return, in [0, 1]: with 0 only the loss of its own step
+            counts, as published; with 1 the whole rest of the sequence. For "anp" and "np" a value below 1 trades bias
+            for variance; "anp-ls" does not need it. "wp" and "bptt" do not use it.
         ridge: regularisation of "anp-ls", relative to the mean squared activity difference of a rollout.
         rank: rank of the weight noise of "wp"; None is dense.
         readout: "exact" computes the readout's gradient in closed form, "perturbed" estimates it from perturbed
-            outputs. `estimate_grad_` alone uses it.
+            outputs. Only `estimate_grad_` uses it.
         precision: operand type of the rollouts' matrix products: "bf16", "fp16", "tf32", "fp32", or "auto" (float64 for
             float64 parameters, the autocast dtype under autocast, bf16 on CUDA, float32 on the CPU).
         backend: "triton", "cupy", "numba", "torch", or "auto": triton for CUDA tensors; numba for float32 on the
             CPU, where it is installed; torch otherwise.
         max_memory: bytes the rollouts may use; None is an eighth of the device's total memory.
-        shard_rollouts: share the rollouts between the processes of torch.distributed's default group, all of which hold
-            the same model and the same batch: n of them make the update that one would, to rounding. "anp-ls" shares
-            samples instead. False is right for DistributedDataParallel, where every process has samples of its own.
-        baseline: take the mean return of the other rollouts off each rollout's. It pays where sigma is large (0.1 and
-            more), where all rollouts tend to raise the loss alike, and changes little where it is small (least
+        shard_rollouts: split the rollouts between the processes of torch.distributed's default group, which all hold
+            the same model and the same batch; the update equals that of a single process, up to rounding. "anp-ls"
+            splits samples instead. Use False with DistributedDataParallel, where each process has its own samples.
+        baseline: subtract the mean return of the other rollouts from each rollout's return. It helps where sigma is
+            large (0.1 and more) and all rollouts raise the loss alike, and changes little where sigma is small (least
             squares loses one of its equations); see `profiling/study_variance.py`. It needs two rollouts. "wp" and
             "bptt" do not use it.
 
@@ -101,6 +101,6 @@ def check_perturbation(perturbation: Perturbation | None) -> Perturbation:
 
 
 def check_backend(backend: object) -> None:
-    """Raise unless this is the name of a backend, or "auto"."""
+    """Raise unless `backend` is the name of a backend, or "auto"."""
     if backend != AUTO:
         BACKENDS.find(backend, also=(AUTO,))

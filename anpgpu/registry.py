@@ -1,7 +1,7 @@
-"""The tables of what can be asked for by name: estimators, cells, losses, backends.
+"""The tables of everything that is chosen by name: estimators, cells, losses, backends.
 
-They are empty here. The files that hold the entries fill them on import (`estimators/`, `network/cells.py`,
-`task/losses.py`, `runtime/dispatch.py`), so that whoever only needs a name, or what stands behind it, asks one place.
+They are empty here. The files that define the entries fill them on import (`estimators/`, `network/cells.py`,
+`task/losses.py`, `runtime/dispatch.py`). All other files look names up here, without importing those files.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ Entry = TypeVar("Entry")
 
 
 class Table(dict[str, Entry]):
-    """Entries by name; to look up a name that does not exist raises ValueError, naming those that do.
+    """Entries by name; looking up an unknown name raises ValueError, which lists the known ones.
 
     Args:
-        argument: what an error calls the name: the argument it was given as.
+        argument: the user's argument that holds the name, for error messages.
     """
 
     def __init__(self, argument: str) -> None:
@@ -42,16 +42,16 @@ class Table(dict[str, Entry]):
         return self.find(name)
 
     def find(self, name: object, argument: str | None = None, *, also: Sequence[str] = ()) -> Entry:
-        """Return the entry of what a caller gave as a name.
+        """Return the entry of a name that a caller gave.
 
         Args:
-            name: it need not be a str.
-            argument: which argument it was given as; the table's own by default.
-            also: names that are allowed and stand in no table; they are only named in the error.
+            name: the name, unchecked; any object.
+            argument: the user's argument that held it, for error messages; by default the table's.
+            also: further names that the caller accepts; the error lists them, too.
 
         Raises:
             TypeError: the name is no str.
-            ValueError: there is no such entry; the message names those that exist.
+            ValueError: there is no such entry; the message lists the known names.
         """
         if isinstance(name, str) and name in self:
             return self[name]
@@ -62,29 +62,29 @@ class Table(dict[str, Entry]):
 
 
 class Estimator:
-    """How a gradient is estimated, and what that needs of the rest; every entry of `ESTIMATORS` derives from it.
+    """How a gradient is estimated, and what that requires; base of every entry of `ESTIMATORS`.
 
-    The walks over a network, the division of memory, sharding and the faces read these attributes and never a name. An
-    estimator that credits the rollouts of one layer at a time derives from `estimators.rules.Rule`, which has the rest.
+    The rest of the package reads these attributes and never compares a method's name. An estimator that credits the
+    rollouts of one layer at a time derives from `estimators.rules.Rule`, which has `rule`, `walk` and `backward`.
     """
 
     stores_delta: bool = True
     """Whether the activity differences of all steps, (T, B, P, H), are kept until they are credited."""
     whole_samples: bool = False
-    """Whether every rollout of a sample is needed at once: memory divides, and processes share, samples instead."""
+    """Whether all rollouts of a sample are needed at once; then samples are divided and shared, not rollouts."""
     keeps_state: bool = False
-    """Whether something is kept from one update to the next."""
+    """Whether it keeps state from one update to the next."""
     weights_only: bool = False
     """Whether inputs and first states get no gradient."""
     measures_losses: bool = False
-    """Whether it works in `estimate_grad_` alone, which measures losses, and not in a backward pass."""
+    """Whether it needs measured losses, and so runs only in `estimate_grad_`, not in a backward pass."""
     exact: bool = False
-    """Whether it is no estimate but autograd's own gradient, without rollouts."""
+    """Whether it is autograd's exact gradient, without rollouts."""
     discounted: bool = True
     """Whether the discount matters."""
     parts: int = 2
-    """How many parts its sums come in: the even and the odd rollouts', and a third where only all together show
-    more."""
+    """Number of parts that add up to a gradient: from the even and the odd rollouts, and, with 3, a part that needs all
+    rollouts."""
 
     @classmethod
     def check(cls, perturbation: Any) -> None:
@@ -94,28 +94,31 @@ class Estimator:
 
     @classmethod
     def extra_floats(cls, rollouts: int, hidden: int) -> int:
-        """Return the floats per step and sample that it adds to those of the rollouts; H is `hidden`."""
+        """Return the floats per step and sample it needs besides the rollouts' own; `hidden` is H."""
         del rollouts, hidden
         return 0
 
     @classmethod
     def rule(cls, settings: Any, weight_hh: Any, seed: Any, finite: Any) -> Any:
-        """Return what credits the rollouts of some samples; see `estimators.rules.Rule`."""
+        """Return a rule, which credits the rollouts of some samples; see `estimators.rules.Rule`."""
         raise NotImplementedError
 
     @staticmethod
     def walk(directions: int) -> Callable[[Any], Any]:
-        """Return what estimates all gradients of an `estimators.job.Job`, for networks of one or of two directions."""
+        """Return the function that estimates all gradients of a `Job`, for one direction or two.
+
+        An exact estimator's function takes a `task.problem.Problem` instead of an `estimators.job.Job`.
+        """
         raise NotImplementedError
 
     @staticmethod
     def backward(backward: Any) -> Any:
-        """Estimate all gradients from those of outputs and final states; takes an `estimators.by_layer.Backward`."""
+        """Estimate all gradients from dL/d(outputs) and dL/dh_n, in an `estimators.by_layer.Backward`."""
         raise NotImplementedError
 
     @classmethod
     def cost(cls, rollouts: int, hidden: int) -> float:
-        """Return the work of an estimate in rollouts, H^2 multiply-adds per step and sample each."""
+        """Return the work of an estimate in rollouts; one rollout is H^2 multiply-adds per step and sample."""
         del hidden
         return float(rollouts)
 
@@ -130,4 +133,4 @@ LOSSES: Table[Any] = Table("loss")
 """`loss=` of `estimate_grad_` where it is a name: `task.losses.MeasuredLoss` classes. Filled by `task/losses.py`."""
 
 BACKENDS: Table[Any] = Table("backend")
-"""`backend=`: where an op's implementation lies and what it runs on. Filled by `runtime/dispatch.py`."""
+"""`backend=`: the implementations of the ops and what they run on. Filled by `runtime/dispatch.py`."""

@@ -23,34 +23,34 @@ class Row(NamedTuple):
 
     perturbation: Perturbation
     total: Alignment
-    """Of all the rnn's parameters concatenated."""
+    """Of the gradient of all the rnn's parameters, concatenated."""
     parts: dict[str, Alignment]
-    """Of "weight_hh", "weight_ih" and "bias" apart, over all layers and directions. A too small discount shows in
-    weight_hh."""
+    """Of "weight_hh", "weight_ih" and "bias" separately, each over all layers and directions. Too small a discount
+    shows in weight_hh."""
     split_half: float
-    """Mean of what the estimates themselves report: variance only, no bias. NaN where a method reports none."""
+    """Mean of `Estimate.split_half` over seeds: shows variance, not bias. NaN where a method has none."""
     skipped: int
-    """Rollouts that were not finite, over all seeds."""
+    """Number of rollouts that were not finite, over all seeds."""
     seconds: float
-    """Median wall time of an estimate, here and now. The recommendation goes by `cost`, which repeats."""
+    """Median wall time of an estimate on this machine. The recommendation uses `cost`, which is reproducible."""
     cost: float
-    """Work of an estimate in rollouts of "anp"; see `cost_of`."""
+    """Work of an estimate, in rollouts of "anp"; see `cost_of`."""
     error: str | None = None
     """Why there is no estimate; None where there is."""
 
     def score(self, unseen: str | None) -> float:
-        """Return what a setting is judged by, -inf where there is none: cosine, without a true gradient agreement."""
+        """Return the cosine to the true gradient, or the agreement of seeds where that is unseen; -inf for neither."""
         value = self.total.cosine if unseen is None else self.total.agreement
         return value if math.isfinite(value) else -math.inf
 
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What `diagnose` found."""
+    """Result of `diagnose`."""
 
     rows: tuple[Row, ...]
     current: Row
-    """The setting in use: `perturbation`, the rnn's own, or the library's default."""
+    """The setting in use: `diagnose`'s argument, the rnn's own, or the library's default."""
     best: Row
     """The recommended setting, as measured."""
     advice: str
@@ -60,12 +60,12 @@ class Diagnosis:
 
     @property
     def recommendation(self) -> Perturbation:
-        """The recommended setting, to be used as it is."""
+        """The recommended setting, ready for use."""
         return self.best.perturbation
 
     @property
     def learning_rate_scale(self) -> float:
-        """What SGD's learning rate must be multiplied with for steps of BPTT's size; Adam does not feel the norm."""
+        """Factor on SGD's learning rate that gives steps of BPTT's size; Adam does not depend on the norm."""
         return 1 / self.best.total.ratio
 
     def __repr__(self) -> str:
@@ -99,14 +99,14 @@ class Diagnosis:
         )
 
     def _cells(self, row: Row) -> list[str]:
-        how, total = row.perturbation, row.total
+        setting, total = row.perturbation, row.total
         hidden = row.parts.get("weight_hh", Alignment())
         cosines = (total.cosine, hidden.cosine, total.limit, total.limit_error, total.agreement, row.split_half)
         return [
-            how.method,
-            str(how.rollouts),
-            f"{how.discount:g}" if discounted(how.method) else "-",
-            f"{how.sigma:g}",
+            setting.method,
+            str(setting.rollouts),
+            f"{setting.discount:g}" if discounted(setting.method) else "-",
+            f"{setting.sigma:g}",
             *(_figure(value, ".2f") for value in cosines),
             _figure(total.ratio, ".3g"),
             f"{row.cost:.0f}",
@@ -115,9 +115,9 @@ class Diagnosis:
         ]
 
     def plot(self, path: str | Path) -> None:
-        """Write a heat map, PNG or what the name ends in: cosine over discount and rollouts, one panel per method.
+        """Write a heat map of the cosine over discount and rollouts, one panel per method.
 
-        Without a true gradient it shows the agreement of different seeds.
+        The suffix of `path` chooses the format. Without a true gradient the map shows the agreement of different seeds.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -145,8 +145,8 @@ class Diagnosis:
                     colour = "white" if value < 0.6 else "black"
                     axis.text(*place[::-1], f"{value:.2f}", ha="center", va="center", color=colour, weight=weight)
             image = axis.imshow(values.numpy(), vmin=0, vmax=1, origin="lower", aspect="auto", cmap="viridis")
-            axis.set_xticks(range(len(across)), [str(one) for one in across])
-            axis.set_yticks(range(len(upward)), [f"{one:g}" for one in upward])
+            axis.set_xticks(range(len(across)), [str(rollouts) for rollouts in across])
+            axis.set_yticks(range(len(upward)), [f"{discount:g}" for discount in upward])
             axis.set(title=method, xlabel="rollouts", ylabel="discount")
         label = "cosine to BPTT's gradient" if self.unseen is None else "agreement of seeds (variance only)"
         figure.colorbar(image, ax=list(axes), label=label)
@@ -164,18 +164,18 @@ def _figure(value: float, form: str) -> str:
 
 
 def cost_of(perturbation: Perturbation, hidden: int) -> float:
-    """Return the work of an estimate in rollouts, of H^2 multiply-adds per step and sample each."""
+    """Return the work of an estimate in rollouts; one rollout is H^2 multiply-adds per step and sample."""
     return ESTIMATORS[perturbation.method].cost(perturbation.rollouts, hidden)
 
 
 def cheapest(rows: Sequence[Row], tolerance: float, unseen: str | None) -> Row:
-    """Return the cheapest row within `tolerance` of the best; of the same cost the one with the largest discount.
+    """Return the cheapest row whose score is within `tolerance` of the best; at equal cost, the largest discount.
 
     Raises:
         RuntimeError: no row has an estimate with a direction.
     """
     if unseen is not None:
-        # Bias is not seen, so that it must be avoided.
+        # Bias cannot be measured, so only the least biased rows qualify: those with the largest discount.
         largest = max(row.perturbation.discount for row in rows)
         rows = [row for row in rows if row.perturbation.discount == largest or not discounted(row.perturbation.method)]
     top = max(row.score(unseen) for row in rows)
@@ -187,7 +187,10 @@ def cheapest(rows: Sequence[Row], tolerance: float, unseen: str | None) -> Row:
 
 
 def closest_sigma(rows: Sequence[Row], near: Perturbation, tolerance: float, unseen: str | None) -> Row | None:
-    """Return, of the rows that differ from `near` by sigma alone, the closest within `tolerance` of the best."""
+    """Return the row with the sigma closest to `near`'s, among those that differ from it in sigma alone.
+
+    Only rows whose score is within `tolerance` of the best of them count; None where there is no estimate.
+    """
     same = [row for row in rows if dataclasses.replace(row.perturbation, sigma=near.sigma) == near]
     top = max((row.score(unseen) for row in same), default=-math.inf)
     good = [row for row in same if row.score(unseen) >= top - tolerance and top > -math.inf]
@@ -203,14 +206,14 @@ def advise(rows: Sequence[Row], current: Row, best: Row, tolerance: float, unsee
         text += "; this shows variance only: bias cannot be seen without a gradient of the loss"
     largest = max(row.perturbation.discount for row in rows)
     if discounted(best.perturbation.method) and best.perturbation.discount < largest:
-        # Copying with a delay of 5: the best discount of "anp" is .5 at torch's first weights, and 1 after 100 updates.
+        # Measured on copying with a delay of 5: the best discount of "anp" is 0.5 at first, and 1 after 100 updates.
         text += "; diagnose again after some hundred updates, when longer delays may want a larger discount"
     return text + "."
 
 
-def _name(how: Perturbation) -> str:
-    discount = f", discount {how.discount:g}" if discounted(how.method) else ""
-    return f"{how.method} with {how.rollouts} rollouts{discount}, sigma {how.sigma:g}"
+def _name(setting: Perturbation) -> str:
+    discount = f", discount {setting.discount:g}" if discounted(setting.method) else ""
+    return f"{setting.method} with {setting.rollouts} rollouts{discount}, sigma {setting.sigma:g}"
 
 
 def _lack(rows: Sequence[Row], row: Row, tolerance: float, unseen: str | None) -> str:
@@ -222,7 +225,7 @@ def _lack(rows: Sequence[Row], row: Row, tolerance: float, unseen: str | None) -
     text = f"cosine {total.cosine:.2f}, "
     if total.cosine >= 1 - tolerance:
         return text + "little is missing"
-    # cosine = limit sqrt(agreement): the smaller factor is what is missing.
+    # cosine = limit sqrt(agreement): the smaller factor is the one to improve.
     if not total.limit < math.sqrt(max(total.agreement, 0.0)):
         more = f": {2 * row.perturbation.rollouts} rollouts would give about {total.predicted(2):.2f}"
         return text + "what is missing is variance" + (more if math.isfinite(total.limit) else "; use more rollouts")
@@ -230,15 +233,15 @@ def _lack(rows: Sequence[Row], row: Row, tolerance: float, unseen: str | None) -
 
 
 def _cause(rows: Sequence[Row], row: Row, tolerance: float) -> str:
-    """Name the knob whose change would lift the limit most, by the rows that differ by it alone."""
-    how, limit = row.perturbation, row.total.limit
-    found = {f"it is {how.method}'s own": limit + tolerance}
+    """Name the knob whose change raises the limit most, from rows that differ in that knob alone."""
+    setting, limit = row.perturbation, row.total.limit
+    limits = {f"it is {setting.method}'s own": limit + tolerance}
     for other in rows:
         that = other.perturbation
-        if that.sigma < how.sigma and dataclasses.replace(that, sigma=how.sigma) == how:
-            found[f"sigma is too large, at {that.sigma:g} the limit is {other.total.limit:.2f}"] = other.total.limit
-        if that.discount != how.discount and dataclasses.replace(that, discount=how.discount) == how:
-            size = "small" if that.discount > how.discount else "large"
+        if that.sigma < setting.sigma and dataclasses.replace(that, sigma=setting.sigma) == setting:
+            limits[f"sigma is too large, at {that.sigma:g} the limit is {other.total.limit:.2f}"] = other.total.limit
+        if that.discount != setting.discount and dataclasses.replace(that, discount=setting.discount) == setting:
+            size = "small" if that.discount > setting.discount else "large"
             key = f"the discount is too {size}, at {that.discount:g} the limit is {other.total.limit:.2f}"
-            found[key] = other.total.limit
-    return max(found, key=lambda key: found[key] if math.isfinite(found[key]) else -math.inf)
+            limits[key] = other.total.limit
+    return max(limits, key=lambda key: limits[key] if math.isfinite(limits[key]) else -math.inf)

@@ -1,16 +1,16 @@
-"""How well estimates of a gradient point along it, bias told from variance.
+"""How well estimates of a gradient point along it, with bias separated from variance.
 
 g is the true gradient, g_1 .. g_R are independent estimates with expectation m and scatter V = E |g_r - m|^2:
 
-    cosine     mean_r  <g_r, g> / (|g_r| |g|)           what one update gets: bias and variance together
+    cosine     mean_r  <g_r, g> / (|g_r| |g|)           of a single update: bias and variance together
     U          mean_{r != s}  <g_r, g_s>                expectation |m|^2
-    limit      <mean_r g_r, g> / (sqrt(U) |g|)          cos(m, g): what no number of rollouts improves, the bias
-    agreement  U / mean_r |g_r|^2                       |m|^2 / (|m|^2 + V): what rollouts improve, the variance
+    limit      <mean_r g_r, g> / (sqrt(U) |g|)          cos(m, g): bias, which more rollouts do not lower
+    agreement  U / mean_r |g_r|^2                       |m|^2 / (|m|^2 + V): variance, which more rollouts lower
 
-The norm of the mean of the estimates would not do for |m|: E |mean_r g_r|^2 = |m|^2 + V / R, since every estimate meets
-itself there. Estimates of different seeds are independent, so E <g_r, g_s> = <m, m>: products of different seeds alone
-extrapolate to infinitely many repeats. To first order cosine = limit sqrt(agreement), and k times the rollouts divide V
-by k. Source: the U-statistic of |m|^2 and its jackknife; derived here.
+The norm of the mean estimate overestimates |m|: E |mean_r g_r|^2 = |m|^2 + V / R, because of the products of each
+estimate with itself. U leaves these out: different seeds are independent, so E <g_r, g_s> = <m, m>, and U extrapolates
+to infinitely many repeats. To first order cosine = limit sqrt(agreement), and k times the rollouts divide V by k.
+Source: the U-statistic of |m|^2 and its jackknife; derived here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Alignment(NamedTuple):
-    """How estimates of one gradient lie to it; NaN where it cannot be told."""
+    """How well estimates of one gradient point along it; NaN where that is unknown."""
 
     cosine: float = math.nan
     """Mean cosine of an estimate to the true gradient."""
@@ -35,19 +35,19 @@ class Alignment(NamedTuple):
     limit_error: float = math.nan
     """Standard error of `limit`, by the jackknife over estimates."""
     agreement: float = math.nan
-    """Cosine between estimates of different seeds: 1 is no variance. The only one that needs no true gradient."""
+    """Cosine between estimates of different seeds: 1 is no variance. The only field that needs no true gradient."""
 
     def predicted(self, times: float) -> float:
-        """Return the cosine expected of `times` the rollouts, at the same limit."""
+        """Return the cosine expected with `times` as many rollouts, at the same limit."""
         share = min(max(self.agreement, 0.0), 1.0)
         return self.limit * math.sqrt(times * share / (1 + (times - 1) * share))
 
 
 def alignment(estimates: Tensor, truth: Tensor | None) -> Alignment:
-    """Return how estimates, (R, N), lie to the true gradient, (N,), or only to each other where that is None."""
+    """Compare estimates, (R, N), with the true gradient, (N,), or only with each other where that is None."""
     estimates = estimates.double()
     products = estimates @ estimates.t()
-    # Tensors divide by zero without raising: estimates that vanish have no direction, NaN.
+    # Estimates that are zero have no direction: tensors give NaN for 0 / 0.
     agreement = float(_between(products) / products.diagonal().mean())
     if truth is None:
         return Alignment(agreement=agreement)
@@ -57,8 +57,8 @@ def alignment(estimates: Tensor, truth: Tensor | None) -> Alignment:
     limit = float(_limit(products, along, length))
     without = torch.stack(
         [
-            _limit(products[kept][:, kept], along[kept], length)
-            for kept in (torch.arange(count) != left for left in range(count))
+            _limit(products[others][:, others], along[others], length)
+            for others in (torch.arange(count) != index for index in range(count))
         ]
     )
     return Alignment(
@@ -77,5 +77,5 @@ def _between(products: Tensor) -> Tensor:
 
 
 def _limit(products: Tensor, along: Tensor, length: Tensor) -> Tensor:
-    # The root of a negative U is NaN: the scatter hides the expectation.
+    # Where the scatter hides the expectation, U is negative and its root NaN.
     return along.mean() / (_between(products).sqrt() * length)

@@ -1,7 +1,7 @@
 """`diagnose`: are method, rollouts, discount and sigma right for this network and this batch?
 
-Every setting's estimates, of several seeds, are compared with the true gradient, which backpropagation through all of
-time gives. `alignment` tells bias from variance. Source: derived here.
+For each setting, estimates of several seeds are compared with the true gradient, from backpropagation through all of
+time. `alignment` separates bias from variance. Source: derived here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PARTS = ("weight_hh", "weight_ih", "bias")
 """Kinds of parameters, by their names in `torch.nn.RNN`."""
 
 EstimateOf = Callable[[Perturbation, "torch.Generator | None"], tuple[Tensor, Estimate]]
-"""Gradients of the rnn's parameters, flat, (N,) on the CPU, and what the estimate tells besides."""
+"""Returns the gradient of the rnn's parameters, flat, (N,) on the CPU, and the `Estimate`."""
 
 
 def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
@@ -59,35 +59,33 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
 ) -> Diagnosis:
     """Compare perturbation estimates with the true gradient of this batch, and recommend a setting.
 
-    Measured are the current setting with every sigma and every discount; then all combinations of methods, rollouts and
-    discounts at the best of these sigmas; then the best of these with every sigma. All happens on copies, without
-    dropout: parameters, `.grad`, buffers, modes and random generators stay as they are.
+    First the current setting is measured with every sigma and every discount; then all combinations of methods,
+    rollouts and discounts at the best of these sigmas; then the best combination with every sigma. Everything runs on
+    copies, without dropout: parameters, `.grad`, buffers, modes and random generators stay unchanged.
 
     The recommendation is the cheapest setting (in multiply-adds) whose mean cosine is within `tolerance` of the best;
-    at the same cost the one with the largest discount. At the start of training most of the gradient comes from short
-    delays and a small discount looks good; what the network learns then reaches further back. So diagnose again after
-    some hundred updates.
+    at equal cost, the one with the largest discount. Early in training most of the gradient comes from short delays,
+    so a small discount looks good; later the gradient reaches further back. Diagnose again after some hundred updates.
 
-    A callable loss without a gradient leaves no true gradient to compare with, and bias cannot be seen. Cosines are
-    then NaN; settings are judged by how well estimates of different seeds agree, and only those with the largest
-    discount, whose bias is known to be smallest, are recommended. A callable that is differentiable in part only (a
-    detached term) cannot be told from one that is.
+    Without a gradient of a callable loss there is no true gradient, and bias cannot be measured. Cosines are then NaN,
+    settings are ranked by how well estimates of different seeds agree, and only the largest discount, which has the
+    smallest bias, is recommended. A callable that is only partly differentiable (a detached term) is not detected.
 
     Args:
         rnn: an `anpgpu.RNN` or any `torch.nn.RNN`.
-        readout: as in `estimate_grad_`, and so are inputs, targets and loss. Its own gradient is not compared.
+        readout: as in `estimate_grad_`, like inputs, targets and loss. The readout's own gradient is not compared.
         inputs: a batch of the usual size, (T, B, I), (B, T, I) with batch_first, (T, I), or a PackedSequence.
         targets: per step or per sequence.
         loss: "mse", "cross_entropy" or a callable.
-        perturbation: the current setting; the default is the rnn's own, or `Perturbation()`. What is not varied (noise,
-            ridge, precision, ...) is taken from it.
-        methods: methods of `Perturbation` but "bptt".
+        perturbation: the current setting; the default is the rnn's own, or `Perturbation()`. Knobs that are not varied
+            (noise, ridge, precision, ...) keep its values.
+        methods: methods of `Perturbation`, except "bptt".
         rollouts: numbers of rollouts.
-        discounts: discounts in [0, 1]. A method without one ("wp") is measured once.
+        discounts: discounts in [0, 1]. A method without a discount ("wp") is measured once.
         sigmas: standard deviations of the noise.
         repeats: seeds per setting, at least 2.
-        tolerance: how much cosine may be given away for a lower cost, and how large a difference `advice` speaks of.
-        seed: which seeds; equal ones give equal results.
+        tolerance: loss of cosine accepted for a lower cost, in [0, 1); `advice` ignores smaller differences.
+        seed: from which the seeds of the estimates are drawn; the same seed gives the same result.
         hx: initial state, as the rnn's.
         lengths: valid steps of each sample, (B,).
         targets_per: as in `estimate_grad_`.
@@ -97,12 +95,12 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
         `Diagnosis`: rows, recommendation, advice, `table()`, `plot(path)`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `estimate_grad_`; or a part of the grid is not of this form; the message
-            quotes it. RuntimeError also where no setting gives an estimate.
+        ValueError, TypeError, RuntimeError: as `estimate_grad_`; or an argument of the grid is not of this form, which
+            the message quotes. RuntimeError also where no setting gives an estimate.
     """
     current = check_perturbation(getattr(rnn, "perturbation", None) if perturbation is None else perturbation)
     if ESTIMATORS[current.method].exact:
-        # What the others are compared with is no candidate.
+        # The reference of the comparison is no candidate.
         current = dataclasses.replace(current, method=Perturbation.method)
     for name, values in (("methods", methods), ("rollouts", rollouts), ("discounts", discounts), ("sigmas", sigmas)):
         if not isinstance(values, (list, tuple)) or not values:
@@ -129,71 +127,74 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
 
     copied = copy.deepcopy(rnn).eval()
     head = copy.deepcopy(readout).eval() if isinstance(readout, nn.Module) else readout
-    trained = [(name, one) for name, one in copied.named_parameters() if one.requires_grad]
+    trained = [(name, weight) for name, weight in copied.named_parameters() if weight.requires_grad]
     if not trained:
         raise ValueError("no parameter of the rnn requires a gradient: there is nothing to diagnose")
 
-    def estimate(how: Perturbation, generator: torch.Generator | None) -> tuple[Tensor, Estimate]:
+    def estimate(setting: Perturbation, generator: torch.Generator | None) -> tuple[Tensor, Estimate]:
         copied.zero_grad()
-        found = estimate_grad_(
+        report = estimate_grad_(
             copied,
             head,
             inputs.detach() if isinstance(inputs, Tensor) else inputs,
             targets,
             loss,
-            perturbation=how,
+            perturbation=setting,
             hx=hx.detach() if isinstance(hx, Tensor) else hx,
             lengths=lengths,
             targets_per=targets_per,
             generator=generator,
         )
-        grads = [torch.zeros_like(one) if one.grad is None else one.grad for _, one in trained]
-        return torch.cat([grad.flatten() for grad in grads]).cpu(), found
+        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for _, weight in trained]
+        return torch.cat([grad.flatten() for grad in grads]).cpu(), report
 
     # The caller's readout and loss may draw random numbers.
-    devices = sorted({one.device.index for _, one in trained if one.is_cuda})
+    devices = sorted({weight.device.index for _, weight in trained if weight.is_cuda})
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # The table says where a setting moves nothing.
         warnings.filterwarnings("ignore", message="no rollout changed the loss")
         truth, unseen = _true_gradient(estimate, trained[0][1].device.type, lenient=callable(loss))
-        owner = torch.cat([torch.full((one.numel(),), number) for number, (_, one) in enumerate(trained)])
-        members = {part: [part in name for name, _ in trained] for part in PARTS}
-        masks = {part: torch.tensor(which)[owner] for part, which in members.items() if any(which)}
+        owner = torch.cat([torch.full((weight.numel(),), number) for number, (_, weight) in enumerate(trained)])
+        members = {kind: [kind in name for name, _ in trained] for kind in PARTS}
+        masks = {kind: torch.tensor(which)[owner] for kind, which in members.items() if any(which)}
         measure = _Measure(estimate, truth, masks, _seeds(repeats, seed), rnn.hidden_size)
         most = len({*around, *grid}) + len(sigmas)
         with tqdm(total=most, desc="diagnose", unit="setting", disable=not progress) as bar:
             measure.add(around, bar)
             start = closest_sigma(measure.rows(), current, tolerance, unseen)
             sigma = current.sigma if start is None else start.perturbation.sigma
-            measure.add([dataclasses.replace(one, sigma=sigma) for one in grid], bar)
+            measure.add([dataclasses.replace(setting, sigma=sigma) for setting in grid], bar)
             best = cheapest(measure.rows(), tolerance, unseen)
             measure.add(_with_sigmas(best.perturbation, sigmas), bar)
             bar.total = bar.n
     rows = measure.rows()
-    kept = dataclasses.replace(best.perturbation, sigma=current.sigma)
-    best = closest_sigma(rows, kept, tolerance, unseen) or best
-    now = measure.found[current]
+    at_current_sigma = dataclasses.replace(best.perturbation, sigma=current.sigma)
+    best = closest_sigma(rows, at_current_sigma, tolerance, unseen) or best
+    now = measure.row_of[current]
     return Diagnosis(rows, now, best, advise(rows, now, best, tolerance, unseen), unseen)
 
 
-def _with_sigmas(how: Perturbation, sigmas: Sequence[float]) -> Iterator[Perturbation]:
-    return (dataclasses.replace(how, sigma=sigma) for sigma in sigmas)
+def _with_sigmas(setting: Perturbation, sigmas: Sequence[float]) -> Iterator[Perturbation]:
+    return (dataclasses.replace(setting, sigma=sigma) for sigma in sigmas)
 
 
 def _seeds(repeats: int, seed: int) -> list[int]:
     drawn = torch.randint(2**62, (repeats,), generator=torch.Generator().manual_seed(seed))
-    return [int(one) for one in drawn]
+    return [int(number) for number in drawn]
 
 
 def _true_gradient(estimate: EstimateOf, device_type: str, *, lenient: bool) -> tuple[Tensor | None, str | None]:
-    """Return BPTT's gradient, or why there is none; only a caller's own loss may be without one."""
+    """Return BPTT's gradient, or the reason why there is none.
+
+    With `lenient`, for a caller's own loss, an error of the loss or of its gradient is such a reason.
+    """
     try:
         with torch.autocast(device_type, enabled=False):
             truth, _ = estimate(Perturbation("bptt"), None)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        # A black box that goes through NumPy raises RuntimeError. A wrong argument raises again with every setting.
+        # A black box that goes through NumPy raises RuntimeError; a wrong argument raises again in every setting.
         if not lenient:
             raise
         return None, f"the loss cannot be differentiated ({str(error).splitlines()[0]})"
@@ -204,44 +205,44 @@ def _true_gradient(estimate: EstimateOf, device_type: str, *, lenient: bool) -> 
 
 
 class _Measure:
-    """Measures settings, each once and all with the same seeds, so that luck does not tell them apart."""
+    """Measures settings, each once and all with the same seeds, so that they do not differ by chance."""
 
     def __init__(
         self, estimate: EstimateOf, truth: Tensor | None, masks: dict[str, Tensor], seeds: list[int], hidden: int
     ) -> None:
         self.estimate, self.truth, self.masks, self.seeds, self.hidden = estimate, truth, masks, seeds, hidden
-        self.found: dict[Perturbation, Row] = {}
+        self.row_of: dict[Perturbation, Row] = {}
 
     def rows(self) -> tuple[Row, ...]:
-        """Return what has been measured, in order."""
-        return tuple(self.found.values())
+        """Return the measured rows, in order of measurement."""
+        return tuple(self.row_of.values())
 
     def add(self, settings: Sequence[Perturbation] | Iterator[Perturbation], bar: tqdm) -> None:
-        """Measure the settings that have not been measured."""
-        for how in settings:
-            if how not in self.found:
-                self.found[how] = self._row(how)
+        """Measure the settings that are not measured yet."""
+        for setting in settings:
+            if setting not in self.row_of:
+                self.row_of[setting] = self._row(setting)
                 bar.update()
 
-    def _row(self, how: Perturbation) -> Row:
+    def _row(self, setting: Perturbation) -> Row:
         gradients, halves, skipped, seconds = [], [], 0, []
-        cost = cost_of(how, self.hidden)
+        cost = cost_of(setting, self.hidden)
         for seed in self.seeds:
             started = time.perf_counter()
             try:
-                gradient, found = self.estimate(how, torch.Generator().manual_seed(seed))
+                gradient, report = self.estimate(setting, torch.Generator().manual_seed(seed))
             except RuntimeError as error:
-                # No finite rollout, or out of memory: this setting does not work, which is worth telling.
+                # No finite rollout, or out of memory: the row reports that this setting does not work.
                 why = str(error).splitlines()[0]
-                return Row(how, Alignment(), {}, math.nan, skipped, math.nan, cost, why)
+                return Row(setting, Alignment(), {}, math.nan, skipped, math.nan, cost, why)
             seconds.append(time.perf_counter() - started)
             gradients.append(gradient)
-            halves.append(float(found.split_half))
-            skipped += int(found.skipped)
-        every = torch.stack(gradients)
+            halves.append(float(report.split_half))
+            skipped += int(report.skipped)
+        estimates = torch.stack(gradients)
         parts = {
-            part: alignment(every[:, mask], None if self.truth is None else self.truth[mask])
-            for part, mask in self.masks.items()
+            kind: alignment(estimates[:, mask], None if self.truth is None else self.truth[mask])
+            for kind, mask in self.masks.items()
         }
         half = statistics.fmean(halves)
-        return Row(how, alignment(every, self.truth), parts, half, skipped, statistics.median(seconds), cost)
+        return Row(setting, alignment(estimates, self.truth), parts, half, skipped, statistics.median(seconds), cost)

@@ -1,4 +1,4 @@
-"""How a gradient is estimated. Importing it fills the table `registry.ESTIMATORS`."""
+"""The estimators of gradients. Importing this package fills the table `registry.ESTIMATORS`."""
 
 from . import rules  # isort: skip
 from . import weights  # isort: skip

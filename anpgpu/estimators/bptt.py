@@ -21,15 +21,19 @@ class Backpropagation(Estimator):
 
     @staticmethod
     def walk(directions: int) -> Callable[[Problem], FoundOfProblem]:
-        """Return what differentiates a `Problem`: there is no job without rollouts."""
+        """Return `by_autograd`, which takes a `Problem`, not a `Job`: there are no rollouts."""
         del directions
         return by_autograd
 
 
 @torch.enable_grad()
 def by_autograd(problem: Problem) -> FoundOfProblem:
-    """True backpropagation through time, never truncated."""
-    found = FoundOfProblem(problem)
+    """Return all gradients, by autograd through all time steps.
+
+    Raises:
+        ValueError: the loss is not differentiable.
+    """
+    result = FoundOfProblem(problem)
     layers = tuple(
         tuple(side.map(lambda weight: weight.clone().requires_grad_()) for side in layer)
         for layer in problem.network.layers
@@ -45,24 +49,24 @@ def by_autograd(problem: Problem) -> FoundOfProblem:
     outputs = problem.read(run.outputs)
     whole, everyone = slice(0, outputs.shape[0]), slice(0, outputs.shape[1])
     if problem.loss.black_box:
-        each = problem.loss.call(outputs.unsqueeze(2).clone(), everyone)
+        losses = problem.loss.call(outputs.unsqueeze(2).clone(), everyone)
     else:
-        each = problem.loss.values(outputs, whole, everyone)
-    found.loss = each.sum()
-    if not found.loss.requires_grad:
+        losses = problem.loss.values(outputs, whole, everyone)
+    result.loss = losses.sum()
+    if not result.loss.requires_grad:
         raise ValueError("method='bptt' needs a differentiable loss, but the loss's values have no gradient")
     sides = [side for layer in layers for side in layer]
     weights = [weight for side in sides for weight in side if weight is not None]
     readout = [weight for weight in (problem.weight_o, problem.bias_o) if weight is not None]
     wanted = [*weights, *readout, problem.inputs, problem.h_0]
-    grads = iter(torch.autograd.grad(found.loss, wanted, materialize_grads=True))
-    for sums, side in zip(found.layers, sides, strict=True):
+    grads = iter(torch.autograd.grad(result.loss, wanted, materialize_grads=True))
+    for sums, side in zip(result.layers, sides, strict=True):
         sums.weight_ih[0], sums.weight_hh[0] = next(grads), next(grads)
         if side.bias_ih is not None:
             sums.bias_hh = torch.zeros_like(sums.bias_ih)
             sums.bias_ih[0], sums.bias_hh[0] = next(grads), next(grads)
-    found.weight_o = None if problem.weight_o is None else next(grads)
-    found.bias_o = None if problem.bias_o is None else next(grads)
-    found.inputs, found.h_0 = next(grads), next(grads)
-    found.loss, found.outputs, found.h_n = found.loss.detach(), outputs.detach(), run.h_n.detach()
-    return found
+    result.weight_o = None if problem.weight_o is None else next(grads)
+    result.bias_o = None if problem.bias_o is None else next(grads)
+    result.inputs, result.h_0 = next(grads), next(grads)
+    result.loss, result.outputs, result.h_n = result.loss.detach(), outputs.detach(), run.h_n.detach()
+    return result

@@ -1,8 +1,9 @@
-"""The walk by layers: last layer first over a whole clean run, one layer and direction perturbed at a time.
+"""The walk by layers: over the clean run of all steps, last layer first, perturbing one layer and direction at a time.
 
-The last layer answers to the loss, every lower one to the gradient of the inputs of the layer above, a loss that is
-linear in its states: L = sum_t g_t . h_t with g_t = dL/dh_t. It serves `RNN`'s backward pass, from dL/d(outputs) to
-gradients, and `estimate_grad_` for networks of two directions, which meet at every step. Source: derived here.
+The last layer's rollouts measure the loss. Those of a lower layer measure a loss that is linear in its states,
+L = sum_t g_t . h_t, with g_t = dL/dh_t from the input gradient of the layer above. The walk serves `RNN`'s backward
+pass, from dL/d(outputs) to gradients, and `estimate_grad_` for bidirectional networks, whose directions meet at every
+step. Source: derived here.
 """
 
 from __future__ import annotations
@@ -27,30 +28,30 @@ from .readout import perturb_readout
 from .sweep import Chunk, Sweep
 
 LossOf = Callable[[slice, slice], Loss]
-"""Gives a layer's loss for some steps (in processing order) of some samples."""
+"""Returns a layer's loss for some steps (in processing order) of some samples."""
 
 Measure = Callable[[Tensor, slice], Tensor]
 """Turns delta_o of all steps, (T, b, p, O), of some samples into loss differences, (T, b, p)."""
 
 
 class LayerLoss(NamedTuple):
-    """What one layer and direction answers to."""
+    """The loss that the rollouts of one layer and direction measure."""
 
     of: LossOf
     measure: Measure | None = None
-    """For a loss that only the caller can measure."""
+    """For a black-box loss."""
     outputs: int = 0
-    """O, where delta_o of all steps is kept for the caller."""
+    """O, if delta_o of all steps is stored for a black-box loss; else 0."""
 
 
 class Backward(NamedTuple):
-    """What a backward pass works on."""
+    """The arguments of the walk, and of an estimator in a backward pass."""
 
     settings: Settings
     max_memory: int | None
     lengths: Tensor | None
     lowest: int
-    """The lowest layer of which a gradient is wanted; what lies below gets zeros."""
+    """The lowest layer that needs a gradient; layers below it get zeros."""
     network: Network
     run: CleanRun
     seed: Tensor
@@ -61,27 +62,27 @@ class Backward(NamedTuple):
 
     @property
     def found(self) -> Found:
-        """An empty container for what is found."""
+        """A new `Found`, filled with zeros."""
         return Found(self.network, self.run.layers[0][0].inputs, self.grad_h_n, self.settings.estimator.parts)
 
 
 def layers_backward(backward: Backward) -> Found:
-    """Estimate all gradients from those of outputs and final states."""
+    """`RNN`'s backward pass: from dL/d(outputs) and dL/dh_n to all gradients."""
     lengths, units = backward.lengths, backward.network.hidden_size
 
     def loss_of_layer(index: int, side: int, above: Tensor | None) -> LayerLoss:
         grad = _of_side(backward.grad_outputs if above is None else above, side, units, lengths)
         return LayerLoss(linear_loss(_with_final(grad, backward.grad_h_n[index], lengths)))
 
-    found = backward.found
-    _walk(found, backward, loss_of_layer)
-    return found
+    result = backward.found
+    _walk(result, backward, loss_of_layer)
+    return result
 
 
 def two_directions(job: Job) -> FoundOfProblem:
-    """Estimate all gradients of a network of two directions."""
+    """Estimate all gradients of a bidirectional network, for `estimate_grad_`."""
     problem, settings, loss = job.problem, job.settings, job.problem.loss
-    found = FoundOfProblem(problem, settings.estimator.parts)
+    result = FoundOfProblem(problem, settings.estimator.parts)
     masks = draw_masks(problem)
     job = job.agreed(*masks)
     drawn = iter(masks)
@@ -89,35 +90,35 @@ def two_directions(job: Job) -> FoundOfProblem:
         problem.network, problem.inputs, problem.h_0, problem.lengths, (lambda _: next(drawn)) if masks else None
     )
     whole, everyone = slice(0, len(problem.inputs)), slice(0, problem.inputs.shape[1])
-    found.outputs, found.h_n = problem.read(run.outputs), run.h_n
-    change = BlackBoxChange(problem, found.outputs, everyone) if loss.black_box else None
-    found.loss = (change.clean if change is not None else loss.values(found.outputs, whole, everyone)).sum()
+    result.outputs, result.h_n = problem.read(run.outputs), run.h_n
+    change = BlackBoxChange(problem, result.outputs, everyone) if loss.black_box else None
+    result.loss = (change.clean if change is not None else loss.values(result.outputs, whole, everyone)).sum()
     if problem.weight_o is not None:
         gradient_o = (
-            perturb_readout(problem, found.outputs, settings, job.seed, everyone, job.max_memory)
+            perturb_readout(problem, result.outputs, settings, job.seed, everyone, job.max_memory)
             if job.perturb_readout
-            else loss.output_gradient(found.outputs, whole, everyone)
+            else loss.output_gradient(result.outputs, whole, everyone)
         )
-        found.add_readout(gradient_o, run.outputs)
+        result.add_readout(gradient_o, run.outputs)
 
     def loss_of_layer(index: int, side: int, above: Tensor | None) -> LayerLoss:
         del index
         if above is not None:
             return LayerLoss(linear_loss(_of_side(above, side, problem.network.hidden_size, problem.lengths)))
-        spec = loss.spec(problem.readout_of(side), found.outputs, whole, everyone, bool(side), problem.lengths)
+        spec = loss.spec(problem.readout_of(side), result.outputs, whole, everyone, bool(side), problem.lengths)
         if change is None:
             return LayerLoss(functools.partial(loss_of_steps, spec))
-        measure = _measure_side(job, found.outputs, bool(side))
+        measure = _measure_side(job, result.outputs, bool(side))
         return LayerLoss(lambda *_: spec, measure, problem.outputs_size)
 
-    nothing = found.outputs.new_empty(0)
+    nothing = result.outputs.new_empty(0)
     walk = Backward(settings, job.max_memory, problem.lengths, 0, problem.network, run, job.seed, nothing, nothing)
-    _walk(found, walk, loss_of_layer)
-    return found
+    _walk(result, walk, loss_of_layer)
+    return result
 
 
-def _walk(found: Found, backward: Backward, loss_of_layer: Callable[[int, int, Tensor | None], LayerLoss]) -> None:
-    """Perturb one layer and direction after another, the last layer first; fill in what is found."""
+def _walk(result: Found, backward: Backward, loss_of_layer: Callable[[int, int, Tensor | None], LayerLoss]) -> None:
+    """Perturb one layer and direction after another, last layer first, and write the gradients into `result`."""
     network, run, settings, lengths = backward.network, backward.run, backward.settings, backward.lengths
     above: Tensor | None = None
     for number in range(len(network.layers) - 1, backward.lowest - 1, -1):
@@ -142,40 +143,40 @@ def _walk(found: Found, backward: Backward, loss_of_layer: Callable[[int, int, T
                 functools.partial(_estimate_layer, layer, backward),
                 alone=settings.share.alone,
             )
-            found.layers[index] = estimate.layers[0]
-            found.h_0[index] = estimate.h_0[0]
-            found.skipped += estimate.skipped
-            found.ridge_grown += estimate.ridge_grown
+            result.layers[index] = estimate.layers[0]
+            result.h_0[index] = estimate.h_0[0]
+            result.skipped += estimate.skipped
+            result.ridge_grown += estimate.ridge_grown
             d_inputs += in_processing_order(estimate.inputs, bool(side), lengths)
         mask = run.masks[number]
         above = d_inputs if mask is None else d_inputs * mask
     if above is not None and not backward.lowest:
-        found.inputs = above
+        result.inputs = above
 
 
 class _Layer(NamedTuple):
-    """One layer and direction to be estimated."""
+    """One layer and direction with its clean activity and loss."""
 
     weights: LayerWeights
     run: LayerRun
     loss: LayerLoss
     number: int
-    """In the counter space."""
+    """Layer field of the noise counters."""
 
 
 def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Found:
-    """Estimate one layer's gradients, divided like that; processes that share rollouts all get their sum."""
+    """Estimate one layer's gradients by a division, summed over the processes that share the rollouts."""
     weights, settings, device = layer.weights, backward.settings, backward.seed.device
     network = backward.network._replace(layers=((weights,),))
     time, batch, _ = layer.run.inputs.shape
-    found = Found(network, layer.run.inputs, layer.run.states[:1], settings.estimator.parts)
+    result = Found(network, layer.run.inputs, layer.run.states[:1], settings.estimator.parts)
     segments = segments_of(time, division)
     own = settings.share.samples(batch)
     for first in range(own.start, own.stop, max(division.samples, 1)):
         samples = slice(first, min(first + division.samples, own.stop))
         sweep = Sweep(weights.weight_hh, backward.seed, settings, Chunk(samples, layer.number), division)
         grad = layer.loss.of(slice(0, time), samples).grad
-        # Under a gradient that is not finite itself, rollouts that are not finite are no fault of theirs.
+        # An incoming gradient with NaN or inf makes every loss difference so: these rollouts count, and NaN propagates.
         trust = None if grad is None else ~torch.isfinite(grad).all(-1).all(0)
         measured = None
         if sweep.segmented:
@@ -194,18 +195,18 @@ def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Fo
                 measure=None if layer.loss.measure is None else _of_samples(layer.loss.measure, samples),
                 trust=trust,
             )
-            adjoint, found.inputs[steps, samples] = found.credit(0, parts, weights, run)
+            adjoint, result.inputs[steps, samples] = result.credit(0, parts, weights, run)
             if not steps.start:
-                found.h_0[0, samples] = network.cell.first_state_gradient(adjoint[0], weights, run)
-        found.skipped += sweep.skipped
-        found.ridge_grown += sweep.ridge_grown
-    settings.share.sum_(*found.weights, found.inputs, found.h_0)
-    settings.share.sum_(found.skipped, found.ridge_grown)
-    return found
+                result.h_0[0, samples] = network.cell.first_state_gradient(adjoint[0], weights, run)
+        result.skipped += sweep.skipped
+        result.ridge_grown += sweep.ridge_grown
+    settings.share.sum_(*result.weights, result.inputs, result.h_0)
+    settings.share.sum_(result.skipped, result.ridge_grown)
+    return result
 
 
 def _first_pass(sweep: Sweep, layer: _Layer, network: Network, segments: list[slice]) -> Tensor | None:
-    """Take all rollouts through time; return loss differences, (T, b, P), where only the caller can measure them."""
+    """Run all rollouts through time; return the loss differences, (T, b, P), of a black-box loss, else None."""
     samples, loss = sweep.chunk.samples, layer.loss
     measured = []
     for block in sweep.blocks:
@@ -233,7 +234,7 @@ def _of_samples(measure: Measure, samples: slice) -> Callable[[Tensor], Tensor]:
 
 
 def _of_side(above: Tensor, side: int, units: int, lengths: Tensor | None) -> Tensor:
-    """Return one direction's share of dL/d(outputs), (T, B, H), in its processing order."""
+    """Return one direction's columns of dL/d(outputs), (T, B, H), in its processing order."""
     return in_processing_order(above[..., side * units : (side + 1) * units], bool(side), lengths)
 
 

@@ -1,6 +1,6 @@
-"""The walk by segments, for networks of one direction: time segments outside, layers inside, last segment first.
+"""The walk by segments, for networks of one direction: segments of time in the outer loop, last first, layers inside.
 
-Nothing of size (T, B, H) is kept once time is cut: clean states, too, are run again from checkpoints.
+With more than one segment nothing of size (T, B, H) is stored: clean states, too, are recomputed from checkpoints.
 """
 
 from __future__ import annotations
@@ -42,37 +42,37 @@ def one_direction(job: Job) -> FoundOfProblem:
 
 
 def _estimate(job: Job, masks: tuple[Tensor, ...], shape: Shape, division: Division) -> FoundOfProblem:
-    """Do all of the work, divided like that."""
+    """Estimate all gradients by a division."""
     job = job._replace(max_memory=min(job.max_memory, shape.needed_bytes(division)))
-    found = FoundOfProblem(job.problem, job.settings.estimator.parts)
+    result = FoundOfProblem(job.problem, job.settings.estimator.parts)
     segments = segments_of(shape.time, division)
     own = job.settings.share.samples(shape.batch)
     for first in range(own.start, own.stop, max(division.samples, 1)):
         samples = slice(first, min(first + division.samples, own.stop))
-        chunk = _ChunkOfSamples(job, found, division, segments, samples, masks)
+        chunk = _ChunkOfSamples(job, result, division, segments, samples, masks)
         chunk.prepare()
-        for steps in one_after_another(reversed(segments), found.outputs.device):
+        for steps in one_after_another(reversed(segments), result.outputs.device):
             chunk.credit(steps)
         chunk.count()
-    found.sum_(job.settings.share)
-    return found
+    result.sum_(job.settings.share)
+    return result
 
 
 class _ChunkOfSamples:
-    """The work on one chunk of samples."""
+    """The rollouts of all layers for one chunk of samples."""
 
     def __init__(
         self,
         job: Job,
-        found: FoundOfProblem,
+        result: FoundOfProblem,
         division: Division,
         segments: list[slice],
         samples: slice,
         masks: tuple[Tensor, ...],
     ) -> None:
         self.job, self.problem, self.loss = job, job.problem, job.problem.loss
-        self.found, self.segments, self.samples = found, segments, samples
-        self.outputs = found.outputs[:, samples]
+        self.result, self.segments, self.samples = result, segments, samples
+        self.outputs = result.outputs[:, samples]
         self.clean = CheckpointedRun(
             self.problem.network,
             self.problem.inputs[:, samples],
@@ -87,19 +87,19 @@ class _ChunkOfSamples:
         ]
         self.top = self.sweeps[-1]
         self.gradient_o: Tensor | None = None
-        """The estimate of dL/do, (T, b, O), where the readout is perturbed."""
+        """The estimate of dL/do, (T, b, O), if the readout is perturbed."""
         self.change: BlackBoxChange | None = None
         self.measured: Tensor | None = None
 
     def prepare(self) -> None:
-        """Run the clean network and whatever must be known before the last segment is credited."""
+        """Run the clean network, and, if time is cut, all rollouts through time; perturb the readout."""
         self._clean_pass()
         job = self.job
         if job.perturb_readout and self.problem.weight_o is not None:
             self.gradient_o = perturb_readout(
                 self.problem, self.outputs, job.settings, job.seed, self.samples, job.max_memory
             )
-        # After the readout's rollouts, which need as much memory again.
+        # Only now, because the readout's rollouts need as much memory as this.
         if self.loss.black_box:
             self._measure()
         if self.top.segmented:
@@ -107,24 +107,24 @@ class _ChunkOfSamples:
                 sweep.check()
 
     def count(self) -> None:
-        """Add up what was lost on the way."""
+        """Add the counts of skipped rollouts and of systems with a grown ridge."""
         for sweep in self.sweeps:
-            self.found.skipped += sweep.skipped
-            self.found.ridge_grown += sweep.ridge_grown
+            self.result.skipped += sweep.skipped
+            self.result.ridge_grown += sweep.ridge_grown
 
     def _spec(self, steps: slice) -> Loss:
         return self.loss.spec(self.problem.weight_o, self.outputs[steps], steps, self.samples, False, None)
 
     def _clean_pass(self) -> None:
-        """Run the network; where time is cut and the loss is ours, take the rollouts along."""
+        """Run the clean network and, if time is cut, the rollouts of a loss that kernels compute, next to it."""
         last = self.loss.last_step[self.samples]
         for steps in one_after_another(self.segments, self.outputs.device):
             run = self.clean.segment(steps)
             self.outputs[steps] = self.problem.read(run.outputs)
-            keep_final(self.found.h_n[:, self.samples], run, steps, last)
+            keep_final(self.result.h_n[:, self.samples], run, steps, last)
             if self.loss.black_box:
                 continue
-            self.found.loss += self.loss.values(self.outputs[steps], steps, self.samples).sum()
+            self.result.loss += self.loss.values(self.outputs[steps], steps, self.samples).sum()
             if self.top.segmented:
                 for block in self.top.blocks:
                     self._advance(run, steps, block)
@@ -132,7 +132,7 @@ class _ChunkOfSamples:
     def _measure(self) -> None:
         """Have the caller measure the clean run and, where time is cut, the rollouts, a block at a time."""
         self.change = BlackBoxChange(self.problem, self.outputs, self.samples, self.job.settings)
-        self.found.loss += self.change.clean.sum()
+        self.result.loss += self.change.clean.sum()
         if not self.top.segmented:
             return
         blocks = []
@@ -144,7 +144,7 @@ class _ChunkOfSamples:
         self.top.finite &= torch.isfinite(self.measured).all(0)
 
     def _advance(self, run: CleanRun, steps: slice, block: slice) -> Tensor | None:
-        """Take a block of every layer's rollouts through a segment; return the last layer's delta_o of a black box."""
+        """Run a block of each layer's rollouts through a segment; return the last layer's delta_o for a black box."""
         delta_o = None
         network = self.problem.network
         for sweep, (weights,), (layer,) in zip(self.sweeps, network.layers, run.layers, strict=True):
@@ -154,8 +154,8 @@ class _ChunkOfSamples:
         return delta_o
 
     def credit(self, steps: slice) -> None:
-        """Credit a segment, last layer first; every lower layer answers to the gradient of its outputs."""
-        found, cell = self.found, self.problem.network.cell
+        """Credit a segment, last layer first; the loss of a lower layer is linear, from its output gradient."""
+        result, cell = self.result, self.problem.network.cell
         run = self.clean.segment(steps)
         self._credit_readout(run, steps)
         above = self.outputs
@@ -172,15 +172,15 @@ class _ChunkOfSamples:
                 measured=known,
                 measure=self.change.of if top and self.change is not None else None,
             )
-            adjoint, above = found.credit(number, parts, weights, layer)
+            adjoint, above = result.credit(number, parts, weights, layer)
             if number:
-                # The layer below answers to what all rollouts of this one say.
+                # The layer below needs the sum over all processes' rollouts of this layer.
                 self.job.settings.share.complete_(above)
             mask = run.masks[number]
             above = above if mask is None else above * mask
             if steps.start == 0:
-                found.h_0[number, self.samples] = cell.first_state_gradient(adjoint[0], weights, layer)
-        found.inputs[steps, self.samples] = above
+                result.h_0[number, self.samples] = cell.first_state_gradient(adjoint[0], weights, layer)
+        result.inputs[steps, self.samples] = above
 
     def _credit_readout(self, run: CleanRun, steps: slice) -> None:
         """Add the readout's gradient of a segment."""
@@ -190,4 +190,4 @@ class _ChunkOfSamples:
             gradient = self.gradient_o[steps]
         else:
             gradient = self.loss.output_gradient(self.outputs[steps], steps, self.samples)
-        self.found.add_readout(gradient, run.outputs)
+        self.result.add_readout(gradient, run.outputs)

@@ -1,4 +1,4 @@
-"""What an update finds: gradients in parts, how well two halves of the rollouts agree, and what was lost."""
+"""The result of an update: gradients in parts, agreement of two halves of the rollouts, counts of skipped rollouts."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from anpgpu.task.problem import Problem
 
 
 class Estimate(NamedTuple):
-    """What an estimate tells besides the gradients.
+    """The report of an update, besides the gradients.
 
-    `RNN.last_estimate` holds only what a backward pass knows: skipped, split_half and ridge_grown.
+    `RNN.last_estimate` has only `skipped`, `split_half` and `ridge_grown`; the other fields are then None.
     """
 
     loss: Tensor | None
     """Clean loss, 0-dim."""
     outputs: Tensor | None
-    """Clean outputs, laid out as the inputs are: (T, B, O), (B, T, O) with batch_first, (T, O) unbatched."""
+    """Clean outputs in the layout of the inputs: (T, B, O), (B, T, O) with batch_first, (T, O) unbatched."""
     h_n: Tensor | None
     """Clean final states, as `torch.nn.RNN` returns them."""
     skipped: Tensor
-    """Rollouts left out because they were not finite, counted over samples, layers and directions; 0-dim int64."""
+    """Number of rollouts left out because they were not finite, over samples, layers and directions; 0-dim int64."""
     split_half: Tensor
-    """Cosine between the estimates from the even and the odd rollouts, 0-dim. Near 1: more rollouts would change
-    little. It shows variance, not bias: a discount of 0 looks perfect to it. NaN with one rollout."""
+    """Cosine between the estimates from the even and the odd rollouts, 0-dim. Near 1, more rollouts would change
+    little. It shows variance, not bias: a discount of 0 can look perfect. NaN with one rollout."""
     ridge_grown: Tensor
-    """Least-squares systems ("anp-ls") that no Cholesky factor was found for with the ridge as given, and that were
-    solved with one as large as the system itself; 0-dim int64."""
+    """Number of least-squares systems ("anp-ls") whose Cholesky factorisation failed with the given ridge; they were
+    solved with a ridge as large as the system itself. 0-dim int64."""
 
 
 class NonFiniteRolloutsError(RuntimeError):
-    """No rollout of some sample stayed finite, so there is nothing to estimate its gradient from."""
+    """No rollout of some sample stayed finite, so its gradient cannot be estimated."""
 
 
 def raise_if_lost(finite: Tensor, first_sample: int, sigma: float) -> None:
-    """Raise where no rollout of a sample is finite, given (b, P) bool.
+    """Raise NonFiniteRolloutsError if a sample has no finite rollout; `finite` is (b, P) bool.
 
-    On CUDA the estimate becomes NaN instead, since looking would make the host wait.
+    On CUDA the estimate becomes NaN instead, because reading `finite` would make the host wait.
     """
     if finite.is_cuda:
         return
@@ -58,9 +58,9 @@ def raise_if_lost(finite: Tensor, first_sample: int, sigma: float) -> None:
 
 
 class GradientSums:
-    """Gradients of one layer's weights in parts that add up to the estimate, (parts, ...) each.
+    """Gradients of one layer's weights, in parts that add up to the estimate, (parts, ...) each.
 
-    The first two are what the even and the odd rollouts say; a third is what only all of them together can.
+    The first two parts come from the even and from the odd rollouts, a third from all rollouts together.
     """
 
     def __init__(self, weights: LayerWeights, parts: int = 2) -> None:
@@ -69,17 +69,17 @@ class GradientSums:
         self.weight_hh = weights.weight_hh.new_zeros((parts, *weights.weight_hh.shape))
         self.bias_ih = weights.weight_hh.new_zeros((parts, rows))
         self.bias_hh = self.bias_ih
-        """Another tensor only where the two biases have different gradients."""
+        """The same tensor as `bias_ih` unless the two biases have different gradients."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every sum, once."""
+        """All distinct sums."""
         biases = (self.bias_ih,) if self.bias_hh is self.bias_ih else (self.bias_ih, self.bias_hh)
         return self.weight_ih, self.weight_hh, *biases
 
     @within("weight_gradients")
     def add(self, gates: GateAdjoints, run: LayerRun) -> None:
-        """Add sum_t A_t (x_t, 1)^T and sum_t R_t (h_{t-1}, 1)^T of some steps."""
+        """Add sum_t A_t (x_t, 1)^T and sum_t R_t (h_{t-1}, 1)^T of some steps, A and R the fields of `gates`."""
         for total, adjoint, presynaptic in (
             (self.weight_ih, gates.inputs, run.inputs),
             (self.weight_hh, gates.recurrent, run.states[:-1]),
@@ -103,19 +103,19 @@ def split_half(sums: Sequence[GradientSums]) -> Tensor:
     """
     parts = [tensor.flatten(1) for layer in sums for tensor in layer.tensors]
     dot, first, second = (
-        torch.stack([part[left] @ part[right] for part in parts]).sum() for left, right in ((0, 1), (0, 0), (1, 1))
+        torch.stack([flat[left] @ flat[right] for flat in parts]).sum() for left, right in ((0, 1), (0, 0), (1, 1))
     )
     return dot / (first.sqrt() * second.sqrt())
 
 
 class Found:
-    """What an estimator finds, filled in piece by piece, in canonical form: gradients and counts.
+    """The result of an estimator, filled in step by step, in canonical form: gradients and counts.
 
     Args:
         network: in the working type.
         inputs: (T, B, I).
         h_0: (layers * D, B, H).
-        parts: of the weights' gradients, as `GradientSums` has them.
+        parts: number of parts of the weights' gradients, see `GradientSums`.
     """
 
     def __init__(self, network: Network, inputs: Tensor, h_0: Tensor, parts: int = 2) -> None:
@@ -128,7 +128,7 @@ class Found:
 
     @property
     def split_half(self) -> Tensor:
-        """The agreement of the halves, see `Estimate`."""
+        """Cosine between the two halves' gradients, see `Estimate`."""
         return split_half(self.layers)
 
     @property
@@ -137,12 +137,12 @@ class Found:
         return [tensor for layer in self.layers for tensor in layer.tensors]
 
     def credit(self, index: int, parts: Tensor, weights: LayerWeights, run: LayerRun) -> tuple[Tensor, Tensor]:
-        """Add what an adjoint says of a layer's weights; return the adjoint's sum and dL/dx of these steps.
+        """Add the gradients of a layer's weights that follow from an adjoint; return the adjoint and dL/dx.
 
         Args:
-            index: the layer and direction, as in `layers`.
-            parts: the adjoint, (parts, L, b, H).
-            weights: the layer's.
+            index: of the layer and direction in `layers`.
+            parts: the adjoint in parts, (parts, L, b, H).
+            weights: of the layer.
             run: its clean activity over these steps.
 
         Returns:
@@ -156,7 +156,7 @@ class Found:
 
 
 class FoundOfProblem(Found):
-    """What `estimate_grad_` finds: also clean results, and the readout's gradient."""
+    """The result in `estimate_grad_`: also clean results, and the readout's gradient."""
 
     def __init__(self, problem: Problem, parts: int = 2) -> None:
         super().__init__(problem.network, problem.inputs, problem.h_0, parts)
@@ -168,11 +168,11 @@ class FoundOfProblem(Found):
         self.bias_o = None if problem.bias_o is None else torch.zeros_like(problem.bias_o)
 
     def sum_(self, share: Share) -> None:
-        """Add up what the processes that share the rollouts have found."""
+        """Sum the results of the processes that share the rollouts."""
         share.sum_(*self.weights, self.inputs, self.h_0)
         share.sum_(self.skipped, self.ridge_grown)
         if share.by_samples:
-            # Nobody has run all samples, not even the clean network.
+            # Each process has run only its samples, of the clean network, too.
             readout = [gradient for gradient in (self.weight_o, self.bias_o) if gradient is not None]
             share.sum_(self.outputs, self.h_n, self.loss, *readout)
 

@@ -1,4 +1,4 @@
-"""What a method of `estimate_grad_` works on, the dropout of an update, and losses that only the caller can measure."""
+"""The job of an estimator in `estimate_grad_`, the dropout of an update, and loss differences of a black box."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ SPREAD_RIDGE = 1e-6
 
 
 class Job(NamedTuple):
-    """What a method works on."""
+    """The arguments of an estimator that runs rollouts."""
 
     problem: Problem
     settings: Settings
     seed: Tensor
+    """Of the update, 0-dim int64."""
     max_memory: int
+    """Bytes."""
     perturb_readout: bool
+    """Whether the readout's gradient is estimated from perturbed outputs."""
 
     def agreed(self, *masks: Tensor) -> Job:
-        """Return the job with the one seed of all processes that share its rollouts.
+        """Return the job with the same seed in all processes that share its rollouts.
 
         Raises:
-            RuntimeError: they do not hold the same batch, weights and dropout masks.
+            RuntimeError: the processes do not hold the same batch, weights and dropout masks.
         """
         problem = self.problem
         weights = [
@@ -43,7 +46,7 @@ class Job(NamedTuple):
 
 
 def draw_masks(problem: Problem) -> tuple[Tensor, ...]:
-    """Draw the dropout of every layer but the first, (T, B, D * H): once, however the work is divided then."""
+    """Draw the dropout masks of every layer but the first, (T, B, D * H), once for every division of the work."""
     if problem.dropout is None:
         return ()
     values = problem.inputs.new_empty((*problem.inputs.shape[:2], problem.width))

@@ -4,25 +4,25 @@
     np   dW_ih = sum_t (1/sigma) dL_t xi_t^T x_t                   dW_o = sum_t (1/sigma) dL_t zeta_t^T h_t
     wp   dW    = sum_t (1/sigma) dL_t E_t                          for each of the three weights
 
-dW_hh is as dW_ih with h_{t-1} for x_t, and begins at the second step. N = I + H + O; dL_t, da_t and do_t are perturbed
-minus clean, of the loss of step t, the pre-activations (B, H) and the outputs (B, O). L_t is averaged over the samples,
-and outputs, that count at step t; updates are summed over t, so they answer to sum_t L_t where `Estimate.loss` is the
+dW_hh is as dW_ih with h_{t-1} for x_t, from the second step on. N = I + H + O; dL_t, da_t and do_t are perturbed minus
+clean values of the loss of step t, the pre-activations (B, H) and the outputs (B, O). L_t is averaged over the samples,
+and outputs, that count at step t. Updates are summed over t, so their loss is sum_t L_t, while `Estimate.loss` is the
 mean over steps. Frobenius norms run over batch and units. The perturbed network is
 
     anp, np  a~_t = W_ih x_t + W_hh h~_{t-1} + xi_t                    o~_t = W_o h~_t + zeta_t
     wp       a~_t = (W_ih + E_t) x_t + (W_hh + E_t') h~_{t-1}          o~_t = (W_o + E_t'') h~_t
 
-with Gaussian noise of standard deviation sigma, new at every step, for wp one matrix for the whole batch. Expected
+with Gaussian noise of standard deviation sigma, new at every step; in wp one matrix for the whole batch. Expected
 updates of np and wp are sigma times the one-step truncated gradient of sum_t L_t, for small sigma.
 
-Here the differences are carried as deviations (kernels/rollout.py), no two runs are subtracted. xi and zeta have the
-counters of any other method; E_t those of dense weight noise with the time step where that has the sample: layer 0 for
-[E_t | E_t'], layer 1 for E_t''.
+Here differences are carried as deviations (kernels/rollout.py) instead of subtracting two runs. xi and zeta have the
+same counters as in other methods; E_t has those of dense weight noise, with the time step in place of the sample:
+layer 0 for [E_t | E_t'], layer 1 for E_t''.
 
-Where a weight is computed from parameters (`torch.nn.utils.parametrize`), dW is of the computed weight and the
-parameters' gradients follow by the chain rule. With W D, D decorrelating the presynaptic activity, anp and np so become
-the published rules with D x_t and D h_{t-1} for x_t and h_{t-1}. E perturbs the computed weight W D, not W: wp then
-estimates the same gradient from other noise than the published decorrelated rule, which perturbs W.
+Where a weight is computed from parameters (`torch.nn.utils.parametrize`), dW is the update of the computed weight, and
+the parameters' gradients follow by the chain rule. With W D, where D decorrelates the presynaptic activity, anp and np
+thus become the published rules with D x_t and D h_{t-1} for x_t and h_{t-1}. In wp, E perturbs the computed weight W D:
+it estimates the same gradient as the published decorrelated rule, which perturbs W, from different noise.
 
 Source: Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967.
 """
@@ -51,7 +51,7 @@ from .found import FoundOfProblem, raise_if_lost
 from .job import EVERYONE, BlackBoxChange, Job
 
 WEIGHT_NOISE_BYTES = 96
-"""Per perturbed weight, for its noise of a step and the words that it is made from."""
+"""Per perturbed weight, for the noise of one step and the random words it is made from."""
 
 
 class Published(Estimator):
@@ -77,7 +77,7 @@ class Published(Estimator):
 
     @staticmethod
     def walk(directions: int) -> Callable[[Job], FoundOfProblem]:
-        """Return the one walk there is; it refuses two directions."""
+        """Return `published`, which raises for two directions."""
         del directions
         return published
 
@@ -102,41 +102,40 @@ class PublishedWeight(Published):
 
 
 def published(job: Job) -> FoundOfProblem:
-    """Return what a published rule finds.
+    """Return the update of a published rule.
 
     Raises:
-        ValueError: the problem is not one that the published rule is defined for.
+        ValueError: the published rule is not defined for this problem.
         RuntimeError: the perturbed run is not finite.
-        MemoryError: not even one step fits into `job.max_memory`, or not all of them where only the caller can measure
-            the loss.
+        MemoryError: not even one step fits into `job.max_memory`; or, with a black-box loss, not all steps.
     """
     problem, settings, loss = job.problem, job.settings, job.problem.loss
     weight_o = _readout(problem, settings.method)
-    found = FoundOfProblem(problem)
+    result = FoundOfProblem(problem)
     perturbed = (_Weights if _rule(job).perturbs_weights else _Activity)(job, weight_o)
     state = problem.h_0
     for steps in _segments(job):
         clean = run_network(problem.network, problem.inputs[steps], state)
         state = clean.h_n
-        outputs = found.outputs[steps] = problem.read(clean.outputs)
+        outputs = result.outputs[steps] = problem.read(clean.outputs)
         run = clean.layers[0][0]
         delta_o = perturbed.advance(run, steps)
         if loss.black_box:
             change = BlackBoxChange(problem, outputs, EVERYONE)
-            found.loss = change.clean.sum()
+            result.loss = change.clean.sum()
             delta_loss = change.of(delta_o)
         else:
-            found.loss += loss.values(outputs, steps, EVERYONE).sum()
+            result.loss += loss.values(outputs, steps, EVERYONE).sum()
             spec = loss.spec(None, outputs, steps, EVERYONE, False, None)
             delta_loss = spec.differences(slice(0, len(outputs)), delta_o)
         finite = torch.isfinite(delta_loss).all(0) & torch.isfinite(perturbed.delta_h).all(-1)
         raise_if_lost(finite, 0, settings.options.sigma)
-        # From the step's share in the mean over the sequence to the mean over the samples that count at this step.
+        # Converts a step's share of the mean over the sequence into the mean over the samples that count at the step.
         share = _share_of_steps(problem, steps).to(delta_loss.dtype)
         credit = torch.where(share == 0, 0, delta_loss.sum((1, 2)) / share)
-        perturbed.add_update(found, run, steps, credit)
-    found.h_n = state
-    return found
+        perturbed.add_update(result, run, steps, credit)
+    result.h_n = state
+    return result
 
 
 def _rule(job: Job) -> type[Published]:
@@ -146,7 +145,7 @@ def _rule(job: Job) -> type[Published]:
 
 
 def _readout(problem: Problem, method: str) -> Tensor:
-    """Return W_o; raise unless all is as published: one layer, one direction, a readout, no biases, equal lengths."""
+    """Return W_o; raise unless there are one layer, one direction, a readout, no biases and equal lengths."""
     layers, directions = len(problem.network.layers), problem.network.directions
     if (layers, directions) != (1, 1):
         raise ValueError(
@@ -167,20 +166,20 @@ def _readout(problem: Problem, method: str) -> Tensor:
 
 
 def _segments(job: Job) -> list[slice]:
-    """Return the time segments that fit: credit never crosses a step, so that cutting time costs nothing."""
+    """Return the time segments that fit; cutting time costs nothing, because each step is credited by itself."""
     problem = job.problem
     time, batch, fan_in = problem.inputs.shape
     units, outputs = problem.width, problem.outputs_size
-    each = problem.inputs.itemsize * max(1, batch) * (12 * padded(units) + 8 * outputs)
+    step_bytes = problem.inputs.itemsize * max(1, batch) * (12 * padded(units) + 8 * outputs)
     fixed = FIXED_BYTES
     if _rule(job).perturbs_weights:
         fixed += WEIGHT_NOISE_BYTES * (units * (fan_in + units) + outputs * units)
-    length = min(time, (job.max_memory - fixed) // each)
+    length = min(time, (job.max_memory - fixed) // step_bytes)
     needed = time if problem.loss.black_box else 1
     if length < needed:
         raise MemoryError(
             f"max_memory={job.max_memory} bytes is too little for method={job.settings.method!r} with T={time}, "
-            f"B={batch}, H={units}: {needed} steps at a time need {fixed + needed * each} bytes"
+            f"B={batch}, H={units}: {needed} steps at a time need {fixed + needed * step_bytes} bytes"
         )
     return [slice(start, min(start + length, time)) for start in range(0, time, length)]
 
@@ -191,12 +190,12 @@ def _share_of_steps(problem: Problem, steps: slice) -> Tensor:
     if not loss.black_box:
         return loss.weight[steps].sum(1)
     length = len(problem.inputs)
-    # A caller's value of a whole sequence is credited at its last step alone.
+    # A caller's loss per sequence belongs to the last step alone.
     return torch.full((length,), 1.0 if loss.per_sequence else 1.0 / length, device=problem.inputs.device)
 
 
 class _Perturbed:
-    """The perturbed run, segment by segment; for one sample, one rollout."""
+    """The perturbed run, segment by segment, of one rollout per sample."""
 
     def __init__(self, job: Job, weight_o: Tensor) -> None:
         self.seed, self.settings, self.options = job.seed, job.settings, job.settings.options
@@ -204,7 +203,7 @@ class _Perturbed:
         self.keeps_activity = self.settings.estimator.stores_delta
         _, batch, units = job.problem.h_0.shape
         self.delta_h = weight_o.new_zeros((batch, 1, units))
-        """Deviation of the state after the last step so far."""
+        """Deviation of the state after the last step that has run, (B, 1, H)."""
 
     def _counters(self, purpose: Purpose, steps: slice, layer: int = 0) -> Counters:
         return Counters(purpose=purpose, layer=layer, time=steps.start, rank=self.settings.process_rank)
@@ -241,21 +240,21 @@ class _Activity(_Perturbed):
         self.delta_o = moved.delta_o.add_(self.zeta, alpha=self.options.sigma)
         return self.delta_o
 
-    def add_update(self, found: FoundOfProblem, run: LayerRun, steps: slice, credit: Tensor) -> None:
-        """Add the update of the segment that was run last, given dL_t, (L,)."""
+    def add_update(self, result: FoundOfProblem, run: LayerRun, steps: slice, credit: Tensor) -> None:
+        """Add the update of the segment that ran last, given dL_t, (L,)."""
         signals: tuple[Tensor, Tensor]
         if self.keeps_activity:
             sizes = run.inputs.shape[-1] + sum(self.weight_o.shape)
             credit = credit * math.sqrt(sizes)
             signals = _over_square(self.delta_a, self.options.sigma), _over_square(self.delta_o, self.options.sigma)
         else:
-            # Of unit variance: xi / sigma and zeta / sigma.
+            # Unit variance: xi / sigma and zeta / sigma.
             signals = self._noise(Purpose.HIDDEN, run.states[1:].unsqueeze(2), steps), self.zeta
-        hidden, outputs = ((credit.view(-1, 1, 1, 1) * one).squeeze(2) for one in signals)
-        sums, late = found.layers[0], _after_first(steps)
+        hidden, outputs = ((credit.view(-1, 1, 1, 1) * signal).squeeze(2) for signal in signals)
+        sums, late = result.layers[0], _after_first(steps)
         sums.weight_ih[0] += hidden.flatten(0, 1).t() @ run.inputs.flatten(0, 1)
         sums.weight_hh[0] += hidden[late].flatten(0, 1).t() @ run.states[:-1][late].flatten(0, 1)
-        found.add_readout(outputs, run.states[1:])
+        result.add_readout(outputs, run.states[1:])
 
     def _noise(self, purpose: Purpose, like: Tensor, steps: slice) -> Tensor:
         """Return noise of unit variance, (L, B, 1, units)."""
@@ -290,38 +289,38 @@ class _Weights(_Perturbed):
             delta_o[step] = self.delta_h @ self.weight_o.t() + sigma * (state @ noise_o.t())
         return delta_o
 
-    def add_update(self, found: FoundOfProblem, run: LayerRun, steps: slice, credit: Tensor) -> None:
-        """Add the update of the segment that was run last, given dL_t, (L,)."""
-        sums, fan_in = found.layers[0], run.inputs.shape[-1]
-        assert found.weight_o is not None  # noqa: S101  (for the type checker; there is a readout)
+    def add_update(self, result: FoundOfProblem, run: LayerRun, steps: slice, credit: Tensor) -> None:
+        """Add the update of the segment that ran last, given dL_t, (L,)."""
+        sums, fan_in = result.layers[0], run.inputs.shape[-1]
+        assert result.weight_o is not None  # noqa: S101  (for the type checker; there is a readout)
         for step, (noise, noise_o) in enumerate(self._noises(run, steps)):
             sums.weight_ih[0] += credit[step] * noise[:, :fan_in]
             if steps.start + step:
                 sums.weight_hh[0] += credit[step] * noise[:, fan_in:]
-            found.weight_o += credit[step] * noise_o
+            result.weight_o += credit[step] * noise_o
 
     def _noises(self, run: LayerRun, steps: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the unit noise of every step: of [W_ih | W_hh], (H, I + H), and of W_o, (O, H)."""
+        """Yield the unit-variance noise of each step: of [W_ih | W_hh], (H, I + H), and of W_o, (O, H)."""
         units, fan_in = self.weights.weight_hh.shape[0], run.inputs.shape[-1]
         length, kind = len(run.inputs), self.options.noise
         sources = []
         for layer, (rows, columns) in enumerate(((units, fan_in + units), (len(self.weight_o), units))):
             counters = self._counters(Purpose.WEIGHTS, steps, layer)
             shape = (length, rows, 1, columns)
-            made = NoiseSteps(self.seed, shape, sigma=1.0, kind=kind, counters=counters, dtype=run.states.dtype)
-            sources.append((made, run.states.new_empty((1, rows, 1, padded(columns)))))
+            source = NoiseSteps(self.seed, shape, sigma=1.0, kind=kind, counters=counters, dtype=run.states.dtype)
+            sources.append((source, run.states.new_empty((1, rows, 1, padded(columns)))))
         for step in range(length):
-            hidden, outputs = (made.fill(step, room)[0].squeeze(1) for made, room in sources)
+            hidden, outputs = (source.fill(step, buffer)[0].squeeze(1) for source, buffer in sources)
             yield hidden, outputs
 
 
 def _over_square(change: Tensor, sigma: float) -> Tensor:
     """Return change / ||change||_F^2, the norm over batch and units of each step of (L, B, 1, units)."""
-    # In units of sigma: the square of a small sigma leaves the range of float32.
+    # In units of sigma, because the square of a small sigma underflows in float32.
     unit = change / sigma
     return unit / (unit.square().sum((1, 2, 3), keepdim=True) * sigma)
 
 
 def _after_first(steps: slice) -> slice:
-    """Return the steps of a segment that have a step before them, for which alone W_hh is credited."""
+    """Return the steps of a segment, without the first of the sequence, at which W_hh gets no update."""
     return slice(1 if steps.start == 0 else 0, None)

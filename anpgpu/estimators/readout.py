@@ -1,10 +1,10 @@
-"""Perturbing the readout: noise on the outputs, credited with the loss it moves.
+"""Perturbing the readout: noise on the outputs, credited with the change of the loss.
 
     delta_o_t = zeta_t;  dL/do_t = mean_p c_t zeta_t / sigma^2
 
 Node perturbation of a layer without recurrence: the credit is the loss difference of the same step, or of the whole
-sequence where the loss is one value per sequence. A second way to the gradient that "exact" computes in closed form,
-and the only one where the loss cannot be differentiated.
+sequence where the loss is one value per sequence. An alternative to the closed form of readout="exact", and the only
+way where the loss cannot be differentiated.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def perturb_readout(
     """Return the estimate of dL/do, (T, b, O), from clean outputs of some samples, (T, b, O)."""
     time, batch, width = outputs.shape
     total, sigma = settings.options.rollouts, settings.options.sigma
-    each = outputs.element_size() * max(1, time * batch * (6 * width + 4))
-    step = min(total, max(1, (max_memory - FIXED_BYTES) // each))
+    rollout_bytes = outputs.element_size() * max(1, time * batch * (6 * width + 4))
+    step = min(total, max(1, (max_memory - FIXED_BYTES) // rollout_bytes))
     loss, whole = problem.loss, slice(0, time)
     change = BlackBoxChange(problem, outputs, samples) if loss.black_box else None
     spec = loss.spec(None, outputs, whole, samples, False, None)
@@ -53,10 +53,10 @@ def perturb_readout(
             dtype=outputs.dtype,
         )
         delta_o = outputs.new_empty((time, batch, count, width))
-        # Rows of noise are padded to many times what few outputs need.
-        room = outputs.new_empty((1, batch, count, padded(width)))
-        for now in range(time):
-            delta_o[now] = injected.fill(now, room)[0]
+        # Noise rows are padded, to many times the width of a few outputs: one step at a time keeps this small.
+        buffer = outputs.new_empty((1, batch, count, padded(width)))
+        for step_index in range(time):
+            delta_o[step_index] = injected.fill(step_index, buffer)[0]
         delta_loss = spec.differences(whole, delta_o) if change is None else change.of(delta_o)
         usable = torch.isfinite(delta_loss).all(0)
         finite[:, first : first + count] = usable

@@ -1,11 +1,11 @@
-"""From the rollouts of one layer to an estimate of its adjoint: a class per rule.
+"""Rules: from the rollouts of one layer to an estimate of its adjoint, a class each.
 
     np      lam_t = mean_p c_t xi_t / sigma^2                     node perturbation
     anp     lam_t = mean_p c_t H delta_a_t / ||delta_a_t||^2      activity-based node perturbation
-    anp-ls  lam_t = argmin sum_p (c_t - lam . delta_a_t)^2        least squares, c_t without what later noise did
+    anp-ls  lam_t = argmin sum_p (c_t - lam . delta_a_t)^2        least squares, c_t without the effect of later noise
 
-with c_t = delta_loss_t + discount c_{t+1}. A rule gets block after block of rollouts of a segment of steps, last
-segment first, and says what they amount to; it never sees a network. Source: Dalm, van Gerven, Ahmad 2023,
+with c_t = delta_loss_t + discount c_{t+1}. A rule receives the rollouts of a segment of steps block by block, last
+segment first, and returns the segment's estimate; it never sees a network. Source: Dalm, van Gerven, Ahmad 2023,
 arXiv:2310.00965 (np); Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967 (anp); anp-ls is derived in
 `kernels/least_squares.py`.
 """
@@ -30,24 +30,24 @@ from .sweep import Block
 
 
 class Rule(Estimator):
-    """How the rollouts of one layer are credited; one object for the rollouts of some samples, over all segments.
+    """How the rollouts of one layer are credited; an object serves the rollouts of some samples over all segments.
 
-    A rule of one's own overrides `add` and `estimate`; `docs/extending.md` goes through one.
+    A new rule overrides `add` and `estimate`; `docs/extending.md` shows how.
 
     Args:
         settings: the resolved perturbation.
         weight_hh: of the layer, (G H, H), for its size, type and device.
-        seed: the noise's key.
-        finite: rollouts that count, (b, P) bool; the sweep clears more of it as it goes.
+        seed: the noise's key, 0-dim int64.
+        finite: rollouts that count, (b, P) bool; the sweep clears entries as rollouts turn out not finite.
     """
 
     weight_by: str | None = None
-    """What a rollout's credit is multiplied with, "noise" or "activity", where the estimate is a mean of products."""
+    """What multiplies a rollout's credit, "noise" or "activity", if the estimate is a mean of products."""
     backward = staticmethod(layers_backward)
 
     @staticmethod
     def walk(directions: int) -> Callable[[Any], Any]:
-        """Return the walk by segments of time, or for two directions, which need all of time, the one by layers."""
+        """Return the walk by segments of time, or, for two directions, which need all of time, the walk by layers."""
         return one_direction if directions == 1 else two_directions
 
     @classmethod
@@ -65,7 +65,7 @@ class Rule(Estimator):
 
     @property
     def fused(self) -> bool:
-        """Whether a backend's `rollout_adjoint` does what `add` would: a step is then credited with its own loss."""
+        """Whether the backend's `rollout_adjoint` replaces `add`: each step is then credited with its own loss."""
         settings = self.settings
         direct = self.weight_by is not None and settings.discount == 0 and not settings.baseline
         return direct and BACKENDS[settings.backend].fuses
@@ -74,37 +74,36 @@ class Rule(Estimator):
         """Take a block of rollouts of a segment.
 
         Args:
-            block: which.
+            block: which rollouts, and their counters.
             delta_loss: loss differences, (L, b, p); zero where a rollout does not count.
             delta_a: activity differences, (L, b, p, H), where the rule stores them.
         """
         raise NotImplementedError
 
     def add_sums(self, sums: Tensor) -> None:
-        """Add what a block's rollouts amount to, (parts, L, b, H)."""
+        """Add the sums over a block's rollouts, (parts, L, b, H)."""
         self.sums = sums if self.sums is None else self.sums.add_(sums)
 
     def estimate(self, counts: Tensor) -> Tensor:
-        """Return the estimate of the segment in parts, (parts, L, b, H), and forget it.
+        """Return the segment's estimate in parts, (parts, L, b, H), and clear the sums for the next segment.
 
         Args:
-            counts: each sample's rollouts that count, over all processes, (b,).
+            counts: number of rollouts that count per sample, over all processes, (b,).
         """
         raise NotImplementedError
 
     def taken(self) -> Tensor:
-        """Return the sums of the segment, and forget them."""
+        """Return the sums of the segment, and clear them."""
         sums, self.sums = self.sums, None
         assert sums is not None  # noqa: S101  (for the type checker; there is at least one block)
         return sums
 
 
 class MeanOfProducts(Rule):
-    """An estimate that is the mean over rollouts of credit times what the rollout did at that step, f_p.
+    """A rule whose estimate is the mean over rollouts of credit c_p times a factor f_p, from noise or activity.
 
-    With `baseline` a rollout's credit is compared with the mean of the others:
-    sum_p (c_p - mean of the other c) f_p / n = (sum_p c_p f_p - mean c sum_p f_p) / (n - 1), so rollouts may come in
-    blocks.
+    `baseline` subtracts the mean credit of the other rollouts. By
+    sum_p (c_p - mean of the other c) f_p / n = (sum_p c_p f_p - mean c sum_p f_p) / (n - 1) blocks need only be summed.
     """
 
     def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
@@ -154,14 +153,14 @@ class MeanOfProducts(Rule):
 
 @ESTIMATORS.add("anp")
 class ActivityNodePerturbation(MeanOfProducts):
-    """Activity-based node perturbation: the cheapest update of lower variance than np; biased."""
+    """Activity-based node perturbation: lower variance than np at the lowest cost, but biased."""
 
     weight_by = "activity"
 
 
 @ESTIMATORS.add("np")
 class NodePerturbation(MeanOfProducts):
-    """Node perturbation: unbiased at discount 1 for small sigma; its noise is made again instead of stored."""
+    """Node perturbation: unbiased at discount 1 for small sigma; the noise is regenerated, not stored."""
 
     weight_by = "noise"
     stores_delta = False
@@ -169,24 +168,24 @@ class NodePerturbation(MeanOfProducts):
 
 @ESTIMATORS.add("anp-ls")
 class LeastSquares(Rule):
-    """Ridge regression of the return on the activity differences, with the effect of later noise taken out."""
+    """Ridge regression of the return on the activity differences, with the effect of later noise removed."""
 
     whole_samples = True
     parts = 3
 
     @classmethod
     def extra_floats(cls, rollouts: int, hidden: int) -> int:
-        """Return delta_a again, the Gram matrix and its factor."""
+        """Return the floats of a copy of delta_a, the Gram matrix and its factor."""
         return rollouts * hidden + 2 * min(rollouts, hidden) ** 2
 
     @classmethod
     def cost(cls, rollouts: int, hidden: int) -> float:
-        """Add for each of P rollouts m H for the Gram products, m = min(P, H), and m^3 / 6 for the factor."""
+        """Return P rollouts, plus m H each for the Gram products, m = min(P, H), plus m^3 / 6 for the factor."""
         side = min(rollouts, hidden)
         return rollouts * (1 + side / hidden) + side**3 / (6 * hidden**2)
 
     def add(self, block: Block, delta_loss: Tensor, delta_a: Tensor | None) -> None:
-        """Regress, for all rollouts of the samples at once."""
+        """Solve the regression; the block holds all rollouts of its samples."""
         settings, backend = self.settings, self.settings.backend
         assert delta_a is not None  # noqa: S101  (for the type checker; the rule stores it)
         recursion = implementation("deflate", backend) if BACKENDS[backend].own_recursion else None
@@ -209,6 +208,6 @@ class LeastSquares(Rule):
         self.ridge_grown += grown
 
     def estimate(self, counts: Tensor) -> Tensor:
-        """Return the regression's result, which no count divides."""
+        """Return the solution, which is not divided by counts."""
         del counts
         return self.taken()

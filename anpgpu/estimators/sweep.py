@@ -1,8 +1,8 @@
 """The rollouts of one layer and direction for some samples, in blocks of rollouts and segments of time.
 
-With one segment the rollouts run once; with more, `advance` takes them through time first and keeps their deviations at
-segment starts, then `credit` repeats each segment, last first. What the rollouts say of the adjoint is the business of
-a rule (`rules.py`), which the sweep hands block after block.
+With one segment the rollouts run once. With several, `advance` first takes them through time and stores their
+deviations at segment starts; then `credit` repeats each segment, last first. A rule (`rules.py`) turns blocks of
+rollouts into an estimate of the adjoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .found import raise_if_lost
 
 
 class Chunk(NamedTuple):
-    """The samples a sweep takes, and where they stand in the counter space."""
+    """The samples of a sweep, and their layer in the noise counters."""
 
     samples: slice
     layer: int
@@ -38,12 +38,12 @@ class Chunk(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some rollouts of every sample of a chunk over a segment of steps."""
+    """Some rollouts of all samples of a chunk, over a segment of steps."""
 
     rollouts: slice
     options: RolloutOptions
     counters: Counters
-    """Of the first step, sample and rollout."""
+    """Counters of the first step, sample and rollout."""
 
 
 class Sweep:
@@ -54,7 +54,7 @@ class Sweep:
         seed: 0-dim int64 tensor.
         settings: the resolved perturbation, whose estimator is a rule.
         chunk: which samples, of which layer.
-        division: rollouts and segments at a time.
+        division: number of rollouts at a time, and of segments.
     """
 
     def __init__(self, weight_hh: Tensor, seed: Tensor, settings: Settings, chunk: Chunk, division: Division) -> None:
@@ -84,7 +84,7 @@ class Sweep:
         return self.starts[time][:, rollouts] if time else None
 
     def advance(self, rollouts: slice, steps: slice, preact: Tensor, hidden: Tensor, loss: Loss | None) -> Rollout:
-        """Take a block of rollouts through a segment and keep their deviations at its end."""
+        """Run a block of rollouts through a segment and store their deviations at its end."""
         block = self._block(rollouts, steps.start, store=False)
         with entered("rollout"):
             moved: Rollout = self.rollout(
@@ -105,13 +105,13 @@ class Sweep:
         return moved
 
     def _mark(self, rollouts: slice, delta_h: Tensor, delta_loss: Tensor | None) -> None:
-        """Note which rollouts of a block are not finite."""
+        """Record which rollouts of a block are not finite."""
         self.finite[:, rollouts] &= torch.isfinite(delta_h).all(-1)
         if delta_loss is not None:
             self.finite[:, rollouts] &= torch.isfinite(delta_loss).all(0)
 
     def check(self) -> None:
-        """Count the finite rollouts of every sample, over all processes; raise where none is left."""
+        """Count the finite rollouts of each sample over all processes; raise if a sample has none."""
         self.counts = self.settings.share.counted(self.finite)
         raise_if_lost(self.counts.unsqueeze(1) > 0, self.chunk.samples.start, self.settings.options.sigma)
 
@@ -132,13 +132,13 @@ class Sweep:
             steps: the segment.
             preact: its clean pre-activations, (L, B, H).
             hidden: its clean states, (L, B, H).
-            loss: what its steps lose.
-            measured: its loss differences, (L, B, P), where they are known already.
-            measure: turns delta_o into loss differences where only the caller can.
-            trust: samples, (B,) bool, whose rollouts count even if not finite, since the incoming gradient is not.
+            loss: the layer's loss in this segment; None where `measured` is given.
+            measured: loss differences of the segment, (L, B, P), if they are already known.
+            measure: turns delta_o into loss differences, for a black-box loss.
+            trust: samples, (B,) bool, whose rollouts count even if not finite, because the incoming gradient is not.
 
         Returns:
-            The estimate in parts, (parts, L, B, H): it is their sum, see `registry.Estimator.parts`.
+            Parts that sum to the estimate, (parts, L, B, H); see `registry.Estimator.parts`.
         """
         fused = self.rule.fused and loss is not None and loss.measured
         for rollouts in self.blocks:
@@ -176,7 +176,7 @@ class Sweep:
     def _credit_fused(
         self, block: Block, preact: Tensor, hidden: Tensor, loss: Loss | None, start: Tensor | None
     ) -> None:
-        """Run a block whose credit is known step by step and have it summed in the kernel, activity unstored."""
+        """Run and credit a block in one kernel, where each step is credited with its own loss; stores no activity."""
         with entered("rollout_adjoint"):
             sums, delta_loss, delta_h = implementation("rollout_adjoint", self.settings.backend)(
                 preact,
@@ -194,7 +194,7 @@ class Sweep:
 
     @property
     def skipped(self) -> Tensor:
-        """Number of rollouts left out so far, a 0-dim tensor on the rollouts' device."""
+        """Number of rollouts left out so far, 0-dim int64 on the rollouts' device."""
         return (~self.finite).sum()
 
     @property

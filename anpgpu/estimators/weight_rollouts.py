@@ -1,4 +1,4 @@
-"""Rollouts with perturbed weights: their noise, their recursion, and the gradients that follow.
+"""Rollouts with perturbed weights: their noise, their recursion, and their gradients.
 
 Equations: `weights.py`.
 """
@@ -24,17 +24,17 @@ from .found import GradientSums, raise_if_lost
 
 
 class CleanSegment(NamedTuple):
-    """Clean activity of some steps of some samples, and the loss there."""
+    """Clean activity of some steps of some samples, and their loss."""
 
     layers: tuple[tuple[LayerRun, ...], ...]
     masks: tuple[Tensor | None, ...]
-    """Per layer what multiplied its inputs (dropout), (L, b, D * H) or None."""
+    """Dropout masks of each layer's inputs, (L, b, D * H) or None."""
     loss: Loss
-    """On the last layer's states in time order, (L, b, D * H)."""
+    """As a function of the last layer's states in time order, (L, b, D * H)."""
 
 
 class FinalGradients(NamedTuple):
-    """What the loss is in the final states, linearly."""
+    """The term of the loss that is linear in the final states."""
 
     grad: Tensor
     """dL/dh_n, (layers * D, b, H)."""
@@ -43,11 +43,11 @@ class FinalGradients(NamedTuple):
 
 
 SegmentsOf = Callable[[slice], Iterable[CleanSegment]]
-"""Gives the clean activity of some samples, first segment to last."""
+"""Returns the clean activity of some samples, first segment to last."""
 
 
 class WeightNoise:
-    """The noise of one layer's weights for a block of samples and rollouts, of unit variance."""
+    """Unit-variance noise of one layer's weights, for a block of samples and rollouts."""
 
     def __init__(
         self, weights: LayerWeights, seed: Tensor, settings: Settings, layer: int, samples: slice, rollouts: slice
@@ -58,7 +58,7 @@ class WeightNoise:
         counters = Counters(layer=layer, rollout=settings.share.own.start + rollouts.start, rank=settings.process_rank)
         self.rank = settings.rank
         if self.rank is None:
-            # The sample stands in the time word, the matrix row in the sample's field: (b, row, p, column).
+            # In the counters the time field holds the sample, the sample field the matrix row: (b, row, p, column).
             dense = noise(
                 seed,
                 (batch, units, count, fan_in),
@@ -95,11 +95,12 @@ class WeightNoise:
 
 
 class WeightEstimate(NamedTuple):
-    """What perturbing all weights tells."""
+    """Gradients of all weights."""
 
     sums: list[list[GradientSums]]
     """Per layer and direction."""
     skipped: Tensor
+    """Number of rollouts left out, 0-dim int64."""
 
 
 @within("weight_perturbation")
@@ -120,16 +121,19 @@ def estimate_weights(
 
     Args:
         network: the layers, in the working type.
-        segments_of: the clean activity; a network with two directions gets one segment.
+        segments_of: returns the clean activity; a network with two directions has one segment.
         seed: 0-dim int64 tensor.
         settings: the resolved perturbation.
         batch: number of samples B.
-        block: samples and rollouts at a time, from `divide_weights`.
-        lengths: valid steps of each sample, (B,), where they differ.
-        final: the loss's share in the final states; goes with one segment.
-        measure: for a loss that only the caller can measure: delta_o of all steps, (T, b, p, O), and its samples, to
-            loss differences.
-        trust: samples, (B,) bool, whose rollouts count even if not finite, since the incoming gradient is not.
+        block: number of samples and of rollouts at a time.
+        lengths: valid steps of each sample, (B,), if they differ.
+        final: the loss's gradient with respect to the final states; needs one segment.
+        measure: for a black-box loss: from delta_o of all steps, (T, b, p, O), and its samples to loss differences,
+            (T, b, p).
+        trust: samples, (B,) bool, whose rollouts count even if not finite, because the incoming gradient is not.
+
+    Raises:
+        NonFiniteRolloutsError: no rollout of some sample is finite.
     """
     sums = [[GradientSums(weights) for weights in layer] for layer in network.layers]
     skipped = torch.zeros((), dtype=torch.int64, device=seed.device)
@@ -163,7 +167,7 @@ def estimate_weights(
 def _add_weighted(
     sums: list[list[GradientSums]], noises: list[list[WeightNoise]], share: Tensor, first_rollout: int
 ) -> None:
-    """Add share-weighted noise to the sums of the even and the odd rollouts."""
+    """Add noise, weighted by shares (b, p), to the sums of the even and of the odd rollouts."""
     parity = (torch.arange(share.shape[1], device=share.device) + first_rollout) % 2
     for layer_sums, layer_noises in zip(sums, noises, strict=True):
         for gradient, weight_noise in zip(layer_sums, layer_noises, strict=True):
@@ -176,7 +180,7 @@ def _add_weighted(
 
 
 class _Run:
-    """Rollouts of one chunk of samples; deviations live from segment to segment."""
+    """Rollouts of one chunk of samples, whose deviations persist from segment to segment."""
 
     def __init__(
         self,
@@ -203,11 +207,11 @@ class _Run:
         ]
 
     def forget(self) -> None:
-        """Start the next block of rollouts from no deviation."""
+        """Reset deviations to zero, for the next block of rollouts."""
         self.deviations.clear()
 
     def delta_loss(self, segment: CleanSegment, noises: list[list[WeightNoise]], rollouts: slice) -> Tensor:
-        """Return a segment's loss differences, (L, b, p), or delta_o, (L, b, p, O), for a caller who measures."""
+        """Return a segment's loss differences, (L, b, p), or delta_o, (L, b, p, O), for a black-box loss."""
         below: Tensor | None = None
         change: Tensor | None = None
         for number, layer in enumerate(self.network.layers):
@@ -228,10 +232,10 @@ class _Run:
         deviation = output_deviation(segment.loss.readout, below)
         if not segment.loss.measured:
             return deviation
-        each = segment.loss.differences(slice(0, len(below)), deviation)
+        differences = segment.loss.differences(slice(0, len(below)), deviation)
         if change is not None:
-            each[-1] += change
-        return each
+            differences[-1] += change
+        return differences
 
     def _final_change(self, delta_h: Tensor, index: int) -> Tensor:
         """Return dL/dh_n . delta_h_n, (b, p), from (T, b, p, H)."""

@@ -4,8 +4,8 @@
     dW = sum_b mean_p (sum_t delta_loss_t) E / sigma                [W_ih | W_hh | b], unit-variance E
 
 All layers are perturbed at once; delta_x is the deviation of the layer below. E is dense, (H, I + H + 1), or low-rank,
-sum_r u_r v_r^T / sqrt(rank), so that its product with z is two small ones. A baseline: it runs on torch operations on
-every device. Source: the classical weight perturbation estimator (Jabri and Flower 1992) in deviation form.
+sum_r u_r v_r^T / sqrt(rank), whose product with z is two small products. A baseline, in torch operations on every
+device. Source: the classical weight perturbation estimator (Jabri and Flower 1992) in deviation form.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ from .weight_rollouts import CleanSegment, FinalGradients, estimate_weights
 
 @ESTIMATORS.add("wp")
 class WeightPerturbation(Estimator):
-    """Weight perturbation."""
+    """Weight perturbation: unbiased for small sigma, of high variance."""
 
     weights_only = True
     discounted = False
 
     @staticmethod
     def walk(directions: int) -> Callable[[Job], FoundOfProblem]:
-        """Return the one forward pass that serves all layers, and networks of either kind."""
+        """Return `all_weights`, which serves networks of one and of two directions."""
         del directions
         return all_weights
 
     @staticmethod
     def backward(backward: Backward) -> Found:
-        """Estimate the gradients of all weights from those of outputs and final states."""
+        """`RNN`'s backward pass: from dL/d(outputs) and dL/dh_n to the gradients of all weights."""
         return weights_backward(backward)
 
 
 class _WeightShape(NamedTuple):
-    """What the memory of rollouts with perturbed weights depends on."""
+    """Everything that the memory of rollouts with perturbed weights depends on."""
 
     network: Network
     settings: Settings
     batch: int
     steps: int
-    """Of a segment."""
+    """Steps of a segment."""
     outputs: int
-    """Floats kept per step and rollout besides the states."""
+    """Floats stored per step and rollout besides the states."""
 
     def divide(self, max_memory: int, device_type: str) -> tuple[int, int]:
-        """Return how many samples and rollouts fit at a time.
+        """Return the number of samples and of rollouts that fit at a time.
 
         Raises:
             MemoryError: one rollout of one sample needs more.
@@ -85,7 +85,7 @@ class _WeightShape(NamedTuple):
                 )
 
     def needed_bytes(self, block: tuple[int, ...]) -> int:
-        """Return what a block of samples and rollouts needs."""
+        """Return the bytes that a block of samples and rollouts needs."""
         rank = self.settings.rank
         width = self.network.hidden_size * self.network.directions
         noise_floats = 0
@@ -97,7 +97,7 @@ class _WeightShape(NamedTuple):
 
 
 def weights_backward(backward: Backward) -> Found:
-    """Estimate the gradients of all weights from those of outputs and final states; inputs and h_0 get zeros."""
+    """`RNN`'s backward pass: from dL/d(outputs) and dL/dh_n to gradients of all weights; inputs and h_0 get zeros."""
     network, run, settings = backward.network, backward.run, backward.settings
     grad_outputs, grad_h_n, lengths = backward.grad_outputs, backward.grad_h_n, backward.lengths
     time, batch, _ = grad_outputs.shape
@@ -127,14 +127,14 @@ def weights_backward(backward: Backward) -> Found:
         ),
         alone=settings.share.alone,
     )
-    found = backward.found
-    found.layers = [side for layer in estimate.sums for side in layer]
-    found.skipped = estimate.skipped
-    return found
+    result = backward.found
+    result.layers = [side for layer in estimate.sums for side in layer]
+    result.skipped = estimate.skipped
+    return result
 
 
 def all_weights(job: Job) -> FoundOfProblem:
-    """Weight perturbation: one forward pass, all layers at once.
+    """Estimate the gradients of all weights, perturbing all layers at once, for `estimate_grad_`.
 
     Raises:
         ValueError: there is dropout between layers.
@@ -149,12 +149,12 @@ def all_weights(job: Job) -> FoundOfProblem:
 
 
 class _WholeProblem(NamedTuple):
-    """A problem to be divided into samples, rollouts and segments."""
+    """A problem that can be divided into samples, rollouts and segments."""
 
     job: Job
 
     def divide(self, max_memory: int, device_type: str) -> Division:
-        """Return the fewest segments whose rollouts fill the device, and how many of these fit."""
+        """Return the fewest segments with which enough rollouts fit to fill the device, and how many fit."""
         del device_type
         problem, settings = self.job.problem, self.job.settings
         time, batch, _ = problem.inputs.shape
@@ -175,7 +175,7 @@ class _WholeProblem(NamedTuple):
             segments = min(2 * segments, time)
 
     def needed_bytes(self, division: Division) -> int:
-        """Return what a division needs."""
+        """Return the bytes that a division needs."""
         problem = self.job.problem
         time, outputs = len(problem.inputs), _outputs_each(problem, division.segments)
         steps = -(-time // division.segments)
@@ -184,14 +184,14 @@ class _WholeProblem(NamedTuple):
 
 
 def _outputs_each(problem: Problem, segments: int) -> int:
-    """Return the outputs kept per step of a segment: a black box sees all steps at once; ours take two copies."""
+    """Return the output floats per step of a segment: a black box needs all steps at once, other losses two copies."""
     return problem.outputs_size * (segments if problem.loss.black_box else 2)
 
 
 def _estimate(job: Job, division: Division) -> FoundOfProblem:
-    """Do all of the work, divided like that."""
+    """Estimate all gradients by a division."""
     problem, loss = job.problem, job.problem.loss
-    found = FoundOfProblem(problem)
+    result = FoundOfProblem(problem)
     time, batch, _ = problem.inputs.shape
     both = problem.network.directions == 2
     segments = segments_of(time, division)
@@ -199,34 +199,34 @@ def _estimate(job: Job, division: Division) -> FoundOfProblem:
     for first in range(0, batch, division.samples):
         samples = slice(first, min(first + division.samples, batch))
         for steps, run in _clean_segments(problem, samples, segments):
-            found.outputs[steps, samples] = problem.read(run.outputs)
+            result.outputs[steps, samples] = problem.read(run.outputs)
             if both:
-                found.h_n[:, samples] = run.h_n
+                result.h_n[:, samples] = run.h_n
             else:
-                keep_final(found.h_n[:, samples], run, steps, loss.last_step[samples])
+                keep_final(result.h_n[:, samples], run, steps, loss.last_step[samples])
             if not loss.black_box:
-                found.loss += loss.values(found.outputs[steps, samples], steps, samples).sum()
+                result.loss += loss.values(result.outputs[steps, samples], steps, samples).sum()
         gradient_o = None
         if loss.black_box:
-            found.loss += BlackBoxChange(problem, found.outputs[:, samples], samples).clean.sum()
+            result.loss += BlackBoxChange(problem, result.outputs[:, samples], samples).clean.sum()
         if problem.weight_o is not None and job.perturb_readout:
             limit = _WholeProblem(job).needed_bytes(division)
-            gradient_o = perturb_readout(problem, found.outputs[:, samples], job.settings, job.seed, samples, limit)
+            gradient_o = perturb_readout(problem, result.outputs[:, samples], job.settings, job.seed, samples, limit)
         for steps, run in _clean_segments(problem, samples, segments) if problem.weight_o is not None else ():
             exact = (
-                loss.output_gradient(found.outputs[steps, samples], steps, samples)
+                loss.output_gradient(result.outputs[steps, samples], steps, samples)
                 if gradient_o is None
                 else gradient_o[steps]
             )
-            found.add_readout(exact, run.outputs)
+            result.add_readout(exact, run.outputs)
 
     def clean_activity(samples: slice) -> Iterable[CleanSegment]:
         for steps, run in _clean_segments(problem, samples, segments):
-            spec = loss.spec(problem.weight_o, found.outputs[steps, samples], steps, samples, False, None)
+            spec = loss.spec(problem.weight_o, result.outputs[steps, samples], steps, samples, False, None)
             yield CleanSegment(run.layers, run.masks, spec)
 
     def measure(delta_o: Tensor, samples: slice) -> Tensor:
-        return BlackBoxChange(problem, found.outputs[:, samples], samples).of(delta_o)
+        return BlackBoxChange(problem, result.outputs[:, samples], samples).of(delta_o)
 
     estimate = estimate_weights(
         problem.network,
@@ -238,13 +238,13 @@ def _estimate(job: Job, division: Division) -> FoundOfProblem:
         lengths=problem.lengths if both else None,
         measure=measure if loss.black_box else None,
     )
-    found.layers = [one for layer in estimate.sums for one in layer]
-    found.skipped = estimate.skipped
-    return found
+    result.layers = [side for layer in estimate.sums for side in layer]
+    result.skipped = estimate.skipped
+    return result
 
 
 def _clean_segments(problem: Problem, samples: slice, segments: list[slice]) -> Iterator[tuple[slice, CleanRun]]:
-    """Give the clean run of some samples, segment by segment; two directions have one segment."""
+    """Yield the clean run of some samples, segment by segment; two directions have one segment."""
     inputs, h_0 = problem.inputs[:, samples], problem.h_0[:, samples]
     if problem.network.directions == 2:
         yield segments[0], run_network(problem.network, inputs, h_0, problem.lengths_of(samples), None)

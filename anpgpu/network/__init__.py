@@ -1,1 +1,1 @@
-"""What runs, without gradients: cells, weights, the clean run of a stack of layers."""
+"""The network without gradients: cells, weights, the clean run of a stack of layers."""

@@ -1,8 +1,8 @@
-"""What one step of a network computes: a class per cell, in the table `registry.CELLS`.
+"""The step of a network: a class per cell, in the table `registry.CELLS`.
 
-A cell says how a layer runs, which clean values its rollouts need, and what the adjoint, the estimate lam_t of
-dL/da_t, means for weights, inputs and first state. What a step does to a deviation is in `kernels/cell*`, one form per
-backend; `Cell.forms` names them.
+A cell defines how a layer runs, which clean values its rollouts need, and how the gradients of weights, inputs and
+first state follow from the adjoint, the estimate lam_t of dL/da_t. How a step changes a deviation is defined in
+`kernels/cell*`, in one form per backend, which `Cell.forms` names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .weights import LayerWeights, in_processing_order, valid_steps
 
 
 class LayerRun(NamedTuple):
-    """The clean activity of one layer and direction over some steps, in processing order."""
+    """Clean activity of one layer and direction over some steps, in processing order."""
 
     inputs: Tensor
     """(T, B, I)."""
@@ -44,9 +44,9 @@ class GateAdjoints(NamedTuple):
 
 
 class Cell:
-    """An Elman cell, h_t = phi(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), and the base of every other.
+    """An Elman cell, h_t = phi(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), and the base of all others.
 
-    A cell of one's own overrides what differs; `docs/extending.md` goes through one.
+    A new cell overrides what differs; `docs/extending.md` shows how.
     """
 
     forms: CellForms
@@ -55,7 +55,7 @@ class Cell:
     """A pre-activation around which no deviation survives, for cells whose deviations could grow without bound in the
     padding; None where they cannot."""
     native: bool = True
-    """Whether the forward pass of the torch module, without gradients, computes this cell."""
+    """Whether the torch module's own forward pass computes this cell; it then runs where no estimate is needed."""
 
     @classmethod
     def run_layer(cls, layer: Sequence[LayerWeights], inputs: Tensor, h_0: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -96,7 +96,7 @@ class Cell:
 
     @classmethod
     def gate_adjoints(cls, adjoint: Tensor, weights: LayerWeights, run: LayerRun) -> GateAdjoints:
-        """Return what an adjoint, (parts, T, B, H), is for the two products of a step."""
+        """Return the adjoints of a step's two matrix products from the adjoint dL/da, (parts, T, B, H)."""
         del weights, run
         return GateAdjoints(adjoint, adjoint)
 
@@ -108,15 +108,16 @@ class Cell:
 
 
 class _Elman(Cell):
-    """What torch's own fused function runs."""
+    """An Elman cell that torch's own fused function runs."""
 
     torch_run: Callable[..., tuple[Tensor, Tensor]]
 
     @classmethod
     def run_layer(cls, layer: Sequence[LayerWeights], inputs: Tensor, h_0: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run one layer by the function `torch.nn.RNN` itself calls, and as there both directions at once.
+        """Run one layer by the function that `torch.nn.RNN` calls, with both directions in one call, as it does.
 
-        It projects the inputs before it reverses them, and a row's place in a matrix product may change its rounding.
+        Two calls would round differently: torch projects the inputs before it reverses them, and the rounding of a
+        matrix product may depend on the order of rows.
         """
         flat = [weight for weights in layer for weight in weights if weight is not None]
         biases, both = layer[0].bias_ih is not None, len(layer) == 2
@@ -174,6 +175,6 @@ class Relu(_Elman):
 
 
 def cell_name(module: nn.Module) -> str:
-    """Return the name in `CELLS` of what a recurrent module computes: its attribute `cell`, or its nonlinearity."""
+    """Return the name in `CELLS` of a recurrent module's cell: its attribute `cell`, or else its nonlinearity."""
     name: str = getattr(module, "cell", None) or module.nonlinearity  # type: ignore[assignment]
     return name

@@ -1,4 +1,4 @@
-"""The clean run of a network of one direction by segments of time: each is run again from a checkpoint of its start."""
+"""The clean run of a network of one direction by segments of time, each run again from a checkpoint of its start."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CheckpointedRun:
         self.whole: CleanRun | None = None
 
     def segment(self, steps: slice) -> CleanRun:
-        """Return the clean run of a segment whose start has been reached before."""
+        """Return the clean run of a segment; the segment before it must have run already."""
         if self.whole is not None:
             return self.whole
         rest = None if self.lengths is None else (self.lengths - steps.start).clamp(0, steps.stop - steps.start)
@@ -52,7 +52,7 @@ class CheckpointedRun:
 
 
 def keep_final(h_n: Tensor, run: CleanRun, steps: slice, last_step: Tensor) -> None:
-    """Write the state after each sample's last valid step into h_n, (layers, b, H), where it lies in this segment."""
+    """Write the state after each sample's last valid step into h_n, (layers, b, H), if the step is in this segment."""
     inside = ((last_step >= steps.start) & (last_step < steps.stop)).unsqueeze(-1)
     index = (last_step - steps.start + 1).clamp(0, steps.stop - steps.start)
     for number, (layer,) in enumerate(run.layers):

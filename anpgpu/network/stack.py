@@ -1,4 +1,4 @@
-"""The clean run of a stack of layers, last layer's outputs and every layer's activity."""
+"""The clean run of a stack of layers: the last layer's outputs and every layer's activity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .weights import LayerWeights, in_processing_order, valid_steps
 
 
 class Network(NamedTuple):
-    """A stack of layers without the module around it."""
+    """A stack of layers, without its module."""
 
     layers: tuple[tuple[LayerWeights, ...], ...]
     """One tuple per layer: the forward direction, and the reverse one in a bidirectional network."""
@@ -51,7 +51,7 @@ class CleanRun(NamedTuple):
 
     layers: tuple[tuple[LayerRun, ...], ...]
     masks: tuple[Tensor | None, ...]
-    """What multiplied the inputs of each layer (dropout), (T, B, D * H) or None."""
+    """Dropout masks of the inputs of each layer, (T, B, D * H) or None."""
     outputs: Tensor
     """(T, B, D * H), in time order."""
     h_n: Tensor
@@ -83,7 +83,7 @@ def run_network(
         first = number * network.directions
         ordered = [in_processing_order(values, bool(side), lengths) for side in range(network.directions)]
         if lengths is None:
-            # The layer above reads the tensor this layer wrote, as in nn.RNN: products depend on an operand's address.
+            # As in nn.RNN, the layer above reads this very tensor: the rounding of a product depends on its address.
             values, states = cell.run_layer(layer, values, h_0[first : first + network.directions])
         else:
             states = [
@@ -97,7 +97,7 @@ def run_network(
 
 
 def joined(sides: list[Tensor]) -> Tensor:
-    """Return the two directions' values side by side, (..., D * H); those of one direction as they are."""
+    """Concatenate the values of both directions, (..., D * H); return those of a single direction unchanged."""
     return sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
 
 

@@ -1,7 +1,7 @@
 """The parameters of one layer and direction, and the order in which a direction processes its steps.
 
-A direction's tensors are in *processing order*: as they come for the forward direction, backwards in time within each
-sample's length for the reverse one, so that both run from step 0 to the end.
+A direction's tensors are in *processing order*: time order for the forward direction; for the reverse direction,
+backwards in time within each sample's length. So both directions run from step 0 to the end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class LayerWeights(NamedTuple):
-    """Parameters of one layer and direction, as torch's recurrent modules name them; G gates, 1 for an Elman RNN."""
+    """Parameters of one layer and direction, named as in torch's recurrent modules; G gates, 1 in an Elman RNN."""
 
     weight_ih: Tensor
     """(G H, I)."""
@@ -31,17 +31,17 @@ class LayerWeights(NamedTuple):
         return self.weight_hh.shape[1]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerWeights:
-        """Return the weights, each changed; a missing bias stays missing."""
+        """Apply a function to each parameter; a missing bias stays None."""
         biases = (None if bias is None else change(bias) for bias in (self.bias_ih, self.bias_hh))
         return LayerWeights(change(self.weight_ih), change(self.weight_hh), *biases)
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
-        """Return detached copies in `dtype`; no copy where it is that already."""
+        """Return the parameters detached and in `dtype`, copied only if their type differs."""
         return self.map(lambda weight: weight.detach().to(dtype))
 
 
 def in_processing_order(values: Tensor, reverse: bool, lengths: Tensor | None) -> Tensor:
-    """Return (T, B, ...) values in a direction's processing order; the same call brings them back."""
+    """Return values, (T, B, ...), in a direction's processing order; the same call restores time order."""
     if not reverse:
         return values
     if lengths is None:

@@ -1,10 +1,10 @@
-"""The two ops of `RNN`: a clean run, and the rollouts that answer the gradient of what it returned.
+"""The two ops of `RNN`: the clean run, and its backward pass, from dL/d(outputs) and dL/dh_n to gradients.
 
     anpgpu::rnn            inputs, hx, weights -> outputs, h_n, states of every layer below the last
-    anpgpu::rnn_backward   gradients of outputs and h_n, and what the clean run left -> estimates
+    anpgpu::rnn_backward   dL/d(outputs), dL/dh_n, activity of the clean run -> gradients
 
-Neither draws a random number: dropout masks and the noise's seed are tensors that come in. So the same arguments give
-the same estimate, under torch.compile, with a retained graph and in activation checkpointing alike.
+Neither op draws random numbers: dropout masks and the noise's seed are arguments. So the same arguments give the same
+estimate, also under torch.compile, with a retained graph and in activation checkpointing.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from anpgpu.runtime.settings import check_extent, resolve, working_dtype
 from .tensors import looped, underived
 
 SCHEMA_TYPES = {"str": "str", "int": "SymInt", "float": "float", "bool": "bool", "int | None": "SymInt?"}
-"""Types of `Perturbation`'s fields as an op's schema spells them."""
+"""Type names of `Perturbation`'s fields in an op's schema."""
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Perturbation))
 
 
 class Structure(NamedTuple):
-    """What a network is besides its weights: scalars that both ops take."""
+    """A network without its weights: scalars that both ops take."""
 
     cell: str
     """Its name in `registry.CELLS`."""
     biases: bool
     directions: int
     autocast: torch.dtype | None
-    """The type torch.autocast asked for in the forward pass; None without it."""
+    """The autocast type of the forward pass; None without autocast."""
 
     def network(self, weights: Sequence[Tensor]) -> Network:
         """Return the network with these weights."""
         return Network.of(weights, biases=self.biases, directions=self.directions, cell=CELLS[self.cell])
 
     def layers(self, weights: Sequence[Tensor]) -> int:
-        """Return how many layers these weights make."""
+        """Return the number of layers that these weights belong to."""
         return len(weights) // self.weights_per_layer
 
     @property
@@ -66,27 +66,27 @@ STRUCTURE = "str cell, bool biases, SymInt directions, ScalarType? autocast"
 
 
 class Keeper(Protocol):
-    """Where a backward pass leaves what it found besides gradients."""
+    """Receives what a backward pass reports besides gradients."""
 
     def keep(self, skipped: Tensor, split_half: Tensor, ridge_grown: Tensor) -> None:
-        """Take what `Estimate` says of these; 0-dim tensors."""
+        """Store the fields of `Estimate` of these names, 0-dim tensors."""
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """Draw the 64-bit seed of one update as `settings.new_seed` does, by a function that every transform knows."""
-    # The bits of the full range's draw: torch.randint leaves out the largest value and counts from the smallest.
+    """Draw the same 64-bit seed as `settings.new_seed`, by a function that compiler and transforms support."""
+    # The bits of `random_` over the full range: torch.randint excludes the largest value, and counts from the smallest.
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device) ^ -(2**63)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the type torch.autocast asks for on a device, None without it; the meta device has no autocast."""
+    """Return the autocast type on a device; None without autocast, which the meta device does not have."""
     kind = device.type
     active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if active else None
 
 
 def _under(autocast: torch.dtype | None, device: torch.device) -> torch.autocast:
-    """Return the context of the forward pass's autocast: compiled code runs outside of it."""
+    """Return a context with the forward pass's autocast: compiled code and backward passes run outside it."""
     return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
 
 
@@ -105,14 +105,14 @@ def clean_run(
     lengths: Tensor | None,
     *scalars: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Run a network and keep its activity.
+    """Run a network without perturbation.
 
     Args:
         inputs: (T, B, I).
         hx: (layers * D, B, H).
         weights: the flat list of parameters that `torch.nn.RNN` keeps.
-        masks: what multiplies the inputs of every layer but the first, (T, B, D * H) each; none without dropout.
-        lengths: (B,) int64 on the CPU, the valid steps of every sample; None is all.
+        masks: dropout masks of the inputs of every layer but the first, (T, B, D * H) each; none without dropout.
+        lengths: valid steps of each sample, (B,) int64 on the CPU; None is all.
         *scalars: `Structure`.
 
     Returns:
@@ -143,7 +143,7 @@ def _(
 
 
 class Left(NamedTuple):
-    """What a clean run left for the backward op."""
+    """Arguments of the backward op that the clean run leaves."""
 
     seed: Tensor
     inputs: Tensor
@@ -169,12 +169,12 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
     Args:
         grad_outputs: dL/doutputs, (T, B, D * H).
         grad_h_n: dL/dh_n, (layers * D, B, H).
-        *rest: `Left`; the lowest layer of which a gradient is wanted, inputs and hx being the first's; `Structure`;
-            the fields of `Perturbation`.
+        *rest: `Left`; the number of the lowest layer that needs a gradient, 0 if inputs or hx do; `Structure`; the
+            fields of `Perturbation`.
 
     Returns:
-        Gradients of inputs and hx (empty tensors where the lowest layer is not the first), of every weight in the
-        order of `weights`, each in its tensor's type; then `skipped`, `split_half` and `ridge_grown` of `Estimate`.
+        Gradients of inputs and hx (empty tensors unless the lowest layer is 0) and of every weight in the order of
+        `weights`, each in its tensor's type; then `skipped`, `split_half` and `ridge_grown` of `Estimate`.
     """
     left, lowest, structure, scalars = _taken_apart(rest)
     perturbation = Perturbation(*scalars)
@@ -191,17 +191,20 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
         work = Backward(
             settings, perturbation.max_memory, left.lengths, lowest, network, run, seed, grad_outputs, grad_h_n
         )
-        found: Found = settings.estimator.backward(work) if left.inputs.shape[1] else work.found
-    kind, sums = left.inputs.dtype, [total for layer in found.layers for total in layer.totals(biases=structure.biases)]
-    gradients = [found.inputs.to(kind).contiguous(), found.h_0.to(kind).contiguous()]
+        estimate: Found = settings.estimator.backward(work) if left.inputs.shape[1] else work.found
+    kind, sums = (
+        left.inputs.dtype,
+        [total for layer in estimate.layers for total in layer.totals(biases=structure.biases)],
+    )
+    gradients = [estimate.inputs.to(kind).contiguous(), estimate.h_0.to(kind).contiguous()]
     if lowest:
         gradients = [gradient.new_empty(0) for gradient in gradients]
     gradients += [grad.to(weight.dtype).contiguous() for grad, weight in zip(sums, left.weights, strict=True)]
-    return [*gradients, found.skipped, found.split_half, found.ridge_grown]
+    return [*gradients, estimate.skipped, estimate.split_half, estimate.ridge_grown]
 
 
 def _taken_apart(rest: Sequence[Any]) -> tuple[Left, int, Structure, Sequence[Any]]:
-    """Return the arguments of the backward op but the gradients."""
+    """Split the arguments of the backward op that follow the gradients."""
     first = len(Left._fields)
     second = first + 1 + len(Structure._fields)
     return Left(*rest[:first]), rest[first], Structure(*rest[first + 1 : second]), rest[second:]
@@ -222,17 +225,17 @@ def _(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]:
 
 
 class Call(NamedTuple):
-    """What goes through autograd beside tensors."""
+    """Arguments of `PerturbedRNN` that are no tensors."""
 
     keeper: Keeper | None
     structure: Structure
     perturbation: tuple[Any, ...]
     weights: int
-    """How many of the tensors are weights; the others are masks."""
+    """How many of the trailing tensors are weights; the rest are masks."""
 
 
 class PerturbedRNN(torch.autograd.Function):
-    """Clean forward run; backward by rollouts. Once differentiable, by reverse mode alone."""
+    """Clean forward run; backward pass by rollouts. Differentiable once, in reverse mode only."""
 
     @staticmethod
     def forward(
@@ -251,7 +254,7 @@ class PerturbedRNN(torch.autograd.Function):
         ctx.call, ctx.states = call, len(states)
         ctx.mark_non_differentiable(*states)
         if not torch.compiler.is_compiling():
-            # Nobody wants zeros as large as the states; the compiler, which has no such switch, drops them by itself.
+            # Saves zero gradients as large as the states; the compiler has no such switch and drops them by itself.
             ctx.set_materialize_grads(False)
         ctx.save_for_backward(seed, values, lengths, *tensors, *states)
 
@@ -290,12 +293,12 @@ class PerturbedRNN(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *args: Any) -> tuple[Any, Any]:
-        """Run every slice by itself."""
+        """Run the slices one by one."""
         return looped(PerturbedRNN.apply, info, (None, *in_dims[1:]), (call._replace(keeper=None), *args))
 
 
 class _Split(NamedTuple):
-    """How the tensors of a backward pass, which autograd functions take one by one, make the op's arguments."""
+    """How to group the tensors of a backward pass, which autograd functions take one by one, into op arguments."""
 
     weights: int
     states: int
@@ -318,7 +321,7 @@ def differentiable_run(
     masks: Sequence[Tensor],
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs and h_n of a run that autograd differentiates through all of time; arguments as in `clean_run`."""
+    """Return outputs and h_n of a run that autograd can differentiate; arguments as in `clean_run`."""
     drawn = iter(masks)
     run = run_network(structure.network(weights), inputs, hx, lengths, (lambda _: next(drawn)) if masks else None)
     return run.outputs, run.h_n
@@ -335,7 +338,7 @@ def run_perturbed(
     masks: Sequence[Tensor],
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs and h_n, whose backward pass estimates gradients and needs a seed. Arguments as in `clean_run`."""
+    """Return outputs and h_n, with a backward pass by rollouts if there is a seed; arguments as in `clean_run`."""
     if seed is None:
         outputs, h_n, _ = torch.ops.anpgpu.rnn(inputs, hx, list(weights), list(masks), lengths, *structure)
         return outputs, h_n
@@ -346,7 +349,7 @@ def run_perturbed(
 
 
 def _rebuild(left: Left, structure: Structure, dtype: torch.dtype) -> CleanRun:
-    """Put a clean run together again from what was kept of it, in the working type."""
+    """Rebuild a clean run from the activity that was stored, in the working type."""
     lengths, directions = left.lengths, structure.directions
     masks: list[Tensor | None] = [None, *(mask.to(dtype) for mask in left.masks)]
     masks += [None] * (structure.layers(left.weights) - len(masks))

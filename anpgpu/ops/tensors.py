@@ -1,8 +1,8 @@
 """The ops as PyTorch's transforms see them: opaque, with known result shapes, and without a derivative.
 
-`torch.ops.anpgpu.{noise, rollout, returns, adjoint}` are what `anpgpu.functional` calls once it has checked arguments.
-No compiler looks into them. The forward-mode derivative of an op of this kind is zero without a word: `underived` puts
-an autograd function around it that raises instead.
+`anpgpu.functional` checks arguments and calls `torch.ops.anpgpu.{noise, rollout, returns, adjoint}`. Compilers do not
+trace into them. PyTorch takes the forward-mode derivative of such an op to be zero, silently: `underived` wraps it in
+an autograd function that raises instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Results = Tensor | tuple[Tensor, ...]
 
 
 class _Underived(torch.autograd.Function):
-    """An op that every transform but vmap refuses; a forward derivative is refused by having no `jvp`."""
+    """An op that refuses every transform but vmap; without a `jvp` torch refuses forward derivatives."""
 
     @staticmethod
     def forward(op: Callable[..., Results], *args: Any) -> Results:
@@ -52,30 +52,30 @@ def underived(op: Callable[..., Results], *args: Any) -> Any:
 
     Args:
         op: returns a tensor or a tuple of tensors.
-        *args: tensors, and whatever else the op takes; no tensor inside a container.
+        *args: arguments of the op; no tensor inside a container.
     """
     if torch.compiler.is_compiling() and not forward_mode():
-        # The compiler does not follow such a function where no gradient is wanted; a second derivative raises anyway.
+        # The compiler cannot trace an autograd function that needs no gradient; a second derivative raises anyway.
         return op(*args)
     return _Underived.apply(op, *args)  # type: ignore[no-untyped-call]
 
 
 def forward_mode() -> bool:
-    """Return whether forward-mode derivatives are being taken: a compiled op would leave them out without a word."""
+    """Return whether forward-mode derivatives are being computed: a compiled op would drop them silently."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def looped(
     call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: Sequence[Any]
 ) -> tuple[Results, int | tuple[int, ...]]:
-    """Return what a function's `vmap` rule has to: the results for every slice, stacked, and where they are stacked."""
-    each = [
-        call(*(one.select(dim, index) if isinstance(dim, int) else one for one, dim in zip(args, in_dims, strict=True)))
+    """Implement a `vmap` rule by a loop: return the results of all slices, stacked, and the dimension of stacking."""
+    results = [
+        call(*(arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
         for index in range(info.batch_size)
     ]
-    if isinstance(each[0], Tensor):
-        return torch.stack(each), 0
-    stacked = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(slices) for slices in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
 
 
@@ -96,10 +96,10 @@ def noise(
 ) -> Tensor:
     """Return noise, (T, B, P, H), contiguous; see `anpgpu.kernels.noise`."""
     with entered("noise"):
-        made: Tensor = implementation("noise", choose_backend(backend, seed.device, dtype))(
+        xi: Tensor = implementation("noise", choose_backend(backend, seed.device, dtype))(
             seed, tuple(shape), sigma=sigma, kind=kind, counters=Counters(*counters), dtype=dtype
         )
-    return made.contiguous()
+    return xi.contiguous()
 
 
 @noise.register_fake
@@ -111,20 +111,20 @@ def _(
 
 LOSSES: tuple[type[Loss], ...] = (LinearLoss, SquaredLoss, CrossEntropyLoss, OutputsOnly)
 NO_LOSS = ""
-"""What an op takes for the loss where there is none."""
+"""The loss's name for an op without a loss."""
 
 LOSS_TENSORS = ("grad", "error", "probs", "readout", "weight", "target")
-"""Every tensor a loss may have; an op takes them all, most of them None."""
+"""Fields of the kernels' losses; an op takes all of these tensors, None where its loss has no such field."""
 
 
 def loss_arguments(loss: Loss | None) -> tuple[str, tuple[Tensor | None, ...]]:
-    """Return a loss as an op takes it: its name and `LOSS_TENSORS`."""
+    """Return a loss in the form of an op's arguments: its name and `LOSS_TENSORS`."""
     name = NO_LOSS if loss is None else type(loss).__name__
     return name, tuple(getattr(loss, tensor, None) for tensor in LOSS_TENSORS)
 
 
 def _loss_of(name: str, tensors: Sequence[Tensor | None]) -> Loss | None:
-    """Return the loss that `loss_arguments` took apart."""
+    """Return the loss from its `loss_arguments`."""
     if name == NO_LOSS:
         return None
     fields = dict(zip(LOSS_TENSORS, tensors, strict=True))
@@ -133,12 +133,12 @@ def _loss_of(name: str, tensors: Sequence[Tensor | None]) -> Loss | None:
 
 
 def option_scalars(options: RolloutOptions) -> tuple[Any, ...]:
-    """Return options as an op takes them: the cell by its name."""
+    """Return options in the form of an op's arguments, with the cell's name for its forms."""
     return tuple(field.name if isinstance(field, CellForms) else field for field in options)
 
 
 def _options_of(scalars: Sequence[Any]) -> RolloutOptions:
-    """Return the options that `option_scalars` took apart."""
+    """Return the options from their `option_scalars`."""
     options: Any = RolloutOptions(*scalars)
     return options._replace(cell=CELLS[options.cell].forms)  # type: ignore[no-any-return]
 
@@ -154,11 +154,11 @@ def _options_of(scalars: Sequence[Any]) -> RolloutOptions:
 def rollout(
     preact: Tensor, hidden: Tensor, weight_hh: Tensor, seed: Tensor, delta_h0: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `Rollout`, contiguous, an empty tensor wherever it has None; see `anpgpu.kernels.rollout`."""
+    """Return the fields of `Rollout`, contiguous, an empty tensor for None; see `anpgpu.kernels.rollout`."""
     tensors, (loss, *scalars, counters, backend) = rest[: len(LOSS_TENSORS)], rest[len(LOSS_TENSORS) :]
     options = _options_of(scalars)
     run = implementation("rollout", choose_backend(backend, preact.device, preact.dtype, options.cell))
-    # `precision` says what the operands are; loss differences and sums stay in the tensors' type.
+    # `precision` sets the operands' type; loss differences and sums have the tensors' type.
     with torch.autocast(preact.device.type, enabled=False), entered("rollout"):
         moved: Rollout = run(
             preact,
@@ -185,11 +185,11 @@ def _(
     rows = (batch, options.rollouts)
     outputs = units if readout is None else readout.shape[0]
     chosen = choose_backend(backend, preact.device, preact.dtype, options.cell)
-    kept = stored_dtype(chosen, options.precision, preact.dtype)
+    stored = stored_dtype(chosen, options.precision, preact.dtype)
     measured = loss is not None and loss.measured
     return (
         preact.new_empty((time, *rows) if measured else (0,)),
-        preact.new_empty((time, *rows, units), dtype=kept) if options.store_delta_a else preact.new_empty(0),
+        preact.new_empty((time, *rows, units), dtype=stored) if options.store_delta_a else preact.new_empty(0),
         preact.new_empty((*rows, units)),
         preact.new_empty((0,) if loss is None or measured else (time, *rows, outputs)),
     )

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: by the tensors' device, or as `backend=` says; never silently another."""
+"""Chooses the implementation of an op, by the tensors' device or `backend=`; it never silently runs another."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ OP_MODULES = {
     "adjoint": "adjoint",
     "rollout_adjoint": "adjoint",
 }
-"""The stem of the kernel file that holds an op; ops are profiled by these names."""
+"""Stem of the kernel file of each op; profiler ranges have the names of the ops."""
 
 PART_MODULES = {"deflate": "least_squares"}
-"""The same of what is part of an op on some backends."""
+"""The same for functions that are part of an op on some backends."""
 
 
 class Backend:
-    """A set of implementations of the ops, and what it runs on; every entry of `BACKENDS` derives from it."""
+    """A set of implementations of the ops, and what they run on; base of every entry of `BACKENDS`."""
 
     suffix: str = ""
-    """Of its kernel files."""
+    """Suffix of its kernel files."""
     float64: bool = True
+    """Whether it has float64 kernels."""
     instead: str = ""
-    """What float64 tensors may ask for where it has no float64 kernels."""
+    """Backends that an error suggests for float64, where it has no float64 kernels."""
     fuses: bool = False
-    """Whether `rollout_adjoint` is one kernel, so that rollouts are credited without their activity being stored."""
+    """Whether `rollout_adjoint` is one kernel, which credits rollouts without storing their activity."""
     narrow_activity: bool = False
     """Whether activity differences of 16-bit operands are stored as bfloat16."""
     own_recursion: bool = False
-    """Whether it has a form of its own of the least-squares recursion, `deflate`."""
+    """Whether it has its own form of the least-squares recursion, `deflate`."""
 
     @staticmethod
     def check(device: torch.device) -> None:
-        """Raise where it cannot run on tensors of a device.
+        """Raise if it cannot run on tensors of a device.
 
         Raises:
             ImportError: a package that it needs is not installed.
@@ -56,13 +57,13 @@ class Backend:
 
 @BACKENDS.add("triton")
 class Triton(Backend):
-    """Triton kernels, for CUDA tensors; on the CPU in Triton's interpreter alone."""
+    """Triton kernels, for CUDA tensors; on the CPU only in Triton's interpreter."""
 
     suffix, float64, instead, fuses, narrow_activity = "_triton", False, "'torch' or 'cupy'", True, True
 
     @staticmethod
     def check(device: torch.device) -> None:
-        """Raise without triton, or where it has nothing to run on."""
+        """Raise without the package triton, or for tensors off a GPU outside the interpreter."""
         if importlib.util.find_spec("triton") is None:
             raise ImportError("backend='triton' needs the package triton, which is not installed")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -79,7 +80,7 @@ class CuPy(Backend):
 
     @staticmethod
     def check(device: torch.device) -> None:
-        """Raise without CuPy, or off a GPU."""
+        """Raise without CuPy, or for tensors off a GPU."""
         if device.type != "cuda":
             raise ValueError(f"backend='cupy' needs CUDA tensors, got {device}")
         _import("cupy", "CuPy: pip install 'anpgpu[cuda12]' or 'anpgpu[cuda13]', after the CUDA version")
@@ -93,7 +94,7 @@ class Numba(Backend):
 
     @staticmethod
     def check(device: torch.device) -> None:
-        """Raise without Numba, or off the CPU."""
+        """Raise without Numba, or for tensors off the CPU."""
         if device.type != "cpu":
             raise ValueError(f"backend='numba' needs CPU tensors, got {device}")
         _import("numba", "Numba: pip install 'anpgpu[cpu]'")
@@ -101,18 +102,18 @@ class Numba(Backend):
 
 @BACKENDS.add("torch")
 class Torch(Backend):
-    """The reference, on every device and in every type."""
+    """The reference, for every device and type."""
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, forms: CellForms | None = None) -> str:
     """Return the name of the backend that runs.
 
     Args:
-        requested: a name of `BACKENDS`, or "auto": triton for CUDA tensors, numba for the CPU's where it is installed,
-            torch otherwise, for float64, and for a cell without a form on these.
-        device: where the tensors are.
+        requested: a name of `BACKENDS`, or "auto": triton for CUDA tensors; numba for CPU tensors, where it is
+            installed; torch otherwise, for float64, and for a cell that the fast backend has no form of.
+        device: of the tensors.
         dtype: the rollouts' working type.
-        forms: of the cell whose rollouts are run; None for what is the same for every cell.
+        forms: of the cell whose rollouts are run; None for an op that does not depend on the cell.
 
     Raises:
         ImportError: the requested backend is not installed.
@@ -140,7 +141,7 @@ def _import(package: str, needs: str) -> None:
 
 @functools.cache
 def _has_numba() -> bool:
-    """Say whether Numba can be used; warn where it is installed in vain."""
+    """Return whether Numba can be used; warn where it is installed but does not import."""
     if importlib.util.find_spec("numba") is None:
         return False
     try:
@@ -156,14 +157,14 @@ def _has_numba() -> bool:
 
 
 def stored_dtype(backend: str, precision: str, working: torch.dtype) -> torch.dtype:
-    """Return the type in which a backend's rollouts leave activity differences."""
+    """Return the type in which a backend's rollouts store activity differences."""
     narrow = BACKENDS[backend].narrow_activity and precision in {"bf16", "fp16"}
     return torch.bfloat16 if narrow else working
 
 
 @functools.cache
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """Return the function that is `op` on `backend`."""
+    """Return the function that implements `op` on `backend`."""
     stem = {**OP_MODULES, **PART_MODULES}[op]
     module = importlib.import_module(f"anpgpu.kernels.{stem}{BACKENDS[backend].suffix}")
     function: Callable[..., Any] = getattr(module, op)

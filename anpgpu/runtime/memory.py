@@ -1,10 +1,10 @@
-"""How the rollouts are divided so that they fit in memory: samples, rollouts and time segments; pure Python.
+"""Divides the rollouts so that they fit in memory: into samples, rollouts and time segments; pure Python.
 
-Dividing rollouts or samples costs nothing. Cutting time into segments costs a second forward pass: the first keeps only
-the deviations at segment starts, then, last segment first, rollouts are run again with regenerated noise and credited.
+Dividing rollouts or samples costs nothing. Cutting time into segments costs a second forward pass: the first stores
+only the deviations at segment starts; then, last segment first, rollouts run again with the same noise and get their
+credit.
 
-A division that runs out of memory all the same is given up, with everything it had found, and the work is done again in
-half the memory.
+Where a division runs out of memory all the same, its results are discarded and the work is repeated in half the memory.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ ROWS_WANTED = {"cpu": 64, "cuda": 4096}
 """Rows (samples x rollouts) below which a matrix product no longer fills the device."""
 
 DEFAULT_SHARE = 8
-"""Rollouts use this fraction of the device's total memory at most, unless told otherwise."""
+"""By default rollouts use at most the device's total memory divided by this."""
 
 UNKNOWN_MEMORY = 8 << 30
 """What a machine is taken to have where the system does not say."""
 
 FIXED_BYTES = 16 << 20
-"""Blocks of noise and other temporaries that do not grow with the shapes."""
+"""Noise blocks and other temporaries whose size does not depend on the shapes."""
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-"""glibc's; other C libraries have none."""
+"""Only glibc has this function."""
 
 _lowered: dict[torch.device, int] = {}
-"""Per device the bytes to divide by since memory ran out there, so that the next update does not run out again."""
+"""Memory limit, in bytes, of each device that has run out of memory, so that the next update does not do so again."""
 
 
 class Shape(NamedTuple):
-    """What the memory of one layer's rollouts depends on."""
+    """Everything that the memory of one layer's rollouts depends on."""
 
     time: int
     batch: int
     rollouts: int
     hidden: int
     outputs: int
-    """Floats kept per step and rollout besides delta_a and its credit: the outputs of a black-box loss, else 0."""
+    """Floats stored per step and rollout besides delta_a and its credit: the outputs of a black-box loss, else 0."""
     stores_delta: bool
     """Whether delta_a is stored."""
     whole_samples: bool
-    """Whether all rollouts of a sample are run at once."""
+    """Whether all rollouts of a sample must run at once."""
     clean_floats: int
-    """Floats of clean activity per step and sample that count: 0 where the clean run is kept anyway."""
+    """Floats of clean activity per step and sample; 0 where the whole clean run is stored anyway."""
     extra_floats: int
     """Floats per step and sample that the estimator adds."""
     layers: int
-    """Layers whose rollouts are kept at segment starts at the same time."""
+    """Layers whose deviations at segment starts are stored at the same time."""
     itemsize: int
 
     def divide(self, max_memory: int, device_type: str) -> Division:
@@ -71,12 +71,12 @@ class Shape(NamedTuple):
         return divide(self, max_memory, device_type)
 
     def needed_bytes(self, division: Division) -> int:
-        """Return what a division needs; see `needed_bytes`."""
+        """Return the bytes a division needs; see `needed_bytes`."""
         return needed_bytes(self, division)
 
 
 class Division(NamedTuple):
-    """Samples and rollouts at a time, and the number of time segments."""
+    """Samples and rollouts that run at a time, and the number of time segments."""
 
     samples: int
     rollouts: int
@@ -128,13 +128,13 @@ def _cgroup_limits(root: Path, own: Path) -> list[int]:
 
 
 def needed_bytes(shape: Shape, division: Division) -> int:
-    """Return what a division needs, in bytes: an upper estimate, checked against measured peaks."""
+    """Return the bytes a division needs: an upper estimate, tested against measured peaks."""
     length = -(-shape.time // division.segments)
     block = division.samples * division.rollouts
     per_step = block * (padded(shape.hidden) * shape.stores_delta + 4)
     per_step += division.samples * (6 * shape.hidden + shape.clean_floats + shape.extra_floats)
     tiles = block * (6 * shape.hidden + 2 * shape.outputs)
-    # Output deviations in segments and put together, outputs, and temporaries of the loss that is called.
+    # Output deviations by segment and concatenated, outputs, and temporaries of the caller's loss.
     whole = shape.time * block * 6 * shape.outputs + (shape.time * division.samples * shape.rollouts) * bool(
         shape.outputs
     )
@@ -149,7 +149,8 @@ def needed_bytes(shape: Shape, division: Division) -> int:
 def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
     """Return the coarsest division that fits: whole if possible, then fewer rollouts or samples, then segments.
 
-    On a CPU a block of rollouts also keeps its activity in what stays allocated from update to update, if it can.
+    On a CPU, blocks are also kept small enough, where possible, for their activity to fit the memory that stays
+    allocated from update to update.
 
     Raises:
         MemoryError: one rollout of one sample at a time needs more; the message says how much.
@@ -160,9 +161,9 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
     full = [block for block in blocks if block[0] * block[1] >= rows_wanted]
     whole = full
     if device_type == "cpu" and shape.stores_delta:
-        # Memory that does not stay allocated costs a page fault for every 4 KB.
-        each = shape.itemsize * shape.time * padded(shape.hidden)
-        whole = [block for block in full if block[0] * block[1] * each <= SPARE_BYTES] or full
+        # Newly allocated memory costs a page fault for every 4 KB.
+        row_bytes = shape.itemsize * shape.time * padded(shape.hidden)
+        whole = [block for block in full if block[0] * block[1] * row_bytes <= SPARE_BYTES] or full
     cuts = _doubled(shape.time)
     for candidates, segment_counts in ((whole, [1]), (full, cuts), (blocks, [1, *cuts])):
         for samples, rollouts in candidates:
@@ -178,10 +179,10 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
 
 
 def one_after_another(segments: Iterable[slice], device: torch.device) -> Iterator[slice]:
-    """Yield segments; on a CPU have the C library return what each has freed.
+    """Yield segments; on a CPU, make the C library return to the system what each segment has freed.
 
-    It keeps freed blocks up to a size that grows with use, and what the next segment asks for does not always fit them:
-    several times the memory of a segment would stay.
+    The C library holds on to freed blocks, which do not always fit the next segment's requests: several times the
+    memory of a segment would stay allocated.
     """
     for number, steps in enumerate(segments):
         if number and device.type == "cpu" and _malloc_trim is not None:
@@ -190,13 +191,13 @@ def one_after_another(segments: Iterable[slice], device: torch.device) -> Iterat
 
 
 class Divisible(Protocol[Parts]):
-    """Work that can be divided, by what it needs."""
+    """Work that can be divided to fit in memory."""
 
     def divide(self, max_memory: int, device_type: str) -> Parts:
-        """Return the coarsest division that needs no more bytes; raise MemoryError where none does."""
+        """Return the coarsest division that fits in `max_memory` bytes; raise MemoryError if none does."""
 
     def needed_bytes(self, parts: Parts) -> int:
-        """Return what a division needs."""
+        """Return the bytes a division needs."""
 
 
 def within_memory(
@@ -207,13 +208,13 @@ def within_memory(
     *,
     alone: bool,
 ) -> Result:
-    """Return `work(parts)`; where memory runs out, do all of it again in half the memory, and so on down.
+    """Return `work(parts)`; whenever memory runs out, repeat the work in half the memory.
 
     Args:
-        whole: what is divided.
-        max_memory: bytes to begin with, or fewer where memory ran out on that device before; None is the default.
+        whole: the work before division.
+        max_memory: bytes to begin with, or fewer if memory ran out on that device before; None is the default.
         device: where the work runs.
-        work: what to do. It is called again, so it must leave nothing behind before it returns.
+        work: called with a division, possibly several times: it must have no effect before it returns.
         alone: False where other processes divide alike and would wait for this one: running out is then an error.
 
     Raises:
@@ -224,7 +225,7 @@ def within_memory(
     parts = whole.divide(max_memory, device.type)
     limit = _lowered.get(device, max_memory)
     while alone and limit < max_memory:
-        # Other work may need more at the least than what was left for that which ran out.
+        # The lowered limit comes from other work: this one's smallest division may need more.
         smaller = _at_most(limit, whole, device)
         if smaller is not None:
             parts = smaller
@@ -237,7 +238,7 @@ def within_memory(
             if not _out_of_memory(error):
                 raise
             reason = str(error)
-        # Here, outside the handler, no traceback holds what the failed attempt had allocated.
+        # Outside the handler, so that no traceback keeps the failed attempt's memory alive.
         used = whole.needed_bytes(parts)
         if not alone:
             raise torch.OutOfMemoryError(
@@ -269,7 +270,7 @@ def _at_most(limit: int, whole: Divisible[Parts], device: torch.device) -> Parts
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out; torch's CPU allocator, drivers and cuBLAS have no type for it."""
+    """Return whether an error means that memory ran out; torch's CPU allocator, drivers and cuBLAS have no type."""
     words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 

@@ -1,11 +1,11 @@
-"""Rollouts shared between processes: each runs its part of them, and the sums of all are one update.
+"""Rollouts shared between processes: each runs some of them, and the sum over processes is one update.
 
     dW = sum_n dW_n,   dW_n = sum_{t,b} (1 / P_b) sum_{p of process n} lam_tbp h_{t-1,b}^T
 
-Rollouts keep their global numbers, so n processes see the noise that one would. P_b, the finite rollouts of a sample,
-are counted over all processes before anything is divided by them. Least squares needs every rollout of a sample at
-once: its samples are shared instead. All processes hold the same model and the same batch. A layer's sums are exchanged
-once, with the gradient of its inputs, before the layer below runs. Source: derived here.
+Rollouts keep their global numbers, so the noise does not depend on the number of processes. P_b, the number of finite
+rollouts of a sample, is summed over all processes before it divides anything. Least squares needs all rollouts of a
+sample at once, so it shares samples instead. All processes hold the same model and the same batch. A layer's sums are
+exchanged once, with the gradient of its inputs, before the layer below runs. Source: derived here.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, distributed
 
 AGREEMENT = 1e-3
-"""Relative difference up to which two processes' batches count as the same: replicas may differ by rounding."""
+"""Relative difference up to which two processes' batches count as equal: replicas may differ by rounding."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What part of the rollouts of an update this process runs."""
+    """Which of an update's rollouts this process runs."""
 
     rollouts: int
     """Rollouts per sample over all processes."""
     index: int = 0
     count: int = 1
     by_samples: bool = False
-    """Whether samples are shared, and every rollout of a sample is run by one process."""
+    """Whether samples are shared instead: one process then runs all rollouts of a sample."""
 
     @property
     def alone(self) -> bool:
@@ -37,12 +37,12 @@ class Share:
 
     @property
     def own(self) -> slice:
-        """The rollouts this process runs of every sample it has."""
+        """The rollouts this process runs, of each of its samples."""
         return slice(0, self.rollouts) if self.by_samples else self._part(self.rollouts)
 
     @property
     def most(self) -> int:
-        """The number of rollouts any process runs: what all divide their memory by, and so alike."""
+        """The most rollouts any process runs; all divide their memory by it, so that they divide alike."""
         return self.rollouts if self.by_samples else -(-self.rollouts // self.count)
 
     def samples(self, batch: int) -> slice:
@@ -53,36 +53,36 @@ class Share:
         return slice(total * self.index // self.count, total * (self.index + 1) // self.count)
 
     def counted(self, finite: Tensor) -> Tensor:
-        """Return each sample's number of finite rollouts over all processes, (b,), from this one's, (b, p) bool."""
+        """Return the number of finite rollouts per sample over all processes, (b,), from this one's, (b, p) bool."""
         counts = finite.sum(1)
         if not self.alone and not self.by_samples:
             distributed.all_reduce(counts)
         return counts
 
-    def complete_(self, part: Tensor) -> None:
-        """Add up what processes have found of the same samples; where these are shared, it is whole already."""
+    def complete_(self, value: Tensor) -> None:
+        """Sum a tensor over processes that run rollouts of the same samples; shared samples are complete already."""
         if not self.by_samples:
-            self.sum_(part)
+            self.sum_(value)
 
-    def sum_(self, *parts: Tensor) -> None:
-        """Replace tensors of one type by their sums over all processes, in one exchange."""
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace tensors, all of one dtype, by their sums over all processes, in one exchange."""
         if self.alone:
             return
-        flat = torch.cat([part.flatten() for part in parts])
+        flat = torch.cat([value.flatten() for value in tensors])
         distributed.all_reduce(flat)
-        totals = torch.split(flat, [part.numel() for part in parts])
-        for part, total in zip(parts, totals, strict=True):
-            part.copy_(total.view_as(part))
+        totals = torch.split(flat, [value.numel() for value in tensors])
+        for value, total in zip(tensors, totals, strict=True):
+            value.copy_(total.view_as(value))
 
-    def agree(self, seed: Tensor, *given: Tensor) -> Tensor:
-        """Return the first process's seed, once all processes hold the same batch.
+    def agree(self, seed: Tensor, *tensors: Tensor) -> Tensor:
+        """Return the first process's seed; check that all processes hold the same tensors.
 
         Args:
             seed: this process's own draw, 0-dim int64.
-            given: what has to be the same everywhere, up to rounding.
+            tensors: equal in all processes, up to rounding.
 
         Raises:
-            RuntimeError: they differ. On CUDA, where looking would make the host wait, nobody looks.
+            RuntimeError: they differ. Not checked on CUDA, where it would make the host wait.
         """
         if self.alone:
             return seed
@@ -90,10 +90,10 @@ class Share:
         distributed.broadcast(seed, src=0)
         if seed.device.type != "cpu":
             return seed
-        # Weighted by position, so that the same samples in another order are not the same.
-        sums = [(one.detach().double().flatten() * torch.linspace(1, 2, one.numel())).sum() for one in given]
+        # Weighted by position, so that a different order of samples is detected.
+        sums = [(value.detach().double().flatten() * torch.linspace(1, 2, value.numel())).sum() for value in tensors]
         mine = torch.nan_to_num(torch.stack(sums), 0, 0, 0)
-        sizes = mine.new_tensor([one.numel() for one in given])
+        sizes = mine.new_tensor([value.numel() for value in tensors])
         bounds = torch.cat((mine, -mine, sizes, -sizes))
         distributed.all_reduce(bounds, op=distributed.ReduceOp.MAX)
         high, low = bounds.view(2, 2, -1).unbind(1)

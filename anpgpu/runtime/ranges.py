@@ -1,8 +1,8 @@
-"""Named ranges for profilers: which op or phase a stretch of time or a kernel belongs to.
+"""Named ranges for profilers: they tell which op or phase a kernel or a stretch of time belongs to.
 
-A range has a constant name and a category, in the NVTX domain `anpgpu` (Nsight Systems, Nsight Compute) and, while
-torch.profiler records, in its trace as `anpgpu::<name>`. Whether a tool listens to NVTX is settled at the first range,
-as NVTX itself does; where nothing listens a range is one comparison and one flag read.
+A range has a constant name and a category. It appears in the NVTX domain `anpgpu` (Nsight Systems, Nsight Compute) and,
+while torch.profiler records, in its trace as `anpgpu::<name>`. Whether a tool listens to NVTX is decided at the first
+range, as in NVTX itself; without a tool or profiler, a range costs one comparison and one flag read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 try:
     import nvtx
 except ImportError:
-    # A base dependency, but nothing that is computed depends on it.
+    # A base dependency, but no result depends on it.
     nvtx = None
 
 Arguments = ParamSpec("Arguments")
@@ -39,16 +39,16 @@ RANGES = {
     "least_squares": "adjoint",
     "weight_gradients": "gradients",
 }
-"""Every name there is, and its category. Names are words that need no escape in a filter of Nsight Compute."""
+"""All names, with their categories. Names must need no escape in a filter of Nsight Compute."""
 
 
 @functools.cache
 def listening() -> Any:
-    """Return the NVTX domain, or None where no tool listens to it."""
+    """Return the NVTX domain, or None if no tool listens to it."""
     if nvtx is None or not nvtx.enabled():
         return None
     domain = nvtx.get_domain(DOMAIN)
-    # A domain without a tool is a stand-in of another class, whose category ids are None.
+    # Without a tool, nvtx returns a dummy domain, whose category ids are None.
     return None if domain.get_category_id("update") is None else domain
 
 
@@ -61,8 +61,8 @@ NOWHERE = contextlib.nullcontext()
 
 
 def entered(name: str) -> contextlib.AbstractContextManager[object]:
-    """Return a context in the range `name`, one of `RANGES`; for `with`, at once."""
-    # What is traced holds no ranges: the ops that run later bring their own.
+    """Return a context in the range `name`, one of `RANGES`, which begins at this call: use it in `with` directly."""
+    # Compiled graphs hold no ranges of their own: the ops in them enter theirs.
     if torch.compiler.is_compiling():
         return NOWHERE
     domain = listening()
@@ -79,7 +79,7 @@ def entered(name: str) -> contextlib.AbstractContextManager[object]:
 
 
 def within(name: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Return a decorator: the function runs in the range `name`.
+    """Return a decorator that runs a function in the range `name`.
 
     Raises:
         ValueError: the name is none of `RANGES`.

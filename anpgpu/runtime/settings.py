@@ -1,4 +1,4 @@
-"""From a `Perturbation` and some parameters to what actually runs: types, backend, seed."""
+"""Resolves a `Perturbation` for given parameters: types, backend, share of the rollouts, seed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Settings(NamedTuple):
     baseline: bool
     rank: int | None
     options: RolloutOptions
-    """`rollouts` is the number this process runs."""
+    """Here `rollouts` is the number that this process runs."""
     backend: str
     process_rank: int
     share: Share
@@ -77,12 +77,14 @@ def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
 
     Args:
         perturbation: the knobs.
-        cell: what the layer computes, an entry of `registry.CELLS`.
+        cell: of the layer, an entry of `registry.CELLS`.
         weight: a parameter, for its type and device.
 
     Raises:
         ImportError: the requested backend is missing.
-        ValueError: it cannot run on the parameters' device or type, or has fewer rollouts than processes to share them.
+        TypeError: the parameters are not floating.
+        ValueError: the backend cannot run on the parameters' device or type; sigma is out of range, or precision does
+            not go with their type; or there are fewer rollouts than processes that share them.
         RuntimeError: rollouts are to be shared, but there is no process group.
     """
     if not weight.is_floating_point():
@@ -146,13 +148,13 @@ def check_extent(layers: int, time: int, batch: int) -> None:
 
 
 def process_rank() -> int:
-    """Return this process's rank in torch.distributed, 0 outside it: part of every noise counter."""
+    """Return this process's rank in torch.distributed, 0 without it; noise counters contain it."""
     distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def new_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Draw the 64-bit seed of one update, a 0-dim int64 tensor: the only draw perturbation learning makes."""
+    """Draw the 64-bit seed of one update, a 0-dim int64 tensor: its only draw from a torch generator but dropout."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     where = device if generator is None else generator.device

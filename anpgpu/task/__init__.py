@@ -1,1 +1,1 @@
-"""What was asked: the problem and its loss."""
+"""The caller's problem in canonical form, and its loss."""

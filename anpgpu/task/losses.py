@@ -1,7 +1,7 @@
-"""Losses that `estimate_grad_` measures: values, exact output gradients, and what the rollouts need to see of them.
+"""Losses of `estimate_grad_`: values, exact output gradients, and the form that rollouts use.
 
-Everything here is time first and batched; padded and ignored steps have weight zero. A loss is the mean over the steps
-that count, so the weights sum to one. A class per loss, in the table `registry.LOSSES`; a callable of the caller's is a
+All tensors are time first and batched; padded and ignored steps have weight zero. A loss is the mean over the steps
+that count, so the weights sum to one. There is a class per loss, in the table `registry.LOSSES`; a callable is a
 `BlackBox`.
 """
 
@@ -26,20 +26,20 @@ LossFunction = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
 Order = Callable[[Tensor], Tensor]
-"""Brings (L, b, ...) values from the order of time into that in which a layer's direction processes them."""
+"""Brings values, (L, b, ...), from time order into the processing order of a layer's direction."""
 
 
 class Targets(NamedTuple):
     """Targets in canonical form."""
 
     values: Tensor | None
-    """mse: (T, B, O) or (B, O); cross-entropy: (T, B) or (B,); a callable's: anything beginning with (T, B) or (B,)."""
+    """mse: (T, B, O) or (B, O); cross-entropy: (T, B) or (B,); callable: any shape that begins with (T, B) or (B,)."""
     per_step: bool
     """Whether `values` has a time axis; without one only each sample's last valid step has a loss."""
 
 
 class MeasuredLoss:
-    """The loss of a batch of sequences, in pieces; the base of every loss.
+    """The loss of a batch of sequences, for any of its steps and samples; base of every loss.
 
     Args:
         targets: in canonical form.
@@ -62,25 +62,25 @@ class MeasuredLoss:
         assert values is not None  # noqa: S101  (for the type checker; named losses have targets)
         if self.per_sequence:
             counted = torch.arange(time, device=counted.device).unsqueeze(1) == last_step
-            # Expanded, not copied: only the last step's is looked at.
+            # Expanded without a copy: other steps have weight zero.
             values = values.unsqueeze(0).expand(time, *values.shape)
         counted = self.counted(counted, values)
         count = counted.sum()
         if batch and counted.device.type == "cpu" and not count:
             raise ValueError(f"no step has a loss: every target is ignore_index ({IGNORE_INDEX}) or beyond its length")
         self.weight = counted.to(torch.float64) / count
-        """Share of each step in the reported loss, (T, B)."""
+        """Weight of each step in the reported loss, (T, B) float64."""
         self.dense = values
-        """A target for every step."""
+        """Targets with a time axis, also where they are per sequence."""
 
     @staticmethod
     def tail(outputs: int) -> tuple[int, ...] | None:
-        """Return the shape of a target behind (T, B), for O outputs; None where it may be any."""
+        """Return the shape of a target after (T, B), for O outputs; None if it is arbitrary."""
         raise NotImplementedError
 
     @staticmethod
     def checked(targets: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
-        """Return targets in the working type; raise TypeError or ValueError where they are no targets of this loss."""
+        """Return targets in the working type; raise TypeError or ValueError if they do not suit this loss."""
         raise NotImplementedError
 
     def counted(self, valid: Tensor, targets: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class MeasuredLoss:
         raise NotImplementedError
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the gradient of `each` in its outputs, (L, b, O)."""
+        """Return the gradient of `each` with respect to the outputs, (L, b, O)."""
         raise NotImplementedError
 
     def rollout_loss(
@@ -104,11 +104,11 @@ class MeasuredLoss:
         weight: Tensor,
         order: Order,
     ) -> Loss:
-        """Return the loss as the kernels take it, its tensors in the order that `order` brings them into."""
+        """Return the loss in the kernels' form; `order` brings its tensors into processing order."""
         raise NotImplementedError
 
     def values(self, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
-        """Return each step's share of the reported loss, (L, b), from its outputs, (L, b, O)."""
+        """Return each step's weighted loss, (L, b), from outputs (L, b, O); the sum over all steps is the loss."""
         weight = self.weight[steps, samples].to(outputs.dtype)
         return torch.where(weight == 0, 0, self.each(outputs, self.dense[steps, samples]) * weight)
 
@@ -126,15 +126,15 @@ class MeasuredLoss:
         reverse: bool,
         lengths: Tensor | None,
     ) -> Loss:
-        """Return what the rollouts of a layer need to measure its loss differences.
+        """Return the loss in the kernels' form, for the rollouts of the last layer.
 
         Args:
-            readout: the readout's columns that see this layer, (O, H); None where its state is the output.
+            readout: the readout's columns for this layer's direction, (O, H); None where its state is the output.
             outputs: clean outputs of the segment, (L, b, O), in time order.
-            steps: the segment; all of time for a reverse direction.
-            samples: its samples.
+            steps: the segment; all steps for a reverse direction.
+            samples: which samples.
             reverse: whether the layer runs backwards in time.
-            lengths: valid steps of these samples.
+            lengths: valid steps of these samples, (b,).
         """
         weight = in_processing_order(self.weight[steps, samples].to(outputs.dtype), reverse, lengths)
         targets = self.dense[steps, samples]
@@ -143,7 +143,7 @@ class MeasuredLoss:
         )
 
     def call(self, outputs: Tensor, samples: slice) -> Tensor:
-        """Call the caller's loss on outputs (T, b, p, O); return each step's share of the reported loss, (T, b, p)."""
+        """Call the caller's loss on outputs (T, b, p, O); return each step's weighted loss, (T, b, p)."""
         raise NotImplementedError
 
 
@@ -203,7 +203,7 @@ class CrossEntropy(MeasuredLoss):
                 f"targets of loss='cross_entropy' must be class indices of dtype int64, got {targets.dtype}"
             )
         if targets.is_cuda:
-            # Looking would make the host wait.
+            # Reading values would make the host wait for the GPU.
             return targets
         wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= outputs))]
         if len(wrong):
@@ -237,7 +237,7 @@ class CrossEntropy(MeasuredLoss):
 
 
 class BlackBox(MeasuredLoss):
-    """A loss of the caller's, which need not be differentiable.
+    """A loss that the caller computes, which need not be differentiable.
 
     Args:
         loss: see `LossFunction`.
@@ -252,12 +252,12 @@ class BlackBox(MeasuredLoss):
     def __init__(self, loss: LossFunction, targets: Targets, valid: Tensor, last_step: Tensor, *, padded: bool) -> None:
         self.loss, self.targets, self.valid, self.last_step, self.padded = loss, targets, valid, last_step, padded
         self.per_sequence = False
-        """Told by what the first call returns."""
+        """Set by the first call, from the shape of its result."""
         self.weight = torch.empty(0)
 
     @staticmethod
     def tail(outputs: int) -> None:
-        """Say that targets may have any shape behind (T, B) or (B,)."""
+        """Return None: targets may have any shape after (T, B) or (B,)."""
         del outputs
 
     @staticmethod
@@ -275,7 +275,7 @@ class BlackBox(MeasuredLoss):
         reverse: bool,
         lengths: Tensor | None,
     ) -> Loss:
-        """Return what makes a rollout return delta_o."""
+        """Return `OutputsOnly`, which makes rollouts return delta_o."""
         del outputs, steps, samples, reverse, lengths
         return OutputsOnly(readout)
 
@@ -293,7 +293,7 @@ class BlackBox(MeasuredLoss):
         try:
             values = self.loss(outputs, targets)
         except RuntimeError as error:
-            # As torch says it of shapes that do not go together; what the caller raises of its own passes as it is.
+            # Adds the shapes to torch's own errors; errors of the caller's pass unchanged.
             if type(error) is not RuntimeError or targets is None:
                 raise
             raise RuntimeError(
@@ -325,11 +325,11 @@ class BlackBox(MeasuredLoss):
 
 
 def loss_class(loss: object) -> type[MeasuredLoss]:
-    """Return the class of a loss given by name or as a callable.
+    """Return the class of a loss, from its name or a callable.
 
     Raises:
         TypeError: it is neither.
-        ValueError: there is no loss of that name; the message names those that exist.
+        ValueError: there is no loss of that name; the message lists those that exist.
     """
     if callable(loss):
         return BlackBox

@@ -1,4 +1,4 @@
-"""The arguments of `estimate_grad_`, checked and brought to one form: time first, batched, in the working type."""
+"""The arguments of `estimate_grad_`, checked and in canonical form: time first, batched, in the working type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARYING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
 class Layout(NamedTuple):
-    """How the caller's tensors are laid out."""
+    """The layout of the caller's tensors."""
 
     batch_first: bool
     batched: bool
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """What an RNN runs on, in canonical form: a detached network, in the working type as the values are."""
+    """A network and the sequences it runs on, in canonical form: detached and in the working type."""
 
     network: Network
     inputs: Tensor
@@ -88,7 +88,7 @@ class Problem(NamedTuple):
         return hidden if self.weight_o is None else nn.functional.linear(hidden, self.weight_o, self.bias_o)
 
     def readout_of(self, direction: int) -> Tensor | None:
-        """Return the readout's columns that see one direction, (O, H); None for the identity."""
+        """Return the readout's columns for one direction, (O, H); None for the identity."""
         if self.network.directions == 1:
             return self.weight_o
         weight = self.weight_o
@@ -108,12 +108,12 @@ def canonical(
     lengths: Tensor | Sequence[int] | None,
     targets_per: str | None = None,
 ) -> Problem:
-    """Check the arguments of `estimate_grad_` and bring them to canonical form; see there for what they are."""
+    """Check the arguments of `estimate_grad_`, where they are described, and return them in canonical form."""
     if not isinstance(rnn, nn.RNN):
         raise TypeError(f"rnn must be an anpgpu.RNN or a torch.nn.RNN, got {type(rnn).__name__}")
     kind = loss_class(loss)
     _check_readout(readout, loss, rnn.hidden_size * (2 if rnn.bidirectional else 1))
-    network, values, h_0, given, layout = sequences(rnn, inputs, hx, lengths)
+    network, values, h_0, sizes, layout = sequences(rnn, inputs, hx, lengths)
     dtype = values.dtype
     if readout is not None:
         for name, parameter in readout.named_parameters():
@@ -121,9 +121,9 @@ def canonical(
     time, batch, _ = values.shape
     valid = torch.ones((time, batch), dtype=torch.bool, device=values.device)
     last_step = torch.full((batch,), time - 1, device=values.device)
-    if given is not None:
-        valid = valid_steps(time, given, values.device)
-        last_step = (given - 1).to(values.device)
+    if sizes is not None:
+        valid = valid_steps(time, sizes, values.device)
+        last_step = (sizes - 1).to(values.device)
     linear = readout if isinstance(readout, nn.Linear) else None
     weight_o = None if linear is None else linear.weight.detach().to(dtype)
     bias_o = None if linear is None or linear.bias is None else linear.bias.detach().to(dtype)
@@ -134,12 +134,12 @@ def canonical(
         one_of("targets_per", targets_per, ("step", "sequence"))
     canonical_targets = _targets(targets, kind, layout, (time, batch, outputs), values, targets_per)
     measured = (
-        BlackBox(loss, canonical_targets, valid, last_step, padded=given is not None)
+        BlackBox(loss, canonical_targets, valid, last_step, padded=sizes is not None)
         if callable(loss)
         else kind(canonical_targets, valid, last_step)
     )
     dropout = _dropout(rnn.dropout) if rnn.training and rnn.dropout else None
-    return Problem(network, weight_o, bias_o, values, h_0, given, measured, dropout, layout)
+    return Problem(network, weight_o, bias_o, values, h_0, sizes, measured, dropout, layout)
 
 
 def sequences(
@@ -148,7 +148,7 @@ def sequences(
     hx: Tensor | None,
     lengths: Tensor | Sequence[int] | None,
 ) -> Sequences:
-    """Check what an RNN is to run on and bring it to canonical form; `estimate_grad_` describes the arguments."""
+    """Check an RNN and its sequences and return them in canonical form; arguments as in `estimate_grad_`."""
     names = [name for layer in rnn._all_weights for name in layer]
     weights = [weight for layer in rnn.all_weights for weight in layer]
     for name, weight in zip(names, weights, strict=True):
@@ -166,17 +166,17 @@ def sequences(
         raise RuntimeError(
             f"Expected sequence length to be larger than 0 in RNN, got inputs of shape {tuple(values.shape)}"
         )
-    given = _lengths(sizes, time, batch)
-    if given is not None:
-        # Whatever the padding holds, NaN included, stays out of the states.
-        values = torch.where(valid_steps(time, given, values.device).unsqueeze(-1), values, 0)
+    valid_lengths = _lengths(sizes, time, batch)
+    if valid_lengths is not None:
+        # Padding may hold anything, even NaN, and must not reach the states.
+        values = torch.where(valid_steps(time, valid_lengths, values.device).unsqueeze(-1), values, 0)
     network = Network.of(
         weights,
         biases=rnn.bias,
         directions=2 if rnn.bidirectional else 1,
         cell=CELLS[cell_name(rnn)],
     ).to(dtype)
-    return Sequences(network, values.detach().to(dtype), h_0.detach().to(dtype), given, layout)
+    return Sequences(network, values.detach().to(dtype), h_0.detach().to(dtype), valid_lengths, layout)
 
 
 def packed_like(values: Tensor, packed: PackedSequence) -> Tensor:
@@ -224,7 +224,7 @@ def _check_readout(readout: nn.Module | None, loss: str | LossFunction, width: i
 
 
 def _behind(readout: nn.Module, loss: LossFunction) -> LossFunction:
-    """Return the loss of what a readout without trainable parameters makes of the states."""
+    """Return the loss as a function of the hidden states, with a readout without trainable parameters inside."""
     return lambda hidden, targets: loss(readout(hidden), targets)
 
 
@@ -272,21 +272,21 @@ def _lengths(lengths: Tensor | Sequence[int] | None, time: int, batch: int) -> T
     if lengths is None:
         return None
     try:
-        given = torch.as_tensor(lengths, device="cpu")
+        sizes = torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"lengths must be whole numbers, got {lengths!r}") from error
     if isinstance(lengths, (list, tuple)) and not lengths:
-        # An empty list says nothing of its type.
-        given = given.long()
-    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
-        raise TypeError(f"lengths must be whole numbers, got {given.dtype}")
-    if given.shape != (batch,):
+        # torch makes an empty list float32.
+        sizes = sizes.long()
+    if sizes.dtype.is_floating_point or sizes.dtype.is_complex or sizes.dtype == torch.bool:
+        raise TypeError(f"lengths must be whole numbers, got {sizes.dtype}")
+    if sizes.shape != (batch,):
         raise ValueError(
-            f"lengths must have shape (B,) = ({batch},), got {given.tolist()} of shape {tuple(given.shape)}"
+            f"lengths must have shape (B,) = ({batch},), got {sizes.tolist()} of shape {tuple(sizes.shape)}"
         )
-    if batch and not (int(given.min()) >= 1 and int(given.max()) <= time):
-        raise ValueError(f"lengths must be in [1, {time}], got {given.tolist()}")
-    return given.long()
+    if batch and not (int(sizes.min()) >= 1 and int(sizes.max()) <= time):
+        raise ValueError(f"lengths must be in [1, {time}], got {sizes.tolist()}")
+    return sizes.long()
 
 
 def _targets(
@@ -306,7 +306,7 @@ def _targets(
     if targets.device != inputs.device:
         raise RuntimeError(f"targets are on {targets.device}, the inputs on {inputs.device}")
     tail = kind.tail(outputs)
-    # The caller's layout of (T, B), and of (B,).
+    # (T, B) and (B,) in the caller's layout.
     per_step = ((batch, time) if layout.batch_first else (time, batch)) if layout.batched else (time,)
     per_sequence = (batch,) if layout.batched else ()
     shape = tuple(targets.shape)
