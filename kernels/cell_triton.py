@@ -105,6 +105,12 @@ def squared_difference(delta_o, error, inside):
 
 
 @triton.jit
+def weighted_mean(change, share, outputs):
+    """Return share / outputs times the sum `change`; exactly zero where share is, whatever the padding holds."""
+    return tl.where(share == 0, 0.0, change * (share / outputs))
+
+
+@triton.jit
 def exponential_sums(difference, probs, change, top, total, biggest):
     """Add some outputs to the four running sums of the cross-entropy difference, each (rows,).
 

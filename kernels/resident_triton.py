@@ -12,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cell_triton import cross_entropy_difference, exponential_sums, relu_deviation, squared_difference, tanh_deviation
+from .cell_triton import (
+    cross_entropy_difference,
+    exponential_sums,
+    relu_deviation,
+    squared_difference,
+    tanh_deviation,
+    weighted_mean,
+)
 from .noise_triton import noise_tile, pin, unpack_counters
 
 
@@ -133,7 +140,7 @@ def _measure(
         else:
             share = _load_share(loss[2], strides[4], step, place, SAMPLES).to(tl.float32)
             if LOSS == "squared":
-                delta_loss = squared_difference(delta_o, signal, inside) * (share / size)
+                delta_loss = weighted_mean(squared_difference(delta_o, signal, inside), share, size)
             else:
                 target = _load_share(loss[1], strides[3], step, place, SAMPLES)
                 if SAMPLES > 1:

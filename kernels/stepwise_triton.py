@@ -16,6 +16,7 @@ from .cell_triton import (
     relu_deviation,
     squared_difference,
     tanh_deviation,
+    weighted_mean,
 )
 from .noise_triton import noise_tile, pin, unpack_counters
 
@@ -257,7 +258,7 @@ def measure_kernel(
     if LOSS != "outputs":
         share = _load_share(loss[2], strides[2], step, sample).to(tl.float32)
         if LOSS == "squared":
-            delta_loss = change[:, None] * (share / outputs)
+            delta_loss = weighted_mean(change[:, None], share, outputs)
         else:
             delta_loss = cross_entropy_difference(
                 change[:, None], top[:, None], total[:, None], biggest[:, None], share

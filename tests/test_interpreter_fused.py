@@ -145,6 +145,22 @@ def test_a_rollout_that_is_not_finite_adds_nothing(method, product):
     tolerances.assert_close(actual[2][alive[0]], expected[2][alive[0]], "float32_long")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["squared", "cross_entropy"])
+def test_a_step_of_weight_zero_has_no_loss_whatever_it_holds(kind, method):
+    sizes = (4, 2, 5, 3, 3)
+    arguments, start = problem(sizes, kind)
+    loss = arguments[3]
+    signal = loss.error if kind == "squared" else loss.probs
+    loss.weight[2:, 1] = 0
+    signal[2, 1], signal[3, 1] = float("nan"), float("inf")
+    options = RolloutOptions(sizes[-1], sigma=1e-2)
+    actual = run(arguments, start, method, options)
+    assert (actual[1][2:, 1] == 0).all()
+    assert_close(actual, expected_of(arguments, start, method, options))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_time_is_cut_where_partial_sums_are_many(method, monkeypatch):
     sizes = (4, 1, 5, 2, 70)

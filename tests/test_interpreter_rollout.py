@@ -104,6 +104,26 @@ def test_hidden_state_as_output(form, sizes, kind):
     assert_close(run(form, arguments, options), oracle(arguments, options))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("readout", [True, False])
+@pytest.mark.parametrize("kind", ["squared", "cross_entropy"])
+@pytest.mark.parametrize("sizes", SIZES[1:4], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_of_weight_zero_has_no_loss_whatever_it_holds(form, sizes, kind, readout):
+    arguments = problem(sizes, kind, readout)
+    loss, start = arguments[3:]
+    loss.weight[-1] = 0
+    signal = loss.error if kind == "squared" else loss.probs
+    signal[0, 0], signal[-1] = float("nan"), float("inf")
+    start[0, 0] = float("nan")
+    options = RolloutOptions(sizes[-1], sigma=1e-2)
+    actual, expected = run(form, arguments, options).delta_loss, oracle(arguments, options).delta_loss
+    assert (actual[loss.weight == 0] == 0).all()
+    lost = expected.isnan()
+    assert torch.equal(actual.isnan(), lost)
+    assert relative_error(actual[~lost], expected[~lost]) <= TOLERANCES["float32"].bound
+
+
 @pytest.mark.parametrize("sigma", [1e-6, 0.3, 3.0])
 @pytest.mark.parametrize("kind", LOSSES[:3])
 @pytest.mark.parametrize("form", FORMS)
