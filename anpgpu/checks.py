@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from .kernels.noise import COUNTER_LIMITS, UNIT_BLOCKS_LIMIT, UNITS_PER_GROUP, Counters
-from .kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from .perturbation import real, whole
 
 WORKING = (torch.float32, torch.float64)

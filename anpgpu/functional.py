@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .kernels.loss import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, SquaredLoss
 from .kernels.noise import Counters, Purpose
-from .kernels.rollout import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, SquaredLoss
+from .kernels.rollout import Rollout, RolloutOptions
 from .operators import loss_arguments, underived
 from .perturbation import BACKENDS, NOISES, one_of, real, whole
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .division import Shape, default_memory, divided, gram_floats, within_memory
-from .kernels.rollout import LinearLoss, Loss
+from .kernels.loss import LinearLoss, Loss
 from .layers import CleanRun, LayerRun, Network, in_processing_order, split_half
 from .settings import Settings
 from .sweep import LossOf, estimate_layer

@@ -11,7 +11,7 @@ from torch import Tensor
 from .division import Shape, divided, gram_floats
 from .gradients import linear_loss
 from .job import BlackBoxChange, Found, Job, draw_masks
-from .kernels.rollout import Loss, OutputsOnly, loss_of_steps
+from .kernels.loss import Loss, OutputsOnly, loss_of_steps
 from .layers import in_processing_order, run_network
 from .problem import Problem
 from .readout import perturb_readout

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
-from .kernels.rollout import CrossEntropyLoss, Loss, OutputsOnly, SquaredLoss
+from .kernels.loss import CrossEntropyLoss, Loss, OutputsOnly, SquaredLoss
 from .layers import in_processing_order
 
 IGNORE_INDEX = -100

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose_backend, implementation
+from .kernels.loss import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, SquaredLoss
 from .kernels.noise import Counters
-from .kernels.rollout import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, SquaredLoss
+from .kernels.rollout import Rollout, RolloutOptions
 
 Results = Tensor | tuple[Tensor, ...]
 
@@ -110,13 +111,15 @@ LOSSES: dict[str, type[Loss]] = {
     "cross_entropy": CrossEntropyLoss,
     "outputs": OutputsOnly,
 }
+"""By their `kind`."""
+
 LOSS_TENSORS = ("grad", "error", "probs", "readout", "weight", "target")
 """Every tensor a loss may have; an op takes them all, most of them None."""
 
 
 def loss_arguments(loss: Loss | None) -> tuple[str, tuple[Tensor | None, ...]]:
     """Return a loss as an op takes it: its name and `LOSS_TENSORS`."""
-    name = next((name for name, kind in LOSSES.items() if isinstance(loss, kind)), "none")
+    name = "none" if loss is None else loss.kind
     return name, tuple(getattr(loss, tensor, None) for tensor in LOSS_TENSORS)
 
 

@@ -38,8 +38,9 @@ from torch import Tensor
 from .dispatch import implementation
 from .division import FIXED_BYTES
 from .job import BlackBoxChange, Found, Job
+from .kernels.loss import OutputsOnly, loss_differences
 from .kernels.noise import Counters, NoiseSteps, Purpose, padded
-from .kernels.rollout import DEVIATIONS, OutputsOnly, Rollout, loss_differences
+from .kernels.rollout import DEVIATIONS, Rollout
 from .layers import LayerRun, preactivations, run_network
 from .problem import Problem
 from .sweep import raise_if_lost

@@ -15,8 +15,8 @@ from torch import Tensor
 from .division import FIXED_BYTES
 from .job import BlackBoxChange
 from .kernels.adjoint import returns
+from .kernels.loss import OutputsOnly, loss_differences
 from .kernels.noise import Counters, NoiseSteps, Purpose, padded
-from .kernels.rollout import OutputsOnly, loss_differences
 from .problem import Problem
 from .ranges import within
 from .settings import Settings

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .division import Division, Shape, divided, gram_floats, needed_bytes, one_after_another, segments_of
 from .job import BlackBoxChange, CleanChunk, Found, Job, draw_masks, keep_final
-from .kernels.rollout import LinearLoss, Loss
+from .kernels.loss import LinearLoss, Loss
 from .layers import CleanRun, preactivations
 from .readout import perturb_readout
 from .sweep import Chunk, Sweep

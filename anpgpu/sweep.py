@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .dispatch import implementation
 from .division import Division, one_after_another, segments_of
+from .kernels.loss import LinearLoss, Loss, OutputsOnly
 from .kernels.noise import Counters
-from .kernels.rollout import LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, give_back
+from .kernels.rollout import Rollout, RolloutOptions, give_back
 from .layers import GradientSums, LayerRun, LayerWeights, preactivations
 from .least_squares import least_squares
 from .settings import Settings

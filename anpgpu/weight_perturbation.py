@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .division import FIXED_BYTES
+from .kernels.loss import Loss, loss_differences, output_deviation
 from .kernels.noise import Counters, Purpose, noise
-from .kernels.rollout import DEVIATIONS, LinearLoss, Loss, OutputsOnly, loss_differences, output_deviation
+from .kernels.rollout import DEVIATIONS
 from .layers import GradientSums, LayerRun, LayerWeights, Network, in_processing_order, preactivations
 from .ranges import within
 from .settings import Settings
@@ -263,9 +264,9 @@ class _Run:
             below = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
         assert below is not None  # noqa: S101  (for the type checker; a network has a layer)
         loss = segment.loss
-        if isinstance(loss, OutputsOnly):
-            return output_deviation(loss.readout, below)
-        deviation = below if isinstance(loss, LinearLoss) else output_deviation(loss.readout, below)
+        deviation = output_deviation(loss.readout, below)
+        if not loss.measured:
+            return deviation
         each = loss_differences(loss, slice(0, len(below)), deviation)
         if change is not None:
             each[-1] += change

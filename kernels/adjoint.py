@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .loss import Loss, loss_of_steps
 from .noise import Counters, NoiseSteps, padded
-from .rollout import Loss, RolloutOptions, loss_of_steps, rollout
+from .rollout import RolloutOptions, rollout
 
 STEPS_AT_A_TIME = 8
 """Steps of rollouts whose activity is kept until it is summed, where nothing longer needs to be."""

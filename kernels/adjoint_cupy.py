@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .loss import Loss, loss_of_steps
 from .noise import Counters
 from .noise_cupy import KINDS, NOISE_SOURCE, counter_words, launch
-from .rollout import Loss, RolloutOptions, loss_of_steps
+from .rollout import RolloutOptions
 from .rollout_cupy import rollout
 
 ADJOINT_SOURCE = (

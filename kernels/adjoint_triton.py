@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused_triton import added, fused_rollouts, preferred_launch
+from .loss import Loss, loss_of_steps
 from .noise import UNITS_PER_GROUP, Counters
 from .noise_triton import counter_words, noise_tile, unpack_counters
-from .rollout import Loss, RolloutOptions, loss_of_steps
+from .rollout import RolloutOptions
 from .rollout_triton import rollout
 from .tiles import INTERPRETED, RolloutLaunch
 

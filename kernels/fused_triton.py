@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .adjoint import SAFE_TO_SQUARE
+from .loss import Loss
 from .noise import Counters
 from .noise_triton import counter_words
 from .resident_triton import _noise_of_step, _observe, _place_of_program
-from .rollout import Loss, RolloutOptions
+from .rollout import RolloutOptions
 from .rollout_triton import OPERAND_DTYPES, _arch, _clean, _fast, _signal, _strides, _wide
 from .tiles import RolloutLaunch, fused_drawback, fused_launch, rollout_launch
 

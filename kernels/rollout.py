@@ -5,14 +5,8 @@
       tanh:  th (1 - h^2) / (1 + h th), th = tanh(delta_a);  the plain difference where |delta_a| > 0.5
       relu:  max(delta_a + min(a, 0), -max(a, 0))
 
-and the loss difference of each step, in the same spirit (e = clean output - target, p = clean softmax):
-
-    linear         delta_loss = g . delta_h
-    squared        delta_loss = weight * mean_o delta_o (2 e + delta_o)
-    cross-entropy  delta_loss = weight * log1p(sum_o p_o expm1(delta_o - delta_o[target]))
-
-with delta_o = W_o delta_h. Source: the update rule these rollouts serve is activity-based node perturbation (Fernandez,
-Keemink, van Gerven 2024, arXiv:2405.08967); the deviation form is derived here.
+`loss.py` holds the loss differences of each step. Source: the update rule these rollouts serve is activity-based node
+perturbation (Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967); the deviation form is derived here.
 """
 
 from __future__ import annotations
@@ -25,13 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .loss import Loss, Measure
 from .noise import Counters, NoiseSteps, padded
 
 NOISE_BYTES = 1 << 17
 """Noise that waits for its step."""
-
-WAITING_BYTES = 1 << 19
-"""Output deviations that wait for their loss differences."""
 
 CLEAN_BYTES = 1 << 19
 """Clean activity that is worked on at once."""
@@ -44,53 +36,6 @@ SLOPE_FLOOR = 1e-30
 
 PLAIN_DIFFERENCE_ABOVE = 0.5
 """|delta_a| from which tanh(a + delta_a) - tanh(a) loses less than two bits, and the quotient form nears 0 / 0."""
-
-
-class LinearLoss(NamedTuple):
-    """Loss that is linear in the hidden state: what autograd sends back."""
-
-    grad: Tensor
-    """dL/dh, (T, B, H)."""
-
-
-class SquaredLoss(NamedTuple):
-    """Mean over outputs of the squared error, times a weight per step and sample."""
-
-    readout: Tensor | None
-    """W_o, (O, H); None where the hidden state is the output."""
-    error: Tensor
-    """Clean output minus target, (T, B, O)."""
-    weight: Tensor
-    """Share of each step in the reported loss, (T, B); zero where a step has no loss."""
-
-
-class CrossEntropyLoss(NamedTuple):
-    """Cross-entropy with class indices, times a weight per step and sample."""
-
-    readout: Tensor | None
-    """W_o, (O, H); None where the hidden state holds the logits."""
-    probs: Tensor
-    """Clean softmax, (T, B, O)."""
-    target: Tensor
-    """Class indices, (T, B) int64, each in [0, O) also where the weight is zero."""
-    weight: Tensor
-    """Share of each step in the reported loss, (T, B); zero where a step has no loss."""
-
-
-class OutputsOnly(NamedTuple):
-    """No loss of ours: the rollout returns delta_o for the caller to measure."""
-
-    readout: Tensor | None
-    """W_o, (O, H); None where the hidden state is the output."""
-
-
-Loss = LinearLoss | SquaredLoss | CrossEntropyLoss | OutputsOnly
-
-
-def loss_of_steps(loss: Loss, steps: slice, samples: slice = slice(None)) -> Loss:
-    """Return the loss restricted to some time steps and samples: every field but the readout is (T, B, ...)."""
-    fields = {name: field[steps, samples] for name, field in loss._asdict().items() if name != "readout"}
-    return loss._replace(**fields)
 
 
 class Rollout(NamedTuple):
@@ -322,89 +267,3 @@ class ReluDeviation:
 
 
 DEVIATIONS: dict[str, type[TanhDeviation] | type[ReluDeviation]] = {"tanh": TanhDeviation, "relu": ReluDeviation}
-
-
-class Measure:
-    """Collects what the states of each step do to the outputs and the loss.
-
-    Output deviations wait for a block of steps, whose loss differences are then found at once.
-    """
-
-    def __init__(self, loss: Loss | None, preact: Tensor, rollouts: int) -> None:
-        time, batch, units = preact.shape
-        self.loss, self.time = loss, time
-        self.delta_loss: Tensor | None = None
-        self.delta_o: Tensor | None = None
-        if loss is not None and not isinstance(loss, OutputsOnly):
-            self.delta_loss = preact.new_empty((time, batch, rollouts))
-        if loss is None or isinstance(loss, LinearLoss):
-            return
-        outputs = units if loss.readout is None else loss.readout.shape[0]
-        step_bytes = max(1, batch * rollouts * outputs * preact.itemsize)
-        self.length = time if isinstance(loss, OutputsOnly) else min(time, max(1, WAITING_BYTES // step_bytes))
-        self.waiting = preact.new_empty((self.length, batch, rollouts, outputs))
-        if isinstance(loss, OutputsOnly):
-            self.delta_o = self.waiting
-
-    def step(self, step: int, delta_h: Tensor) -> None:
-        """Take the deviation of a state, (B, P, H)."""
-        if self.loss is None:
-            return
-        if isinstance(self.loss, LinearLoss):
-            if self.delta_loss is not None:
-                torch.matmul(delta_h, self.loss.grad[step].unsqueeze(-1), out=self.delta_loss[step].unsqueeze(-1))
-            return
-        place = step % self.length
-        if self.loss.readout is None:
-            self.waiting[place] = delta_h
-        else:
-            torch.matmul(delta_h, self.loss.readout.t(), out=self.waiting[place])
-        self.taken(step)
-
-    def taken(self, step: int) -> None:
-        """Find the loss differences of waiting deviations, of which those of `step` are the last."""
-        place = step % self.length
-        if self.delta_loss is not None and (place + 1 == self.length or step + 1 == self.time):
-            assert not isinstance(self.loss, LinearLoss | None)  # noqa: S101  (for the type checker)
-            steps = slice(step - place, step + 1)
-            self.delta_loss[steps] = loss_differences(self.loss, steps, self.waiting[: place + 1])
-
-
-def output_deviation(readout: Tensor | None, delta_h: Tensor) -> Tensor:
-    """Return delta_o = W_o delta_h, (..., O); the readout's bias cancels."""
-    return delta_h if readout is None else delta_h @ readout.t()
-
-
-def loss_differences(loss: Loss, steps: slice, deviation: Tensor) -> Tensor:
-    """Return delta_loss of some steps, (L, B, P), from delta_h of a linear loss or delta_o of another, (L, B, P, .)."""
-    if isinstance(loss, LinearLoss):
-        return (deviation @ loss.grad[steps].unsqueeze(-1)).squeeze(-1)
-    if isinstance(loss, SquaredLoss):
-        difference = squared_difference(deviation, loss.error[steps].unsqueeze(2))
-    elif isinstance(loss, CrossEntropyLoss):
-        probs, target = loss.probs[steps].unsqueeze(2), loss.target[steps].unsqueeze(2)
-        difference = cross_entropy_difference(deviation, probs, target)
-    else:
-        raise TypeError(f"only the caller can measure {type(loss).__name__}")
-    weight = loss.weight[steps].unsqueeze(-1)
-    # A step without a loss has none however wild its deviation: 0 * inf would say otherwise.
-    return torch.where(weight == 0, 0, difference * weight)
-
-
-def squared_difference(delta_o: Tensor, error: Tensor) -> Tensor:
-    """Return mean_o delta_o (2 e + delta_o), (..., P), from (..., P, O) and (..., 1, O)."""
-    return (delta_o * (2 * error + delta_o)).mean(-1)
-
-
-def cross_entropy_difference(delta_o: Tensor, probs: Tensor, target: Tensor) -> Tensor:
-    """Return log sum_o p_o exp(d_o), d_o = delta_o - delta_o[target], (..., P).
-
-    delta_o is (..., P, O), probs (..., 1, O), target (..., 1).
-    """
-    index = target.unsqueeze(-1).expand(*delta_o.shape[:-1], 1)
-    difference = delta_o - delta_o.gather(-1, index)
-    small = torch.log1p((probs * torch.expm1(difference)).sum(-1))
-    # expm1 overflows, or its sum nears -1, for large deviations; there nothing cancels in the plain form.
-    top = difference.amax(-1, keepdim=True)
-    large = torch.log((probs * torch.exp(difference - top)).sum(-1)) + top.squeeze(-1)
-    return torch.where(difference.abs().amax(-1) > PLAIN_DIFFERENCE_ABOVE, large, small)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .loss import Loss, check_loss
+from .loss_cupy import loss_difference, output_deviation
 from .noise import Counters
 from .noise_cupy import THREAD_SOURCE, launch, noise as make_noise
-from .rollout import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, Rollout, RolloutOptions, SquaredLoss
+from .rollout import Rollout, RolloutOptions
 
 ROLLOUT_SOURCE = (
     THREAD_SOURCE
@@ -72,87 +74,6 @@ extern "C" __global__ void relu_deviation(
     else
         delta_h[i] = a + d < 0 ? (REAL)0 : a + d;
 }
-
-/* delta_o = W_o delta_h, one thread per (b, p, output). */
-extern "C" __global__ void readout_deviation(
-    REAL *delta_o,       /* (batch, rollouts, outputs) */
-    const REAL *delta_h, /* (batch, rollouts, hidden) */
-    const REAL *readout, /* (outputs, hidden) */
-    long long outputs, long long hidden, long long elements)
-{
-    long long i = this_thread();
-    if (i >= elements)
-        return;
-    long long output = i % outputs, row = i / outputs;
-    REAL sum = 0;
-    for (long long k = 0; k < hidden; ++k)
-        sum += readout[output * hidden + k] * delta_h[row * hidden + k];
-    delta_o[i] = sum;
-}
-
-/* g . delta_h, one thread per (b, p). */
-extern "C" __global__ void linear_difference(
-    REAL *delta_loss,    /* (batch, rollouts) */
-    const REAL *delta_h, /* (batch, rollouts, hidden) */
-    const REAL *grad,    /* (batch, hidden) */
-    long long rollouts, long long hidden, long long elements)
-{
-    long long i = this_thread();
-    if (i >= elements)
-        return;
-    REAL sum = 0;
-    for (long long k = 0; k < hidden; ++k)
-        sum += grad[i / rollouts * hidden + k] * delta_h[i * hidden + k];
-    delta_loss[i] = sum;
-}
-
-/* weight * mean_o delta_o (2 e + delta_o), one thread per (b, p). */
-extern "C" __global__ void squared_difference(
-    REAL *delta_loss,    /* (batch, rollouts) */
-    const REAL *delta_o, /* (batch, rollouts, outputs) */
-    const REAL *error,   /* (batch, outputs) */
-    const REAL *weight,  /* (batch) */
-    long long rollouts, long long outputs, long long elements)
-{
-    long long i = this_thread();
-    if (i >= elements)
-        return;
-    long long b = i / rollouts;
-    REAL sum = 0;
-    for (long long o = 0; o < outputs; ++o)
-        sum += delta_o[i * outputs + o] * (2 * error[b * outputs + o] + delta_o[i * outputs + o]);
-    delta_loss[i] = weight[b] == 0 ? (REAL)0 : sum / outputs * weight[b];
-}
-
-/* weight * log sum_o p_o exp(delta_o - delta_o[target]), one thread per (b, p). */
-extern "C" __global__ void cross_entropy_difference(
-    REAL *delta_loss,        /* (batch, rollouts) */
-    const REAL *delta_o,     /* (batch, rollouts, outputs) */
-    const REAL *probs,       /* (batch, outputs) */
-    const long long *target, /* (batch) */
-    const REAL *weight,      /* (batch) */
-    long long rollouts, long long outputs, long long elements)
-{
-    long long i = this_thread();
-    if (i >= elements)
-        return;
-    long long b = i / rollouts;
-    const REAL *d = delta_o + i * outputs;
-    REAL origin = d[target[b]], top = 0, largest = 0, near = 0, far = 0;
-    for (long long o = 0; o < outputs; ++o) {
-        REAL difference = d[o] - origin;
-        if (difference > top)
-            top = difference;
-        if (fabs(difference) > largest)
-            largest = fabs(difference);
-        near += probs[b * outputs + o] * expm1(difference);
-    }
-    for (long long o = 0; o < outputs; ++o)
-        far += probs[b * outputs + o] * exp(d[o] - origin - top);
-    /* For small differences log1p keeps what the plain form would round away; for large ones expm1 would overflow. */
-    REAL difference = largest > (REAL)0.5 ? log(far) + top : log1p(near);
-    delta_loss[i] = weight[b] == 0 ? (REAL)0 : weight[b] * difference;
-}
 """
 )
 
@@ -172,15 +93,16 @@ def rollout(
 
     `hidden` is not read: tanh(a) is computed again.
     """
+    check_loss(loss)
     time, batch, units = preact.shape
     working, state = preact.dtype, (batch, options.rollouts, units)
     preact, weight_hh = preact.contiguous(), weight_hh.to(working).contiguous()
     delta_h = None if delta_h0 is None else delta_h0.to(working).contiguous()
     kept = preact.new_empty((time, *state)) if options.store_delta_a else None
-    measured = None if isinstance(loss, OutputsOnly) else loss
-    delta_loss = None if measured is None else preact.new_empty((time, *state[:2]))
-    delta_o = None
-    if isinstance(loss, OutputsOnly):
+    delta_loss = delta_o = None
+    if loss is not None and loss.measured:
+        delta_loss = preact.new_empty((time, *state[:2]))
+    elif loss is not None:
         outputs = units if loss.readout is None else loss.readout.shape[0]
         delta_o = preact.new_empty((time, *state[:2], outputs))
     for step in range(time):
@@ -194,43 +116,13 @@ def rollout(
         _launch(f"{options.nonlinearity}_deviation", delta_h, delta_a, preact[step], options.rollouts, units)
         if kept is not None:
             kept[step] = delta_a
-        if isinstance(loss, OutputsOnly) and delta_o is not None:
-            delta_o[step] = _output_deviation(loss.readout, delta_h)
-        if measured is not None and delta_loss is not None:
-            delta_loss[step] = _loss_difference(measured, step, delta_h)
+        if loss is not None and delta_o is not None:
+            delta_o[step] = output_deviation(loss.readout, delta_h)
+        if loss is not None and delta_loss is not None:
+            delta_loss[step] = loss_difference(loss, step, delta_h)
     return Rollout(delta_loss, kept, preact.new_zeros(state) if delta_h is None else delta_h, delta_o)
 
 
 def _launch(name: str, result: Tensor, *arguments: Tensor | float) -> None:
     """Run one thread per element of `result`."""
     launch(ROLLOUT_SOURCE, name, result.dtype, result.numel(), (result, *arguments))
-
-
-def _output_deviation(readout: Tensor | None, delta_h: Tensor) -> Tensor:
-    """Return delta_o = W_o delta_h, (B, P, O)."""
-    if readout is None:
-        return delta_h
-    outputs, units = readout.shape
-    delta_o = delta_h.new_empty((*delta_h.shape[:2], outputs))
-    _launch("readout_deviation", delta_o, delta_h, readout.to(delta_h.dtype).contiguous(), outputs, units)
-    return delta_o
-
-
-def _loss_difference(loss: LinearLoss | SquaredLoss | CrossEntropyLoss, step: int, delta_h: Tensor) -> Tensor:
-    """Return delta_loss of one step, (B, P), from delta_h, (B, P, H)."""
-    rollouts, units = delta_h.shape[1:]
-    working = delta_h.dtype
-    delta_loss = delta_h.new_empty(delta_h.shape[:2])
-    if isinstance(loss, LinearLoss):
-        _launch("linear_difference", delta_loss, delta_h, loss.grad[step].to(working).contiguous(), rollouts, units)
-        return delta_loss
-    delta_o = _output_deviation(loss.readout, delta_h)
-    weight = loss.weight[step].to(working).contiguous()
-    if isinstance(loss, SquaredLoss):
-        error = loss.error[step].to(working).contiguous()
-        _launch("squared_difference", delta_loss, delta_o, error, weight, rollouts, delta_o.shape[-1])
-    else:
-        probs, target = loss.probs[step].to(working).contiguous(), loss.target[step].contiguous()
-        sizes = (rollouts, delta_o.shape[-1])
-        _launch("cross_entropy_difference", delta_loss, delta_o, probs, target, weight, *sizes)
-    return delta_loss

@@ -17,13 +17,12 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from .loss import Loss, Measure
+from .loss_numba import linear_difference
 from .noise import Counters, NoiseSteps, padded
 from .noise_numba import packed_signs
 from .rollout import (
     PLAIN_DIFFERENCE_ABOVE,
-    LinearLoss,
-    Loss,
-    Measure,
     RecurrentProduct,
     Rollout,
     RolloutOptions,
@@ -115,14 +114,6 @@ def _relu_row(moved: Any, row: Any, delta_h: Any, below: Any, above: Any, step: 
 def _copy_row(target: Any, place: Any, row: Any, source: Any, start: Any, length: Any) -> None:
     for number in range(length):
         target[place, row, number] = source[row, start + number]
-
-
-@summing
-def _product(delta_h: Any, row: Any, grad: Any, step: Any, sample: Any, units: Any) -> Any:
-    total = _F(0)
-    for unit in range(units):
-        total += delta_h[row, unit] * grad[step, sample, unit]
-    return total
 
 
 @inlined
@@ -233,7 +224,7 @@ def _steps(
                 if outputs.shape[0] and step:
                     _copy_row(outputs, (step - 1) % outputs.shape[0], row, moved, units, outputs.shape[2])
                 if grad.shape[0]:
-                    delta_loss[step, row] = _product(delta_h, row, grad, step, sample, units)
+                    delta_loss[step, row] = linear_difference(delta_h, row, grad, step, sample, units)
 
 
 def rollout(
@@ -251,12 +242,13 @@ def rollout(
     time, batch, units = preact.shape
     rollouts, rows = options.rollouts, batch * options.rollouts
     # Where operands are not rounded, one product serves delta_o of a step and delta_a of the next.
-    readout = None if loss is None or isinstance(loss, LinearLoss) else loss.readout
+    measure = Measure(loss, preact, rollouts)
+    linear, readout = (None, None) if loss is None else (loss.grad, loss.readout)
     outputs = 0 if readout is None else len(readout)
     exact = options.precision == "fp32"
     # Small products are made here, many steps in one call; torch needs a call for each, but multiplies faster.
     small = exact and rows * units * (units + outputs) <= SMALL_PRODUCT and options.noise == "rademacher"
-    resident = small and (loss is None or isinstance(loss, LinearLoss) or readout is not None)
+    resident = small and (loss is None or linear is not None or readout is not None)
     worth_a_copy = resident or 4 * units <= time * rows
     joined = readout if worth_a_copy and exact else None
     weight = _with_columns(weight_hh, joined) if worth_a_copy else weight_hh
@@ -267,14 +259,14 @@ def rollout(
     if delta_h0 is not None:
         delta_h.copy_(delta_h0)
     room = spare_room(preact, (time if options.store_delta_a else 0, batch, rollouts, padded(units)))
-    measure, draw = Measure(loss, preact, rollouts), _Noise(seed, preact, options, counters)
+    draw = _Noise(seed, preact, options, counters)
     tanh, started = options.nonlinearity == "tanh", delta_h0 is not None
     clean = quotient_rows(preact, hidden) if tanh else (preact.clamp(max=0), -hidden)
     fixed = (*(one.contiguous().numpy() for one in (*clean, preact)), room.view(len(room), rows, padded(units)).numpy())
     waiting = _NO_ROWS if joined is None else measure.waiting.view(measure.length, rows, outputs).numpy()
     grad, delta_loss = _NO_ROWS, _NO_WEIGHTS
-    if isinstance(loss, LinearLoss) and measure.delta_loss is not None:
-        grad, delta_loss = loss.grad.contiguous().numpy(), measure.delta_loss.view(time, rows).numpy()
+    if linear is not None and measure.delta_loss is not None:
+        grad, delta_loss = linear.contiguous().numpy(), measure.delta_loss.view(time, rows).numpy()
     states = moved.numpy(), delta_h.view(rows, units).numpy()
     stop = 0
     while stop < time:
@@ -302,7 +294,7 @@ def rollout(
         )
         if joined is not None and stop > 1:
             measure.taken(stop - 2)
-        if not isinstance(loss, LinearLoss) and (joined is None or stop == time):
+        if linear is None and (joined is None or stop == time):
             measure.step(stop - 1, delta_h)
     kept = room[..., :units] if options.store_delta_a else None
     return Rollout(measure.delta_loss, kept, delta_h, measure.delta_o)

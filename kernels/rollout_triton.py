@@ -17,10 +17,11 @@ import torch
 import triton
 from torch import Tensor
 
+from .loss import CrossEntropyLoss, LinearLoss, Loss, SquaredLoss
 from .noise import Counters
 from .noise_triton import counter_words
 from .resident_triton import resident_kernel
-from .rollout import CrossEntropyLoss, LinearLoss, Loss, Rollout, RolloutOptions, SquaredLoss, quotient_rows
+from .rollout import Rollout, RolloutOptions, quotient_rows
 from .stepwise_triton import measure_kernel, step_kernel, sum_partials_kernel
 from .tiles import INTERPRETED, NARROW_SIGMA, RolloutLaunch, rollout_launch, takes_quotient_rows
 

@@ -13,8 +13,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from anpgpu.dispatch import implementation
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
+from anpgpu.kernels.rollout import RolloutOptions
 
 OPS = ("noise", "rollout", "returns", "adjoint", "rollout_adjoint")
 SHAPES = ((1, 1, 1, 1, 1), (2, 3, 5, 17, 3), (2, 1, 33, 130, 11))

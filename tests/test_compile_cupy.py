@@ -22,19 +22,22 @@ import torch
 from anpgpu.kernels import (
     adjoint as adjoint_reference,
     adjoint_cupy,
+    loss_cupy,
     noise as noise_reference,
     noise_cupy,
     rollout as rollout_reference,
     rollout_cupy,
 )
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
+from anpgpu.kernels.rollout import RolloutOptions
 
 pytestmark = pytest.mark.compile
 
 SOURCES = {
     "noise": noise_cupy.NOISE_KERNEL_SOURCE,
     "rollout": rollout_cupy.ROLLOUT_SOURCE,
+    "loss": loss_cupy.LOSS_SOURCE,
     "adjoint": adjoint_cupy.ADJOINT_SOURCE,
 }
 ARCHITECTURES = ("compute_80", "compute_90", "compute_100")
@@ -137,9 +140,8 @@ def operand(argument):
 
 @pytest.fixture(autouse=True)
 def _cpu_launches(monkeypatch):
-    monkeypatch.setattr(noise_cupy, "launch", launch_on_cpu)
-    monkeypatch.setattr(rollout_cupy, "launch", launch_on_cpu)
-    monkeypatch.setattr(adjoint_cupy, "launch", launch_on_cpu)
+    for module in (noise_cupy, rollout_cupy, loss_cupy, adjoint_cupy):
+        monkeypatch.setattr(module, "launch", launch_on_cpu)
     # Memory nobody writes must show.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)

@@ -13,8 +13,9 @@ import tolerances
 import torch
 
 from anpgpu.dispatch import implementation
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
+from anpgpu.kernels.rollout import RolloutOptions
 
 pytestmark = pytest.mark.gpu
 

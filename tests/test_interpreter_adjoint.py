@@ -5,8 +5,9 @@ import tolerances
 import torch
 
 from anpgpu.kernels import adjoint as reference
+from anpgpu.kernels.loss import LinearLoss
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import LinearLoss, RolloutOptions
+from anpgpu.kernels.rollout import RolloutOptions
 
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
 

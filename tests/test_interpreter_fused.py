@@ -7,8 +7,9 @@ import tolerances
 import torch
 
 from anpgpu.kernels import adjoint as reference
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, SquaredLoss
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, RolloutOptions, SquaredLoss
+from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.kernels.tiles import fused_launch, rollout_launch
 
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")

@@ -7,8 +7,9 @@ import torch
 from tolerances import TOLERANCES, relative_error
 
 from anpgpu.kernels import rollout as reference
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss, loss_of_steps
 from anpgpu.kernels.noise import Counters
-from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
+from anpgpu.kernels.rollout import RolloutOptions
 
 rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton", reason="needs Triton")
 
@@ -240,7 +241,7 @@ def test_time_can_be_cut(form):
     parts, state = [], start
     for steps in (slice(0, 1), slice(1, 4)):
         part = rollout_triton.rollout_in_form(
-            form, preact[steps], hidden[steps], weight, reference.loss_of_steps(loss, steps), SEED, options,
+            form, preact[steps], hidden[steps], weight, loss_of_steps(loss, steps), SEED, options,
             Counters(time=steps.start), state,
         )  # fmt: skip
         parts.append(part)

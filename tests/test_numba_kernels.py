@@ -20,6 +20,7 @@ from anpgpu.kernels import (
     adjoint as reference_adjoint,
     adjoint_numba,
     least_squares_numba,
+    loss as reference_loss,
     noise as reference_noise,
     noise_numba,
     rollout as reference_rollout,
@@ -27,8 +28,9 @@ from anpgpu.kernels import (
     threads_numba,
 )
 from anpgpu.kernels.least_squares import Deflation, deflate as deflate_in_torch
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import COUNTER_LIMITS, Counters
-from anpgpu.kernels.rollout import CrossEntropyLoss, LinearLoss, OutputsOnly, RolloutOptions, SquaredLoss
+from anpgpu.kernels.rollout import RolloutOptions
 
 SEED = torch.tensor(-0x1234567890ABCDEF)
 SHAPES = [(4, 2, 3, 1), (7, 3, 5, 6), (2, 1, 3, 65), (5, 2, 33, 100), (3, 4, 2, 496)]
@@ -142,7 +144,7 @@ def test_rollout_is_as_good_as_the_reference(shape, loss, nonlinearity, product)
 @pytest.mark.parametrize("waiting", [1, 2500, 5000])
 def test_outputs_that_wait_reach_their_steps(waiting, monkeypatch, product):
     shape = (11, 2, 30, 20)
-    monkeypatch.setattr(reference_rollout, "WAITING_BYTES", waiting)
+    monkeypatch.setattr(reference_loss, "WAITING_BYTES", waiting)
     measured, clean = losses(shape)["squared of readout"], network(shape)
     options = RolloutOptions(30, 1e-2)
     exact = reference_rollout.rollout(*clean, measured, SEED, options=options)
