@@ -12,89 +12,29 @@ owns the 128 signs (or 4 Gaussians) of one Philox call and goes through the roll
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_triton import added, fused_rollouts, preferred_launch
 from .loss import Loss, loss_of_steps
 from .noise import UNITS_PER_GROUP, Counters
 from .noise_triton import counter_words, noise_tile, unpack_counters
 from .rollout import RolloutOptions
+from .rollout_fused_triton import added, fused_rollouts, preferred_launch
 from .rollout_triton import rollout
-from .tiles import INTERPRETED, RolloutLaunch
-
-STORED_BYTES = 1 << 28
-"""Activity, or partial sums, that `rollout_adjoint` keeps at a time."""
-
-RETURNS_BLOCK = 128
-WARPS_WANTED = 2112
-"""Warps that keep a large GPU busy: sixteen for each of 132 multiprocessors."""
-
-WARP_ELEMENTS = 2048
-"""Tile elements of a warp: 64 sums for each thread leave room for as many loaded values."""
+from .tiles import (
+    INTERPRETED,
+    RETURNS_BLOCK,
+    RolloutLaunch,
+    activity_launch,
+    fused_steps,
+    noise_sum_launch,
+    stored_steps,
+)
 
 STRIDES = ("stride_step", "stride_sample", "stride_rollout")
-
-WIDEST_TILE = 8192
-"""Hidden units up to which a row fits a tile; wider rows are read twice, once for their norm."""
-
-
-@dataclass(frozen=True)
-class ActivityLaunch:
-    """How the sum over stored activity is divided."""
-
-    block_rollouts: int
-    block_units: int
-    unit_blocks: int
-    warps: int
-    splits: int
-    blocks: int
-    """Rollout blocks of one split."""
-
-
-def activity_launch(rows: int, rollouts: int, units: int) -> ActivityLaunch:
-    """Return the division for `rows` pairs of time step and sample."""
-    block_units = min(triton.next_power_of_2(units), WIDEST_TILE)
-    # Even, so that a tile's row has the same parity in every block.
-    block_rollouts = min(max(WARP_ELEMENTS // block_units, 2), 32)
-    unit_blocks = triton.cdiv(units, block_units)
-    warps = max(block_rollouts * block_units // WARP_ELEMENTS, 1)
-    all_blocks = triton.cdiv(rollouts, block_rollouts)
-    splits, blocks = _split(all_blocks, rows * unit_blocks * warps, at_least=4)
-    return ActivityLaunch(block_rollouts, block_units, unit_blocks, warps, splits, blocks)
-
-
-@dataclass(frozen=True)
-class NoiseSumLaunch:
-    """How the sum over regenerated noise is divided."""
-
-    column_units: int
-    """Units of one thread: those that one Philox call serves, less what lies beyond the last unit for certain."""
-    lanes: int
-    programs: int
-    splits: int
-    pairs: int
-    """Pairs of rollouts, one even and one odd, of one split."""
-
-
-def noise_sum_launch(rows: int, rollouts: int, units: int, kind: str) -> NoiseSumLaunch:
-    """Return the division for `rows` pairs of time step and sample; a program is one warp."""
-    column_units = 4 if kind == "gaussian" else 32 * min(triton.next_power_of_2(triton.cdiv(units, 128)), 4)
-    columns = rows * 4 * triton.cdiv(units, UNITS_PER_GROUP[kind])
-    programs = triton.cdiv(columns, 32)
-    splits, pairs = _split(triton.cdiv(rollouts, 2), 2 * programs, at_least=8)
-    return NoiseSumLaunch(column_units, 32, programs, splits, pairs)
-
-
-def _split(items: int, warps: int, *, at_least: int) -> tuple[int, int]:
-    """Return (splits, items of each) so that there are warps enough and every split has its share of work."""
-    splits = max(1, min(WARPS_WANTED // warps, items // at_least))
-    each = triton.cdiv(items, splits)
-    return triton.cdiv(items, each), each
 
 
 @triton.jit(do_not_specialize=["time", "columns", "discount"])
@@ -256,6 +196,7 @@ def _noise_sum_kernel(
     counters_low: tl.int64,
     counters_high: tl.int64,
     KIND: tl.constexpr,
+    UNITS: tl.constexpr,  # of a group: `noise.UNITS_PER_GROUP`
     FAST: tl.constexpr,
     COLUMN_UNITS: tl.constexpr,
     LANES: tl.constexpr,
@@ -265,18 +206,13 @@ def _noise_sum_kernel(
     A column is the COLUMN_UNITS units that one Philox block serves at one (time, sample): with columns last, a thread
     has a column to itself and the compiler makes one Philox call of it.
     """
-    UNITS: tl.constexpr = 512 if KIND == "rademacher" else 16
     column = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[None, :]
     quarter = (column % 4).to(tl.uint32)
     groups = (hidden + UNITS - 1) // UNITS
     group = (column // 4 % groups).to(tl.uint32)
     row = column // 4 // groups
     index = tl.arange(0, COLUMN_UNITS)[:, None].to(tl.uint32)
-    if KIND == "rademacher":
-        within = 128 * (index // 32) + 8 * (index // 2 % 16) + index % 2
-    else:
-        within = 8 * (index // 2) + index % 2
-    unit = UNITS * group + 2 * quarter + within
+    unit = UNITS * group + 2 * quarter + (128 * (index // 32) + 8 * (index // 2 % 16) + index % 2)
     c0, c1, c2, c3 = unpack_counters(counters_low, counters_high)
     parity = tl.program_id(1)
     own = (parity + (c2 % 2).to(tl.int32)) % 2
@@ -337,6 +273,7 @@ def _noise_sums(credit: Tensor, seed: Tensor, units: int, options: RolloutOption
         low,
         high,
         KIND=options.noise,
+        UNITS=UNITS_PER_GROUP[options.noise],
         FAST=not INTERPRETED,
         COLUMN_UNITS=launch.column_units,
         LANES=launch.lanes,
@@ -356,7 +293,7 @@ def _activity_sums(credit: Tensor, delta_a: Tensor, sigma: float, first: int) ->
     fused = launch.unit_blocks == 1
     if not fused:
         share = torch.empty_like(credit)
-        _share_kernel[(triton.cdiv(credit.numel(), 4),)](
+        _share_kernel[(triton.cdiv(credit.numel(), launch.norm_rollouts),)](
             share,
             credit,
             delta_a,
@@ -366,9 +303,9 @@ def _activity_sums(credit: Tensor, delta_a: Tensor, sigma: float, first: int) ->
             units,
             *strides,
             1.0 / sigma,
-            BLOCK_ROLLOUTS=4,
-            BLOCK_UNITS=WARP_ELEMENTS,
-            num_warps=4,
+            BLOCK_ROLLOUTS=launch.norm_rollouts,
+            BLOCK_UNITS=launch.norm_units,
+            num_warps=launch.norm_rollouts,
         )
         credit = share
     partials = credit.new_empty((launch.splits, 2, rows, units))
@@ -427,8 +364,7 @@ def rollout_adjoint(
     sums = preact.new_empty((2, time, batch, units), dtype=torch.float32)
     delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
     keep = options._replace(store_delta_a=method != "np")
-    of_step = max(1, 4 * batch * options.rollouts * units)
-    block = max(1, STORED_BYTES // of_step) if keep.store_delta_a else max(1, time)
+    block = stored_steps(batch, options.rollouts, units) if keep.store_delta_a else max(1, time)
     delta_h = delta_h0
     for start in range(0, time, block):
         steps = slice(start, min(start + block, time))
@@ -468,7 +404,7 @@ def _fused_adjoint(
     time, batch, units = preact.shape
     delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
     tiles = triton.cdiv(options.rollouts, launch.block_rows)
-    block = time if tiles == 1 else max(1, STORED_BYTES // (8 * tiles * batch * units))
+    block = time if tiles == 1 else fused_steps(tiles, batch, units)
     sums, delta_h = [], delta_h0
     for start in range(0, time, block):
         steps = slice(start, min(start + block, time))

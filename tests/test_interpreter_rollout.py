@@ -10,8 +10,11 @@ from anpgpu.kernels import rollout as reference
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss, loss_of_steps
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.kernels.tiles import INTERPRETED
 
 rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton", reason="needs Triton")
+rollout_resident_triton = pytest.importorskip("anpgpu.kernels.rollout_resident_triton", reason="needs Triton")
+rollout_stepwise_triton = pytest.importorskip("anpgpu.kernels.rollout_stepwise_triton", reason="needs Triton")
 
 pytestmark = pytest.mark.interpreter
 
@@ -26,7 +29,7 @@ SIZES = ((1, 1, 1, 1, 1), (4, 2, 5, 3, 3), (4, 1, 17, 5, 17), (2, 3, 33, 17, 3),
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
     """Fill torch.empty with NaN, so that memory nobody writes shows."""
-    assert rollout_triton.INTERPRETED, "needs TRITON_INTERPRET=1 from the start: `make test-interpreter`"
+    assert INTERPRETED, "needs TRITON_INTERPRET=1 from the start: `make test-interpreter`"
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -172,10 +175,13 @@ def test_saturated_units_and_large_deviations_stay_finite(form, nonlinearity):
 def rows_taken(monkeypatch):
     """Whether tanh took its quotient from two rows, launch by launch."""
     taken = []
-    clean = rollout_triton._clean
-    monkeypatch.setattr(
-        rollout_triton, "_clean", lambda *given, rows=False: taken.append(rows) or clean(*given, rows=rows)
-    )
+    clean_of = rollout_resident_triton.clean_of
+
+    def noted(*arguments, quotient):
+        taken.append(quotient)
+        return clean_of(*arguments, quotient=quotient)
+
+    monkeypatch.setattr(rollout_resident_triton, "clean_of", noted)
     return taken
 
 
@@ -280,7 +286,7 @@ def test_forms_agree_where_programs_span_samples():
 
 
 def test_more_steps_than_slots_of_partial_sums(monkeypatch):
-    monkeypatch.setattr(rollout_triton, "PARTIAL_STEPS", 2)
+    monkeypatch.setattr(rollout_stepwise_triton, "PARTIAL_STEPS", 2)
     sizes = (5, 1, 9, 4, 3)
     arguments = problem(sizes)
     options = RolloutOptions(sizes[-1], sigma=1e-2)
