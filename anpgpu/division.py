@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .kernels.noise import padded
-from .kernels.rollout import SPARE_BYTES
+from .kernels.scratch import SPARE_BYTES
 
 Parts = TypeVar("Parts")
 Result = TypeVar("Result")

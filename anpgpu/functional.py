@@ -16,6 +16,7 @@ from .kernels.noise import Counters, Purpose
 from .kernels.rollout import Rollout, RolloutOptions
 from .operators import loss_arguments, underived
 from .perturbation import BACKENDS, NOISES, one_of, real, whole
+from .settings import CELL_FORMS, WEIGHT_BY
 
 __all__ = [
     "Counters",
@@ -31,9 +32,7 @@ __all__ = [
     "rollout",
 ]
 
-NONLINEARITIES = ("tanh", "relu")
 OPERANDS = ("auto", "bf16", "fp16", "tf32", "fp32", "fp64")
-RULES = ("np", "anp")
 
 
 def noise(
@@ -130,7 +129,7 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
     if delta_h0 is not None:
         checks.shaped("delta_h0", delta_h0, (batch, rollouts, units), clean)
     checks.flag("store_delta_a", store_delta_a)
-    options = _options(clean, rollouts, sigma, noise, nonlinearity, precision)._replace(store_delta_a=store_delta_a)
+    options = _options(clean, rollouts, sigma, noise, nonlinearity, precision)
     where = checks.counters(counters, (time, batch, rollouts, units), noise)
     one_of("backend", backend, BACKENDS)
     name, tensors = loss_arguments(loss)
@@ -143,7 +142,12 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
         delta_h0,
         *tensors,
         name,
-        *options,
+        rollouts,
+        options.sigma,
+        noise,
+        nonlinearity,
+        options.precision,
+        store_delta_a,
         list(where),
         backend,
     )
@@ -208,7 +212,7 @@ def adjoint(
     Source: arXiv:2405.08967 ("anp"), arXiv:2310.00965 ("np").
     """
     change = checks.working("credit", credit, 3)
-    one_of("method", method, RULES)
+    one_of("method", method, tuple(WEIGHT_BY))
     if method == "anp":
         activity = checks.tensor("delta_a", delta_a)
         if activity.dim() != 4 or activity.shape[:3] != change.shape:
@@ -231,7 +235,7 @@ def adjoint(
         change,
         delta_a,
         checks.seed(seed, change.device),
-        method,
+        WEIGHT_BY[method],
         units,
         options.sigma,
         noise,
@@ -247,7 +251,7 @@ def _options(
 ) -> RolloutOptions:
     """Return the checked scalars of a block of rollouts."""
     one_of("noise", noise, NOISES)
-    one_of("nonlinearity", nonlinearity, NONLINEARITIES)
+    one_of("nonlinearity", nonlinearity, tuple(CELL_FORMS))
     one_of("precision", precision, OPERANDS)
     checks.sigma(sigma, like.dtype)
     if like.dtype == torch.float64 and precision not in {"auto", "fp64"}:
@@ -256,7 +260,7 @@ def _options(
         raise ValueError(f"precision='fp64' needs float64 tensors, got {like.dtype}")
     if precision == "auto":
         precision = "fp64" if like.dtype == torch.float64 else "bf16" if like.is_cuda else "fp32"
-    return RolloutOptions(rollouts, float(sigma), noise, nonlinearity, precision)
+    return RolloutOptions(rollouts, float(sigma), noise, CELL_FORMS[nonlinearity], precision)
 
 
 def _shape(shape: object) -> tuple[int, int, int, int]:

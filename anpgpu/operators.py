@@ -17,6 +17,7 @@ from .dispatch import choose_backend, implementation
 from .kernels.loss import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, SquaredLoss
 from .kernels.noise import Counters
 from .kernels.rollout import Rollout, RolloutOptions
+from .settings import CELL_FORMS
 
 Results = Tensor | tuple[Tensor, ...]
 
@@ -132,6 +133,13 @@ def _loss_of(name: str, tensors: Sequence[Tensor | None]) -> Loss | None:
     return kind(**{field: given[field] for field in kind._fields})  # type: ignore[no-any-return]
 
 
+def _options_of(
+    rollouts: int, sigma: float, noise: str, nonlinearity: str, precision: str, store_delta_a: bool
+) -> RolloutOptions:
+    """Return the options of a rollout from its scalars."""
+    return RolloutOptions(rollouts, sigma, noise, CELL_FORMS[nonlinearity], precision, store_delta_a)
+
+
 @torch.library.custom_op(
     "anpgpu::rollout",
     mutates_args=(),
@@ -154,7 +162,7 @@ def rollout(
             weight_hh,
             _loss_of(loss, tensors),
             seed,
-            options=RolloutOptions(*options),
+            options=_options_of(*options),
             counters=Counters(*counters),
             delta_h0=delta_h0,
         )
@@ -167,7 +175,7 @@ def _(
     preact: Tensor, hidden: Tensor, weight_hh: Tensor, seed: Tensor, delta_h0: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     readout, (loss, *scalars, _, backend) = rest[LOSS_TENSORS.index("readout")], rest[len(LOSS_TENSORS) :]
-    options = RolloutOptions(*scalars)
+    options = _options_of(*scalars)
     time, batch, units = preact.shape
     rows = (batch, options.rollouts)
     outputs = units if readout is None else readout.shape[0]
@@ -202,14 +210,14 @@ def _(delta_loss: Tensor, carry: Tensor | None, discount: float, backend: str) -
 @torch.library.custom_op(
     "anpgpu::adjoint",
     mutates_args=(),
-    schema="(Tensor credit, Tensor? delta_a, Tensor seed, str method, SymInt units, float sigma, str noise, "
+    schema="(Tensor credit, Tensor? delta_a, Tensor seed, str weight_by, SymInt units, float sigma, str noise, "
     "str precision, SymInt[] counters, str backend) -> Tensor",
 )
 def adjoint(
     credit: Tensor,
     delta_a: Tensor | None,
     seed: Tensor,
-    method: str,
+    weight_by: str,
     units: int,
     sigma: float,
     noise: str,
@@ -224,7 +232,7 @@ def adjoint(
             credit,
             delta_a,
             seed,
-            method=method,
+            weight_by=weight_by,
             units=units,
             options=RolloutOptions(credit.shape[2], sigma, noise, precision=precision),
             counters=Counters(*counters),
@@ -233,5 +241,5 @@ def adjoint(
 
 
 @adjoint.register_fake
-def _(credit: Tensor, delta_a: Tensor | None, seed: Tensor, method: str, units: int, *rest: Any) -> Tensor:
+def _(credit: Tensor, delta_a: Tensor | None, seed: Tensor, weight_by: str, units: int, *rest: Any) -> Tensor:
     return credit.new_empty((2, *credit.shape[:2], units))

@@ -40,7 +40,7 @@ from .division import FIXED_BYTES
 from .job import BlackBoxChange, Found, Job
 from .kernels.loss import OutputsOnly, loss_differences
 from .kernels.noise import Counters, NoiseSteps, Purpose, padded
-from .kernels.rollout import DEVIATIONS, Rollout
+from .kernels.rollout import Rollout
 from .layers import LayerRun, preactivations, run_network
 from .problem import Problem
 from .sweep import raise_if_lost
@@ -218,14 +218,14 @@ class _Weights(_Perturbed):
         """Run a segment beside its clean activity; return the deviations of its outputs, (L, B, 1, O)."""
         sigma = self.options.sigma
         preact, hidden = preactivations(self.weights, run.inputs, run.states), run.states[1:]
-        deviation = DEVIATIONS[self.options.nonlinearity](preact, hidden)
+        deviation = self.options.cell.torch(preact, hidden)
         scratch = (torch.empty_like(self.delta_h), torch.empty_like(self.delta_h))
         delta_o = preact.new_empty((*preact.shape[:2], 1, len(self.weight_o)))
         for step, (noise, noise_o) in enumerate(self._noises(run, steps)):
             state = run.states[step].unsqueeze(1) + self.delta_h
             presynaptic = torch.cat((run.inputs[step].unsqueeze(1), state), dim=-1)
             delta_a = self.delta_h @ self.weights.weight_hh.t() + sigma * (presynaptic @ noise.t())
-            self.delta_h = deviation.step(step, delta_a, scratch)
+            self.delta_h = deviation.step(step, delta_a, self.delta_h, scratch)
             state = hidden[step].unsqueeze(1) + self.delta_h
             delta_o[step] = self.delta_h @ self.weight_o.t() + sigma * (state @ noise_o.t())
         return delta_o

@@ -9,11 +9,18 @@ from torch import Tensor
 
 from .checks import sigma_range
 from .dispatch import choose_backend
+from .kernels.cell import RELU, TANH
 from .kernels.rollout import RolloutOptions
 from .perturbation import Perturbation
 from .sharding import Share, share_of
 
 PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+CELL_FORMS = {"tanh": TANH, "relu": RELU}
+"""Cells by the name of their nonlinearity in PyTorch."""
+
+WEIGHT_BY = {"np": "noise", "anp": "activity"}
+"""What the return of a rollout weights, by the method."""
 
 
 class Settings(NamedTuple):
@@ -76,7 +83,7 @@ def resolve(perturbation: Perturbation, nonlinearity: str, weight: Tensor) -> Se
         rollouts=share.own.stop - share.own.start,
         sigma=float(perturbation.sigma),
         noise=perturbation.noise,
-        nonlinearity=nonlinearity,
+        cell=CELL_FORMS[nonlinearity],
         precision=precision,
     )
     return Settings(

@@ -16,10 +16,11 @@ from .dispatch import implementation
 from .division import Division, one_after_another, segments_of
 from .kernels.loss import LinearLoss, Loss, OutputsOnly
 from .kernels.noise import Counters
-from .kernels.rollout import Rollout, RolloutOptions, give_back
+from .kernels.rollout import Rollout, RolloutOptions
+from .kernels.scratch import give_back
 from .layers import GradientSums, LayerRun, LayerWeights, preactivations
 from .least_squares import least_squares
-from .settings import Settings
+from .settings import WEIGHT_BY, Settings
 
 LossOf = Callable[[slice, slice], Loss]
 """Gives a layer's loss for some steps (in processing order) of some samples."""
@@ -156,7 +157,7 @@ class Sweep:
                     self.weight_hh,
                     loss,
                     self.seed,
-                    method=settings.method,
+                    weight_by=WEIGHT_BY[settings.method],
                     options=self._options(block, store=False),
                     counters=counters,
                     delta_h0=self._start(block, steps.start),
@@ -227,7 +228,7 @@ class Sweep:
             credit,
             delta_a,
             self.seed,
-            method=self.settings.method,
+            weight_by=WEIGHT_BY[self.settings.method],
             units=self.weight_hh.shape[0],
             options=self._options(block, store=False),
             counters=counters,

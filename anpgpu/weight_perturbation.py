@@ -20,7 +20,6 @@ from torch import Tensor
 from .division import FIXED_BYTES
 from .kernels.loss import Loss, loss_differences, output_deviation
 from .kernels.noise import Counters, Purpose, noise
-from .kernels.rollout import DEVIATIONS
 from .layers import GradientSums, LayerRun, LayerWeights, Network, in_processing_order, preactivations
 from .ranges import within
 from .settings import Settings
@@ -294,7 +293,7 @@ class _Run:
         length, batch, _ = run.inputs.shape
         count = rollouts.stop - rollouts.start
         preact = preactivations(weights, run.inputs, run.states)
-        deviation = DEVIATIONS[self.network.nonlinearity](preact, run.states[1:])
+        deviation = self.settings.options.cell.torch(preact, run.states[1:])
         result = preact.new_empty((length, batch, count, preact.shape[-1]))
         delta_h = self.deviations.get((number, side))
         if delta_h is None:
@@ -309,7 +308,7 @@ class _Run:
             delta_a = delta_h @ weights.weight_hh.t() + self.settings.options.sigma * weight_noise.times(presynaptic)
             if delta_x is not None:
                 delta_a += delta_x[step] @ weights.weight_ih.t()
-            result[step] = deviation.step(step, delta_a, scratch)
+            result[step] = deviation.step(step, delta_a, delta_h, scratch)
             delta_h = result[step]
         self.deviations[number, side] = delta_h
         return result

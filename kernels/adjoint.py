@@ -1,8 +1,8 @@
 """From loss differences to the adjoint: discounted returns, then a sum over rollouts.
 
     c_t   = delta_loss_t + discount c_{t+1}                     (0: the published rule, 1: full reward-to-go)
-    np    lam_t = mean_p c_t xi_t / sigma^2                     node perturbation
-    anp   lam_t = mean_p c_t H delta_a_t / ||delta_a_t||^2      activity-based node perturbation, norm over the H units
+    by noise      lam_t = mean_p c_t xi_t / sigma^2                   node perturbation
+    by activity   lam_t = mean_p c_t H delta_a_t / ||delta_a_t||^2    activity-based, norm over the H units
 
 lam_t estimates dL/da_t. Source: Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967 (discount 0); Dalm, van Gerven,
 Ahmad 2023, arXiv:2310.00965; the discounted return is derived in the README.
@@ -18,10 +18,10 @@ from .noise import Counters, NoiseSteps, padded
 from .rollout import RolloutOptions, rollout
 
 STEPS_AT_A_TIME = 8
-"""Steps of rollouts whose activity is kept until it is summed, where nothing longer needs to be."""
+"""Steps of rollouts whose activity is stored until it is summed, at discount 0."""
 
 BLOCK_BYTES = 1 << 21
-"""Activity that is summed at once: few enough calls, and what the norm has read is still in the cache for the sum."""
+"""Activity that is summed at once: few calls, and the sum finds in the cache what the norm has read."""
 
 SAFE_TO_SQUARE = (1e-12, 1e12)
 """Range of sigma in which the square of delta_a stays a normal float32."""
@@ -44,24 +44,48 @@ def returns(delta_loss: Tensor, discount: float, *, carry: Tensor | None = None)
     return credit
 
 
+def by_activity(weight_by: str) -> bool:
+    """Say whether returns weight activity differences (True) or the noise (False).
+
+    Raises:
+        ValueError: `weight_by` is neither "activity" nor "noise".
+    """
+    if weight_by not in {"noise", "activity"}:
+        raise ValueError(f"weight_by must be 'noise' or 'activity', got {weight_by!r}")
+    return weight_by == "activity"
+
+
+def weighted_activity(weight_by: str, delta_a: Tensor | None) -> Tensor | None:
+    """Return the activity differences that returns weight; None where they weight the noise.
+
+    Raises:
+        ValueError: `weight_by` is neither "activity" nor "noise", or there is no activity to weight.
+    """
+    if not by_activity(weight_by):
+        return None
+    if delta_a is None:
+        raise ValueError("weight_by='activity' needs delta_a, got None")
+    return delta_a
+
+
 def adjoint(
     credit: Tensor,
     delta_a: Tensor | None,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     units: int,
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
 ) -> Tensor:
-    """Sum over a block of rollouts what each says of dL/da.
+    """Sum over a block of rollouts the estimates of dL/da that each makes.
 
     Args:
         credit: returns c, (T, B, P). A rollout whose credit is exactly zero at a step adds nothing there, even where
             its delta_a is not finite.
-        delta_a: activity differences, (T, B, P, H), for "anp"; "np" regenerates its noise and takes None.
+        delta_a: activity differences, (T, B, P, H), read where they are weighted; the noise is generated again.
         seed: 0-dim int64 tensor, the noise's key.
-        method: "np" or "anp".
+        weight_by: what the return of a rollout weights: its "noise" or its "activity".
         units: H.
         options: as in the rollout.
         counters: as in the rollout.
@@ -69,12 +93,15 @@ def adjoint(
     Returns:
         (2, T, B, H): the sums over the rollouts of even and of odd global number, in the dtype of `credit`. Their sum
         over P is the estimate; their angle tells its variance.
+
+    Raises:
+        ValueError: `weight_by` is neither, or there is no activity to weight.
     """
     time, batch, rollouts = credit.shape
     sums = credit.new_empty((2, time, batch, units))
     even = (torch.arange(rollouts, device=credit.device) + counters.rollout) % 2 == 0
     halves = torch.stack((even, ~even))
-    stored, shape = (None if method == "np" else delta_a), (time, batch, rollouts, units)
+    stored, shape = weighted_activity(weight_by, delta_a), (time, batch, rollouts, units)
     length = max(1, min(time, BLOCK_BYTES // max(1, batch * rollouts * padded(units) * credit.itemsize)))
     if stored is None:
         injected = NoiseSteps(seed, shape, sigma=1.0, kind=options.noise, counters=counters, dtype=credit.dtype)
@@ -82,11 +109,11 @@ def adjoint(
     for start in range(0, time, length):
         steps = slice(start, min(start + length, time))
         if stored is None:
-            part = injected.fill(start, room[: steps.stop - start])
+            signal = injected.fill(start, room[: steps.stop - start])
             share = credit[steps] / options.sigma
         else:
-            share, part = _activity_share(credit[steps], stored[steps].to(credit.dtype), options.sigma)
-        sums[:, steps] = (torch.where(halves, share.unsqueeze(2), 0) @ part).permute(2, 0, 1, 3)
+            share, signal = _activity_share(credit[steps], stored[steps].to(credit.dtype), options.sigma)
+        sums[:, steps] = (torch.where(halves, share.unsqueeze(2), 0) @ signal).permute(2, 0, 1, 3)
     return sums
 
 
@@ -97,7 +124,7 @@ def rollout_adjoint(
     loss: Loss,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
     delta_h0: Tensor | None = None,
@@ -113,31 +140,33 @@ def rollout_adjoint(
     time, batch, units = preact.shape
     sums = preact.new_empty((2, time, batch, units))
     delta_loss = preact.new_empty((time, batch, options.rollouts))
-    keep = options._replace(store_delta_a=method != "np")
+    storing = options._replace(store_delta_a=by_activity(weight_by))
     delta_h = delta_h0
     for start in range(0, time, STEPS_AT_A_TIME):
         steps = slice(start, min(start + STEPS_AT_A_TIME, time))
-        here = counters._replace(time=counters.time + start)
-        part = rollout(
+        first = counters._replace(time=counters.time + start)
+        block = rollout(
             preact[steps],
             hidden[steps],
             weight_hh,
             loss_of_steps(loss, steps),
             seed,
-            options=keep,
-            counters=here,
+            options=storing,
+            counters=first,
             delta_h0=delta_h,
         )
-        assert part.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
-        delta_h, delta_loss[steps] = part.delta_h, part.delta_loss
-        credit = torch.nan_to_num(part.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
-        sums[:, steps] = adjoint(credit, part.delta_a, seed, method=method, units=units, options=options, counters=here)
+        assert block.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
+        delta_h, delta_loss[steps] = block.delta_h, block.delta_loss
+        credit = torch.nan_to_num(block.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
+        sums[:, steps] = adjoint(
+            credit, block.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=first
+        )
     assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
     return sums, delta_loss, delta_h
 
 
 def _activity_share(credit: Tensor, delta_a: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Return c H / ||delta_a||^2, (..., P), and delta_a with rows that do not count cleared."""
+    """Return c H / ||delta_a||^2, (..., P), and delta_a with rows that are not finite set to zero."""
     if not SAFE_TO_SQUARE[0] < sigma < SAFE_TO_SQUARE[1]:
         share, scaled = _activity_share(credit, delta_a / sigma, 1.0)
         return share / sigma, scaled

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .adjoint import by_activity, weighted_activity
 from .loss import Loss, loss_of_steps
 from .noise import Counters
 from .noise_cupy import KINDS, NOISE_SOURCE, counter_words, launch
@@ -117,24 +118,24 @@ def adjoint(
     delta_a: Tensor | None,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     units: int,
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
 ) -> Tensor:
-    """Sum over a block of rollouts what each says of dL/da; the contract is `adjoint.adjoint`."""
+    """Sum over a block of rollouts the estimates of dL/da that each makes; the contract is `adjoint.adjoint`."""
     time, batch, rollouts = credit.shape
     credit, sigma = credit.contiguous(), float(options.sigma)
     sums = credit.new_empty((2, time, batch, units))
-    if method == "np":
+    stored = weighted_activity(weight_by, delta_a)
+    if stored is None:
         words, kind = counter_words(counters), KINDS[options.noise]
         sizes = (batch, rollouts, units)
         launch(
             ADJOINT_SOURCE, "sum_noise", credit.dtype, sums.numel(), (sums, credit, seed, *words, kind, sigma, *sizes)
         )
         return sums
-    assert delta_a is not None  # noqa: S101  (for the type checker; callers are validated above)
-    delta_a = delta_a.to(credit.dtype).contiguous()
+    delta_a = stored.to(credit.dtype).contiguous()
     share = torch.empty_like(credit)
     launch(ADJOINT_SOURCE, "activity_share", credit.dtype, share.numel(), (share, credit, delta_a, sigma, units))
     arguments = (sums, share, delta_a, sigma, counters.rollout, rollouts, units)
@@ -149,7 +150,7 @@ def rollout_adjoint(
     loss: Loss,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
     delta_h0: Tensor | None = None,
@@ -158,23 +159,25 @@ def rollout_adjoint(
     time, batch, units = preact.shape
     sums = preact.new_empty((2, time, batch, units))
     delta_loss = preact.new_empty((time, batch, options.rollouts))
-    keep = options._replace(store_delta_a=method != "np")
+    storing = options._replace(store_delta_a=by_activity(weight_by))
     delta_h = delta_h0
     for step in range(time):
-        now, here = slice(step, step + 1), counters._replace(time=counters.time + step)
-        part = rollout(
+        now, at_step = slice(step, step + 1), counters._replace(time=counters.time + step)
+        result = rollout(
             preact[now],
             hidden[now],
             weight_hh,
             loss_of_steps(loss, now),
             seed,
-            options=keep,
-            counters=here,
+            options=storing,
+            counters=at_step,
             delta_h0=delta_h,
         )
-        assert part.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
-        delta_h, delta_loss[now] = part.delta_h, part.delta_loss
-        credit = torch.nan_to_num(part.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
-        sums[:, now] = adjoint(credit, part.delta_a, seed, method=method, units=units, options=options, counters=here)
+        assert result.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
+        delta_h, delta_loss[now] = result.delta_h, result.delta_loss
+        credit = torch.nan_to_num(result.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
+        sums[:, now] = adjoint(
+            credit, result.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=at_step
+        )
     assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
     return sums, delta_loss, delta_h

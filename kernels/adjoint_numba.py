@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from . import adjoint as reference
-from .adjoint import SAFE_TO_SQUARE
+from .adjoint import SAFE_TO_SQUARE, weighted_activity
+from .compile_numba import inlined, kernel, rows_of, summing
 from .noise import Counters, padded
 from .noise_numba import packed_signs
 from .rollout import RolloutOptions
-from .threads_numba import inlined, kernel, rows_of, summing
 
 SIGNS_BYTES = 1 << 20
-"""Packed signs that are made at once."""
+"""Packed signs that are generated at once."""
 
 _F = np.float32
 
@@ -73,8 +73,8 @@ def _add_signs(
 def _activity(sums: Any, credit: Any, activity: Any, first: Any, scale: Any) -> None:
     """Sum the rollouts of each step and sample: even global numbers, then odd ones, into sums, (2, T, B, H).
 
-    credit: (T, B, P). activity: (T B P, padded). first: global number of the first rollout. scale: what brings activity
-    into the range that may be squared.
+    credit: (T, B, P). activity: (T B P, padded). first: global number of the first rollout. scale: factor that brings
+    activity into the range that may be squared.
     """
     time, batch, rollouts = credit.shape
     units = sums.shape[3]
@@ -92,7 +92,7 @@ def _activity(sums: Any, credit: Any, activity: Any, first: Any, scale: Any) -> 
 
 @kernel
 def _signs(sums: Any, credit: Any, words: Any, first: Any, start: Any) -> None:
-    """The same of packed signs, (L, B, P, words), for the steps from `start` on."""
+    """As `_activity`, with noise read from packed signs, (L, B, P, words), for the steps from `start` on."""
     length, batch, rollouts, _ = words.shape
     units = sums.shape[3]
     for task in numba.prange(length * batch):
@@ -109,25 +109,28 @@ def adjoint(
     delta_a: Tensor | None,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     units: int,
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
 ) -> Tensor:
-    """Sum over a block of rollouts what each says of dL/da, (2, T, B, H); see the reference."""
+    """Sum over a block of rollouts the estimates of dL/da that each makes, (2, T, B, H); see the reference."""
     time, batch, rollouts = credit.shape
-    if method == "np" and options.noise != "rademacher":
-        return reference.adjoint(credit, None, seed, method=method, units=units, options=options, counters=counters)
+    stored = weighted_activity(weight_by, delta_a)
+    if stored is None and options.noise != "rademacher":
+        return reference.adjoint(
+            credit, None, seed, weight_by=weight_by, units=units, options=options, counters=counters
+        )
     sums = credit.new_empty((2, time, batch, units))
-    if method == "np" or delta_a is None:
+    if stored is None:
         share = (credit / options.sigma).contiguous().numpy()
         length = max(1, SIGNS_BYTES // max(1, batch * rollouts * padded(units) // 8))
         for start in range(0, time, length):
-            here = counters._replace(time=counters.time + start)
-            words = packed_signs(seed, (min(length, time - start), batch, rollouts, units), here)
+            first = counters._replace(time=counters.time + start)
+            words = packed_signs(seed, (min(length, time - start), batch, rollouts, units), first)
             _signs(sums.numpy(), share, words, counters.rollout, start)
         return sums
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
-    rows = rows_of(delta_a.to(credit.dtype)).numpy()
+    rows = rows_of(stored.to(credit.dtype)).numpy()
     _activity(sums.numpy(), credit.contiguous().numpy(), rows, counters.rollout, _F(scale))
     return sums

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rollout import PLAIN_DIFFERENCE_ABOVE, quotient_rows
+from .cell import PLAIN_DIFFERENCE_ABOVE, quotient_rows
 
 QUOTIENT_UP_TO = tl.constexpr(PLAIN_DIFFERENCE_ABOVE)
 ABOVE_ONE = tl.constexpr(1 + 2.0**-23)

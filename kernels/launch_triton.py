@@ -62,7 +62,7 @@ def cell_of(options: RolloutOptions) -> CellForm:
     Raises:
         ValueError: it has none.
     """
-    return cell_form({"tanh": "tanh_deviation", "relu": "relu_deviation"}[options.nonlinearity])
+    return cell_form(options.cell.on("triton"))
 
 
 def clean_of(preact: Tensor, hidden: Tensor, options: RolloutOptions, *, quotient: bool = False) -> CleanRows:

@@ -1,24 +1,55 @@
-"""The recursion of least squares: from returns and factored Gram matrices to estimates and deflated returns.
+"""Least-squares ANP: the adjoint as the regression of returns on activity differences, with deflated returns.
 
-    lam_t   = argmin_lam sum_p (c_tp - lam . delta_a_tp)^2 + r |lam|^2      solved with a factor made beforehand
+    lam_t   = argmin_lam sum_p (c_tp - lam . delta_a_tp)^2 + r |lam|^2,   r = ridge * trace(D_t D_t^T) / P
     c_{t-1} = delta_loss_{t-1} + discount (c_t - Xi_t lam_t)
 
-Source: derived in `anpgpu.least_squares`.
+for each sample, with D_t = delta_a_t (P x H) and Xi_t its noise. To first order c_t = lam_t . delta_a_t plus the sum
+over s > t of lam_s . xi_s: the return is linear in the activity difference, plus the effect of later noise, which each
+step subtracts again. With P >= H and a small ridge this is the gradient that BPTT gives; with fewer rollouts the cosine
+goes like sqrt(P / H) and does not fall with the length of the sequence. Source: derived here.
+
+The regression is solved in its dual form, P x P, or its primal form, H x H, whichever is smaller. Gram matrices and
+their factors are computed for a block of steps at once; only matrix-vector products follow one another in time.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .adjoint import SAFE_TO_SQUARE
 from .noise import Counters, noise
+from .rollout import RolloutOptions
+
+RIDGE_FLOOR = 8
+"""The ridge is at least so many units of rounding, so that a singular system can be solved."""
+
+BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Activity that is regressed at once: as much as a core's cache holds, or enough systems to fill a GPU."""
+
+LEAF = 32
+"""Matrices up to this size are factored by LAPACK."""
+
+
+class LeastSquares(NamedTuple):
+    """The estimate of a block of steps."""
+
+    adjoint: Tensor
+    """(3, T, B, H), whose sum is the estimate: half the estimate of the even rollouts alone, half that of the odd ones,
+    both from the same deflated returns, and what is left of the estimate of all."""
+    carry: Tensor
+    """Deflated return for the step before the first, (B, P)."""
+    ridge_grown: Tensor
+    """Systems that had no factor with the ridge that was asked for, and got one that outweighs the data; 0-dim
+    int64."""
 
 
 class Deflation(NamedTuple):
-    """What a block of steps is deflated with."""
+    """The settings of a block of steps."""
 
     finite: Tensor
     """Rollouts that count, (B, P) bool."""
@@ -32,6 +63,75 @@ class Deflation(NamedTuple):
     """Of the noise: "rademacher" or "gaussian"."""
     counters: Counters
     """Of the block's first step."""
+
+
+def least_squares(
+    delta_loss: Tensor,
+    delta_a: Tensor,
+    carry: Tensor,
+    seed: Tensor,
+    *,
+    finite: Tensor,
+    discount: float,
+    ridge: float,
+    baseline: bool,
+    options: RolloutOptions,
+    counters: Counters,
+    draw: Callable[..., Tensor],
+    recursion: Callable[..., Tensor] | None,
+) -> LeastSquares:
+    """Estimate the adjoint of a block of steps from all rollouts of its samples.
+
+    Args:
+        delta_loss: loss differences, (T, B, P); zero where a rollout does not count.
+        delta_a: activity differences, (T, B, P, H).
+        carry: deflated return of the step after the last, (B, P).
+        seed: 0-dim int64 tensor, the noise's key.
+        finite: rollouts that count, (B, P) bool.
+        discount: gamma in [0, 1].
+        ridge: regularisation relative to the mean squared activity difference of a rollout.
+        baseline: whether the mean return of the rollouts that count is taken off first.
+        options: as in the rollout.
+        counters: as in the rollout.
+        draw: generates the noise again; a backend's `noise`.
+        recursion: a backend's own `deflate` for the dual form with Rademacher noise; None where it has none.
+    """
+    time, batch, rollouts, units = delta_a.shape
+    # Scaling delta_a and sigma by a constant scales nothing below but the result.
+    scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
+    own = recursion if options.noise == "rademacher" else None
+    all_finite = not delta_a.is_cuda and bool(finite.all())
+    adjoint = delta_loss.new_empty((3, time, batch, units))
+    credit = torch.empty_like(delta_loss)
+    grown = torch.zeros((), dtype=torch.int64, device=delta_a.device)
+    step_bytes = batch * rollouts * units * delta_loss.itemsize
+    length = max(1, min(time, BLOCK_BYTES.get(delta_a.device.type, BLOCK_BYTES["cuda"]) // step_bytes))
+    for stop in range(time, 0, -length):
+        start = max(0, stop - length)
+        steps = slice(start, stop)
+        activity = delta_a[steps].to(delta_loss.dtype)
+        activity = activity if scale == 1.0 else activity * scale
+        activity = activity if all_finite else torch.where(finite.unsqueeze(-1), activity, 0)
+        gram = _smaller_gram(activity)
+        halves = _half_grams(gram, activity)
+        factor, bad = _factored(gram, ridge, finite)
+        grown += bad
+        together = adjoint[2, steps]
+        how = Deflation(
+            finite=finite,
+            discount=discount,
+            baseline=baseline,
+            sigma=options.sigma * scale,
+            kind=options.noise,
+            counters=counters._replace(time=counters.time + start),
+        )
+        run = own if own is not None and dual(activity) else functools.partial(deflate, draw=draw)
+        carry = run(delta_loss[steps], activity, factor, carry, seed, how, estimate=together, credit=credit[steps])
+        for half, gram in enumerate(halves):
+            estimate = _half(activity[..., half::2, :], gram, credit[steps, :, half::2], ridge, finite[:, half::2])
+            adjoint[half, steps] = estimate / 2
+            together -= adjoint[half, steps]
+    return LeastSquares(adjoint.mul_(scale), carry, grown)
 
 
 def deflate(
@@ -51,13 +151,13 @@ def deflate(
     Args:
         delta_loss: loss differences, (L, B, P).
         activity: activity differences, (L, B, P, H).
-        factor: lower Cholesky factors of their Gram matrices with the ridge, in the smaller form.
+        factor: lower Cholesky factors of their Gram matrices with the ridge, of the dual or the primal form.
         carry: deflated return of the step after the last, (B, P).
         seed: 0-dim int64 tensor, the noise's key.
-        how: the rest.
+        how: the settings.
         estimate: written, (L, B, H), contiguous.
         credit: written, the returns that were regressed, (L, B, P), contiguous.
-        draw: what makes the noise.
+        draw: generates the noise.
     """
     shape = tuple(activity.shape)
     later = draw(seed, shape, sigma=how.sigma, kind=how.kind, counters=how.counters, dtype=activity.dtype)
@@ -68,11 +168,11 @@ def deflate(
             target -= torch.where(how.finite, target, 0).sum(-1, keepdim=True) / counted
         target = target.unsqueeze(-1)
         if dual(activity):
-            found = activity[step].mT @ solve(factor[step], target)
+            solution = activity[step].mT @ solve(factor[step], target)
         else:
-            found = solve(factor[step], activity[step].mT @ target)
-        estimate[step] = found.squeeze(-1)
-        carry = (target - later[step] @ found).squeeze(-1).mul_(how.discount)
+            solution = solve(factor[step], activity[step].mT @ target)
+        estimate[step] = solution.squeeze(-1)
+        carry = (target - later[step] @ solution).squeeze(-1).mul_(how.discount)
     return carry
 
 
@@ -86,3 +186,63 @@ def solve(factor: Tensor, target: Tensor) -> Tensor:
 def dual(activity: Tensor) -> bool:
     """Say whether activity differences, (..., P, H), are regressed in the dual form, P x P."""
     return activity.shape[-2] <= activity.shape[-1]
+
+
+def _factored(gram: Tensor, ridge: float, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the ridge to Gram matrices, (L, B, n, n), in place; return their Cholesky factors and how many had none.
+
+    `finite`: the rollouts that they were computed from, (B, p) bool.
+    """
+    limits = torch.finfo(gram.dtype)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    trace = diagonal.sum(-1)
+    mean = trace / finite.sum(1).clamp(min=1)
+    diagonal += max(ridge, RIDGE_FLOOR * limits.eps) * mean.unsqueeze(-1) + limits.tiny
+    factor, bad = _cholesky(gram)
+    if gram.is_cuda or bool(bad.any()):
+        # A ridge as large as the trace leaves nothing else of the system. On CUDA every system is replaced or not by
+        # `where`: asking whether any needs it would make the host wait.
+        largest = torch.sqrt(trace + limits.tiny).clamp(max=limits.max)[..., None, None]
+        unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        factor = torch.where(bad[..., None, None], torch.where(unit > 0, largest, 0), factor)
+    return factor, bad.sum()
+
+
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower Cholesky factors of matrices, (..., n, n), and which have none, (...) bool.
+
+    On the CPU, LAPACK does most of the work of many small matrices one element at a time, and torch clears the upper
+    triangles as slowly. Halving the matrices turns all of it into products, in half the time at n = 128.
+    """
+    size = gram.shape[-1]
+    if gram.is_cuda or size <= LEAF:
+        factor, info = torch.linalg.cholesky_ex(gram)
+        return factor, info != 0
+    half = size // 2
+    factor = torch.zeros_like(gram)
+    upper_left, bad = _cholesky(gram[..., :half, :half])
+    below = torch.linalg.solve_triangular(upper_left.mT, gram[..., half:, :half], upper=True, left=False)
+    lower_right, worse = _cholesky(gram[..., half:, half:] - below @ below.mT)
+    factor[..., :half, :half], factor[..., half:, :half], factor[..., half:, half:] = upper_left, below, lower_right
+    return factor, bad | worse
+
+
+def _half_grams(gram: Tensor, activity: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the even and the odd rollouts' own Gram matrices, each in its smaller form."""
+    if dual(activity):
+        return gram[..., ::2, ::2].clone(), gram[..., 1::2, 1::2].clone()
+    first, second = (_smaller_gram(activity[..., half::2, :]) for half in (0, 1))
+    return first, second
+
+
+def _smaller_gram(activity: Tensor) -> Tensor:
+    return activity @ activity.mT if dual(activity) else activity.mT @ activity
+
+
+def _half(activity: Tensor, gram: Tensor, credit: Tensor, ridge: float, finite: Tensor) -> Tensor:
+    """Return the estimate, (L, B, H), of some rollouts, (L, B, p, H), from their deflated returns, (L, B, p)."""
+    factor, _ = _factored(gram, ridge, finite)
+    target = credit.unsqueeze(-1)
+    if dual(activity):
+        return (activity.mT @ solve(factor, target)).squeeze(-1)
+    return solve(factor, activity.mT @ target).squeeze(-1)

@@ -1,6 +1,6 @@
 """The recursion of least squares on the CPU: solve, estimate and deflate, step after step, for each sample on its own.
 
-The noise that a step takes out of the return stays packed signs: nothing of size (T, B, P, H) is made of it.
+The noise that a step subtracts from the return stays packed signs: no array of size (T, B, P, H) is made of it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .compile_numba import inlined, kernel, rows_of, summing
 from .least_squares import Deflation
 from .noise_numba import packed_signs
-from .threads_numba import inlined, kernel, rows_of, summing
 
 _F = np.float32
 
@@ -36,9 +36,9 @@ def _solve(factor: Any, step: Any, sample: Any, vector: Any) -> None:
         vector[row] = (vector[row] - known) / factor[step, sample, row, row]
     for row in range(size - 1, -1, -1):
         vector[row] /= factor[step, sample, row, row]
-        here = vector[row]
+        solved = vector[row]
         for place in range(row):
-            vector[place] -= here * factor[step, sample, row, place]
+            vector[place] -= solved * factor[step, sample, row, place]
 
 
 @inlined

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .threads_numba import summing
+from .compile_numba import summing
 
 _F = np.float32
 

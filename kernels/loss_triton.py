@@ -1,10 +1,20 @@
 """Loss differences in Triton, as device functions: what a deviation of the outputs does to the loss of its step.
 
-Contract and equations: `loss.py`. `LOSSES` says what each loss reads of a step and which device functions compute it,
-so that no kernel asks which loss it has.
+Contract and equations: `loss.py`. `LOSSES` says what each loss reads of a step and which device functions compute it;
+kernels take those functions as constexprs and never ask which loss it is.
 
-Where a program holds all outputs of its rollouts, one function computes the difference (`LossForm.of_tile`). Elsewhere
-outputs come in tiles: `LossForm.add` adds a tile to running sums, `LossForm.finish` makes the difference of them.
+Where a program holds all outputs of its rollouts, one function does all of it (`LossForm.of_tile`), with the arguments
+
+    delta_o         deviation of the outputs, or delta_h where there is no readout, (rows, o); SCALED: divided by scale
+    loss            `LossRows`
+    result_ptr      loss differences (time, batch, rollouts), or delta_o (time, batch, rollouts, outputs)
+    step, place     number of the step, `Place` of the program
+    outputs         number of outputs; FULL: all columns of delta_o are outputs
+    scale           standard deviation of the noise
+    SAMPLES         samples of the tile
+
+Elsewhere outputs come in tiles: `LossForm.add` adds a tile to running sums, `LossForm.finish` makes the difference of
+them.
 """
 
 from __future__ import annotations
@@ -45,11 +55,23 @@ def linear_sum(deviation, grad):
 
 
 @triton.jit
-def _linear_of_tile(delta_o, grad, target, share, output, outputs, scale, SCALED: tl.constexpr):
-    """Return g . delta_o, (rows,); arguments as in `measure`."""
+def _first_row(step, place):
+    """Return the number of the program's first row at a step in a tensor (time, batch, rollouts)."""
+    return place.first_row + tl.cast(step, tl.int64) * place.rows_of_step
+
+
+@triton.jit
+def _linear_of_tile(
+    delta_o, loss, result_ptr, step, place, outputs, scale,
+    SCALED: tl.constexpr, FULL: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Store and return g . delta_o, (rows,)."""
+    first_row = _first_row(step, place)
+    grad = load_rows(loss.signal, step, place, outputs, FULL, SAMPLES, delta_o.shape[1])
     difference = linear_sum(delta_o, grad)
     if SCALED:
         difference = difference * scale
+    tl.store(result_ptr + first_row + place.local, difference, place.exists)
     return difference
 
 
@@ -60,11 +82,20 @@ def _squared_sum(delta_o, error, inside):
 
 
 @triton.jit
-def _squared_of_tile(delta_o, error, target, share, output, outputs, scale, SCALED: tl.constexpr):
-    """Return share * mean_o delta_o (2 e + delta_o), (rows,); arguments as in `measure`."""
+def _squared_of_tile(
+    delta_o, loss, result_ptr, step, place, outputs, scale,
+    SCALED: tl.constexpr, FULL: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Store and return share * mean_o delta_o (2 e + delta_o), (rows,)."""
+    first_row = _first_row(step, place)
     if SCALED:
         delta_o = delta_o * scale
-    return _weighted(_squared_sum(delta_o, error, output < outputs), share, share / outputs)
+    inside = tl.arange(0, delta_o.shape[1])[None, :] < outputs
+    error = load_rows(loss.signal, step, place, outputs, FULL, SAMPLES, delta_o.shape[1])
+    share = load_scalars(loss.share, step, place, SAMPLES).to(tl.float32)
+    difference = _weighted(_squared_sum(delta_o, error, inside), share, share / outputs)
+    tl.store(result_ptr + first_row + place.local, difference, place.exists)
+    return difference
 
 
 @triton.jit
@@ -97,15 +128,28 @@ def _exponential_sums(difference, probs, change, top, total, biggest):
 
 
 @triton.jit
-def _cross_entropy_of_tile(delta_o, probs, target, share, output, outputs, scale, SCALED: tl.constexpr):
-    """Return share * log sum_o p_o exp(d_o), (rows,); arguments as in `measure`."""
+def _cross_entropy_of_tile(
+    delta_o, loss, result_ptr, step, place, outputs, scale,
+    SCALED: tl.constexpr, FULL: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Store and return share * log sum_o p_o exp(d_o), (rows,)."""
+    first_row = _first_row(step, place)
     if SCALED:
         delta_o = delta_o * scale
+    output = tl.arange(0, delta_o.shape[1])[None, :]
+    inside = output < outputs
+    probs = load_rows(loss.signal, step, place, outputs, FULL, SAMPLES, delta_o.shape[1])
+    share = load_scalars(loss.share, step, place, SAMPLES).to(tl.float32)
+    target = load_scalars(loss.target, step, place, SAMPLES)
+    if SAMPLES > 1:
+        target = target[:, None]
     of_target = tl.sum(tl.where(output == target, delta_o, 0.0), 1)
-    difference = tl.where(output < outputs, delta_o - of_target[:, None], 0.0)
+    difference = tl.where(inside, delta_o - of_target[:, None], 0.0)
     none = tl.zeros_like(of_target)
     change, top, total, biggest = _exponential_sums(difference, probs, none, none, none, none)
-    return _cross_entropy_finish(change, top, total, biggest, share, outputs)
+    difference = _cross_entropy_finish(change, top, total, biggest, share, outputs)
+    tl.store(result_ptr + first_row + place.local, difference, place.exists)
+    return difference
 
 
 @triton.jit
@@ -133,64 +177,32 @@ def _cross_entropy_finish(change, top, total, biggest, share, outputs):
 
 
 @triton.jit
-def measure(
-    delta_o,
-    loss,
-    result_ptr,
-    step,
-    place,
-    outputs,
-    scale,
-    LOSS: tl.constexpr,
-    SCALED: tl.constexpr,
-    FULL: tl.constexpr,
-    SAMPLES: tl.constexpr,
-):
-    """Store and return the loss difference of one step, or store delta_o itself and return 0 where LOSS is None.
-
-    delta_o: deviation of all outputs, or delta_h where there is no readout, (rows, o); SCALED: divided by scale, the
-    noise's standard deviation. loss: `LossRows`. result_ptr: loss differences (time, batch, rollouts), or delta_o
-    (time, batch, rollouts, outputs). place: `Place` of the program. outputs: O; FULL: all columns of delta_o are
-    outputs. LOSS: `LossForm.of_tile`.
-    """
-    BLOCK: tl.constexpr = delta_o.shape[1]
-    first_row = place.first_row + tl.cast(step, tl.int64) * place.rows_of_step
-    output = tl.arange(0, BLOCK)[None, :]
-    delta_loss = 0.0
-    if LOSS is None:
-        if SCALED:
-            delta_o = delta_o * scale
-        delta_o_ptr = result_ptr + first_row * outputs + (place.local[:, None] * outputs + output)
-        tl.store(delta_o_ptr, delta_o, place.exists[:, None] & (output < outputs))
-    else:
-        signal = load_rows(loss.signal, step, place, outputs, FULL, SAMPLES, BLOCK)
-        target, share = None, None
-        if loss.share is not None:
-            share = load_scalars(loss.share, step, place, SAMPLES).to(tl.float32)
-        if loss.target is not None:
-            target = load_scalars(loss.target, step, place, SAMPLES)
-            if SAMPLES > 1:
-                target = target[:, None]
-        delta_loss = LOSS(delta_o, signal, target, share, output, outputs, scale, SCALED)
-        tl.store(result_ptr + first_row + place.local, delta_loss, place.exists)
-    return delta_loss
+def _outputs_of_tile(
+    delta_o, loss, result_ptr, step, place, outputs, scale,
+    SCALED: tl.constexpr, FULL: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Store delta_o, (rows, o), in a tensor (time, batch, rollouts, outputs), and return 0."""
+    first_row = _first_row(step, place)
+    if SCALED:
+        delta_o = delta_o * scale
+    output = tl.arange(0, delta_o.shape[1])[None, :]
+    delta_o_ptr = result_ptr + first_row * outputs + (place.local[:, None] * outputs + output)
+    tl.store(delta_o_ptr, delta_o, place.exists[:, None] & (output < outputs))
+    return 0.0
 
 
 class LossForm(NamedTuple):
     """How a loss is computed."""
 
-    signal: str = ""
+    signal: str
     """Field of the loss that has a row per step; empty where it has none."""
-    of_outputs: bool = True
+    of_outputs: bool
     """Whether it is a loss of the outputs; otherwise the hidden units' parts of it are added up."""
-    of_tile: Any = None
+    measured: bool
+    """Whether rollouts compute loss differences."""
+    of_tile: Any
     add: Any = None
     finish: Any = None
-
-    @property
-    def measured(self) -> bool:
-        """Whether rollouts compute loss differences."""
-        return self.of_tile is not None
 
     @property
     def returned(self) -> bool:
@@ -199,14 +211,14 @@ class LossForm(NamedTuple):
 
 
 LOSSES = {
-    "linear": LossForm("grad", of_outputs=False, of_tile=_linear_of_tile),
-    "squared": LossForm("error", True, _squared_of_tile, _squared_add, _squared_finish),
-    "cross_entropy": LossForm("probs", True, _cross_entropy_of_tile, _cross_entropy_add, _cross_entropy_finish),
-    "outputs": LossForm(),
+    "linear": LossForm("grad", False, True, _linear_of_tile),
+    "squared": LossForm("error", True, True, _squared_of_tile, _squared_add, _squared_finish),
+    "cross_entropy": LossForm("probs", True, True, _cross_entropy_of_tile, _cross_entropy_add, _cross_entropy_finish),
+    "outputs": LossForm("", True, False, _outputs_of_tile),
 }
-"""How each kind of loss is computed; without functions, the deviation of the outputs is the result."""
+"""How each kind of loss is computed; "outputs" returns the deviation of the outputs, for the caller to measure."""
 
-NO_LOSS = LossForm(of_outputs=False)
+NO_LOSS = LossForm("", of_outputs=False, measured=False, of_tile=None)
 
 
 class LossArguments(NamedTuple):

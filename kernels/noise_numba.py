@@ -1,6 +1,6 @@
 """The reference's noise for the CPU: Philox and the unpacking of its signs as compiled loops.
 
-Bit for bit the reference's signs; its Gaussians are the reference's own.
+Signs equal the reference's bit for bit; Gaussians come from the reference itself.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from . import noise as reference
+from .compile_numba import inlined, kernel
 from .noise import BIT_SWAPS, PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, WORD, Counters, first_word, padded
-from .threads_numba import inlined, kernel
 
 ROWS_AT_A_TIME = 32
-"""Rollouts whose words are made side by side."""
+"""Rollouts whose words are generated side by side."""
 
 _WORD = np.uint64(WORD)
 _HALF = np.uint64(0xFFFF)
-_MULTIPLIERS = tuple(np.uint64(one) for one in PHILOX_MULTIPLIERS)
-_KEY_STEPS = tuple(np.uint64(one) for one in PHILOX_KEY_STEPS)
+_MULTIPLIERS = tuple(np.uint64(number) for number in PHILOX_MULTIPLIERS)
+_KEY_STEPS = tuple(np.uint64(number) for number in PHILOX_KEY_STEPS)
 _SWAPS = tuple((np.uint64(mask % (1 << 64)), np.uint64(shift)) for mask, shift in BIT_SWAPS)
 _32 = np.uint64(32)
 
@@ -93,7 +93,7 @@ def _unpack(words: Any, room: Any, plus: Any) -> None:
     for row in numba.prange(rows):
         for number in range(length // 32):
             word, start = words[row, number], 32 * number
-            # With an end that is no constant the loop becomes one of vectors; with one it is unrolled into scalars.
+            # The end is no constant, so that the loop is vectorised; with a constant end it is unrolled into scalars.
             for i in range(min(32, length - start)):
                 room[row, start + i] = plus if (word >> np.uint32(i)) & np.uint32(1) else -plus
 

@@ -3,9 +3,9 @@
 Contract, equations and counter layout: `noise.py`. Words and signs equal the reference bit for bit; Gaussians differ by
 the fast logarithm, square root, sine and cosine of the GPU.
 
-A tile of noise is written element by element, each element naming its own Philox block. That is meant for a matrix
-unit's accumulator: there a lane's units of one row share their blocks, the compiler sees it, and one Philox call serves
-up to 128 signs or 4 Gaussians. `pin` puts the counters in the accumulator's layout.
+A tile of noise is written element by element, each element with its own Philox block. In the layout of a matrix unit's
+accumulator, a lane's units of one row have the same blocks; the compiler sees it, and one Philox call serves up to 128
+signs or 4 Gaussians. `pin` puts the counters in the accumulator's layout.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def philox_words(seed, c0, c1, c2, c3):
 def pin(counter, like):
     """Return a uint32 counter unchanged, tied to the layout of the float32 tile `like`.
 
-    The added zero is one that only the last stage of compilation sees through, after layouts are fixed. Without it the
-    noise itself travels to the accumulator's layout through shared memory.
+    Only the last stage of compilation, after layouts are fixed, can tell that the added number is zero. Without it the
+    noise itself goes to the accumulator's layout through shared memory.
     """
     return counter | ((like.to(tl.uint32, bitcast=True) & 1) >> 1)
 

@@ -1,15 +1,15 @@
 """Perturbed rollouts in plain CUDA C: one thread per element, the oracle of the fast kernels.
 
 The contract is `rollout.rollout`; its module holds the equations. Everything is computed in the dtype of `preact`,
-float32 or float64, and `RolloutOptions.precision` is ignored: float64 tensors give the exact answer that rounded
-operands are measured against. Sums run in the order of their index.
+float32 or float64, and `RolloutOptions.precision` is ignored: with float64 tensors this is the exact result that
+results of rounded operands are compared with. Sums run in the order of their index.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .cell_cupy import deviation
 from .loss import Loss, check_loss
 from .loss_cupy import loss_difference, output_deviation
 from .noise import Counters
@@ -35,45 +35,6 @@ extern "C" __global__ void add_recurrent(
         sum += weight_hh[unit * hidden + k] * delta_h[row * hidden + k];
     delta_a[i] += sum;
 }
-
-/* delta_h = tanh(a + delta_a) - tanh(a), one thread per (b, p, unit). */
-extern "C" __global__ void tanh_deviation(
-    REAL *delta_h,       /* (batch, rollouts, hidden) */
-    const REAL *delta_a, /* (batch, rollouts, hidden) */
-    const REAL *preact,  /* (batch, hidden) */
-    long long rollouts, long long hidden, long long elements)
-{
-    long long i = this_thread();
-    if (i >= elements)
-        return;
-    REAL a = preact[i / (rollouts * hidden) * hidden + i % hidden];
-    REAL d = delta_a[i];
-    if (fabs(d) > (REAL)0.5) {
-        delta_h[i] = tanh(a + d) - tanh(a);
-    } else {
-        /* tanh(a + d) - tanh(a) = th (1 - h^2) / (1 + h th), and 1 - h^2 = 1 / cosh(a)^2 has no cancellation. */
-        REAL sech = 1 / cosh(a), th = tanh(d);
-        delta_h[i] = th * sech * sech / (1 + tanh(a) * th);
-    }
-}
-
-/* delta_h = relu(a + delta_a) - relu(a), one thread per (b, p, unit). A comparison with NaN is false, and NaN stays. */
-extern "C" __global__ void relu_deviation(
-    REAL *delta_h,       /* (batch, rollouts, hidden) */
-    const REAL *delta_a, /* (batch, rollouts, hidden) */
-    const REAL *preact,  /* (batch, hidden) */
-    long long rollouts, long long hidden, long long elements)
-{
-    long long i = this_thread();
-    if (i >= elements)
-        return;
-    REAL a = preact[i / (rollouts * hidden) * hidden + i % hidden];
-    REAL d = delta_a[i];
-    if (a > 0)
-        delta_h[i] = d < -a ? -a : d;
-    else
-        delta_h[i] = a + d < 0 ? (REAL)0 : a + d;
-}
 """
 )
 
@@ -94,11 +55,12 @@ def rollout(
     `hidden` is not read: tanh(a) is computed again.
     """
     check_loss(loss)
+    cell: str = options.cell.on("cupy")
     time, batch, units = preact.shape
     working, state = preact.dtype, (batch, options.rollouts, units)
     preact, weight_hh = preact.contiguous(), weight_hh.to(working).contiguous()
     delta_h = None if delta_h0 is None else delta_h0.to(working).contiguous()
-    kept = preact.new_empty((time, *state)) if options.store_delta_a else None
+    stored = preact.new_empty((time, *state)) if options.store_delta_a else None
     delta_loss = delta_o = None
     if loss is not None and loss.measured:
         delta_loss = preact.new_empty((time, *state[:2]))
@@ -106,23 +68,18 @@ def rollout(
         outputs = units if loss.readout is None else loss.readout.shape[0]
         delta_o = preact.new_empty((time, *state[:2], outputs))
     for step in range(time):
-        here = counters._replace(time=counters.time + step)
+        at_step = counters._replace(time=counters.time + step)
         (delta_a,) = make_noise(
-            seed, (1, *state), sigma=options.sigma, kind=options.noise, counters=here, dtype=working
+            seed, (1, *state), sigma=options.sigma, kind=options.noise, counters=at_step, dtype=working
         )
         if delta_h is not None:
-            _launch("add_recurrent", delta_a, delta_h, weight_hh, units)
-        delta_h = torch.empty_like(delta_a)
-        _launch(f"{options.nonlinearity}_deviation", delta_h, delta_a, preact[step], options.rollouts, units)
-        if kept is not None:
-            kept[step] = delta_a
+            arguments = (delta_a, delta_h, weight_hh, units)
+            launch(ROLLOUT_SOURCE, "add_recurrent", working, delta_a.numel(), arguments)
+        delta_h = deviation(cell, preact[step], delta_a)
+        if stored is not None:
+            stored[step] = delta_a
         if loss is not None and delta_o is not None:
             delta_o[step] = output_deviation(loss.readout, delta_h)
         if loss is not None and delta_loss is not None:
             delta_loss[step] = loss_difference(loss, step, delta_h)
-    return Rollout(delta_loss, kept, preact.new_zeros(state) if delta_h is None else delta_h, delta_o)
-
-
-def _launch(name: str, result: Tensor, *arguments: Tensor | float) -> None:
-    """Run one thread per element of `result`."""
-    launch(ROLLOUT_SOURCE, name, result.dtype, result.numel(), (result, *arguments))
+    return Rollout(delta_loss, stored, preact.new_zeros(state) if delta_h is None else delta_h, delta_o)

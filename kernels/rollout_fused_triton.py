@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adjoint import SAFE_TO_SQUARE
+from .adjoint import SAFE_TO_SQUARE, by_activity
 from .launch_triton import OPERAND_DTYPES, capability, clean_of, constexprs, start_in, stored_dtype, weights_in
 from .loss import Loss
 from .loss_triton import loss_arguments
@@ -171,12 +171,12 @@ def _step(
 
 @triton.jit(do_not_specialize=["time", "batch", "rollouts", "counters_low", "counters_high"])
 def fused_kernel(
-    clean,  # CleanRows: what of the clean run the cell takes
     weights,  # Weights
-    loss,  # LossRows
     start_ptr,  # (batch, rollouts, hidden), contiguous, operand type: first delta_h / scale; None is zero
     results,  # FusedResults
     seed_ptr,  # ()
+    clean,  # CleanRows: what of the clean run the cell takes
+    loss,  # LossRows
     time,
     batch,
     rollouts,
@@ -204,16 +204,16 @@ def fused_kernel(
     SCALED: tl.constexpr = PRECISION == "fp16"
     DOT: tl.constexpr = "ieee" if PRECISION == "fp32" else "tf32"
     place = place_of_program(batch, rollouts, BLOCK_ROWS, 1)
+    half = tl.cast(time, tl.int64) * batch * sizes.units
+    tile = tl.program_id(0) % tl.cdiv(rollouts, BLOCK_ROWS)
+    sums_ptr = results.sums + (2 * tile * half + place.first_sample * sizes.units)
+    sums = TileSums(sums_ptr, half, (tl.cast(counters_high, tl.int64) & 1).to(tl.int32))
     begun = begin(
         weights, start_ptr, seed_ptr, place, sizes, sigma, counters_low, counters_high,
         DOT, BLOCK_ROWS, BLOCK_UNITS, BLOCK_OUTPUTS,
     )  # fmt: skip
     weight, readout, stream, scale = begun.weight, begun.readout, begun.stream, begun.scale
     deviation = tl.cast(1.0 if SCALED or BY_NOISE else scale, tl.float32)
-    half = tl.cast(time, tl.int64) * batch * sizes.units
-    tile = tl.program_id(0) % tl.cdiv(rollouts, BLOCK_ROWS)
-    sums_ptr = results.sums + (2 * tile * half + place.first_sample * sizes.units)
-    sums = TileSums(sums_ptr, half, (stream.high & 1).to(tl.int32))
     written = Results(results.delta_loss, None, results.delta_h)
     carried, noise = begun.product, None
     if not BY_NOISE:
@@ -276,12 +276,12 @@ def added(partials: Tensor) -> Tensor:
 
 
 def preferred_launch(
-    preact: Tensor, weight_hh: Tensor, loss: Loss, method: str, options: RolloutOptions
+    preact: Tensor, weight_hh: Tensor, loss: Loss, weight_by: str, options: RolloutOptions
 ) -> RolloutLaunch | None:
     """Return the tiles of the fused kernel, or None where rollouts are run and then summed."""
     arguments = loss_arguments(loss)
     served = options.precision in OPERAND_DTYPES and preact.dtype != torch.float64 != weight_hh.dtype
-    safe = method == "np" or SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1]
+    safe = not by_activity(weight_by) or SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1]
     if not served or not safe or 0 in {*preact.shape, options.rollouts} or not arguments.form.measured:
         return None
     arch, units = capability(preact.device), preact.shape[2]
@@ -307,7 +307,7 @@ def fused_rollouts(
     loss: Loss,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     options: RolloutOptions,
     counters: Counters,
     delta_h0: Tensor | None,
@@ -327,12 +327,12 @@ def fused_rollouts(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(preact):
         fused_kernel[(batch * tiles,)](
-            clean_of(preact, hidden, options),
             weights_in(weight_hh, arguments.readout, options),
-            arguments.rows,
             start_in(delta_h0, options),
             FusedResults(delta_loss, delta_h, sums),
             seed,
+            clean_of(preact, hidden, options),
+            arguments.rows,
             time,
             batch,
             options.rollouts,
@@ -340,7 +340,7 @@ def fused_rollouts(
             float(options.sigma),
             low,
             high,
-            BY_NOISE=method == "np",
+            BY_NOISE=not by_activity(weight_by),
             PRODUCT=launch.product,
             **constexprs(options),
             LOSS=arguments.form.of_tile,

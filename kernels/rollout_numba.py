@@ -1,13 +1,4 @@
-"""The rollout on the CPU: torch's product, and everything else of a step in one compiled pass over its rollouts.
-
-For tanh the pass evaluates, x = delta_a with its noise, s = 1 - h^2,
-
-    tanh x = n / d,  n = x (105 + 10 x^2),  d = 105 + x^2 (45 + x^2)    Lambert's continued fraction, four terms of it
-    delta_h = n / (d / s + n h / s)                                     the quotient form with one division
-
-whose relative error, x^8 / 99225, is below float32's rounding up to |x| = 0.5; beyond, the plain difference is taken as
-in the reference, with tanh from the same fraction of x / 16 and four doublings.
-"""
+"""The rollout on the CPU: torch's product, and everything else of a step in one compiled pass over its rollouts."""
 
 from __future__ import annotations
 
@@ -17,22 +8,18 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from .cell_numba import clean_rows, deviation_row
+from .compile_numba import inlined, kernel
 from .loss import Loss, Measure
 from .loss_numba import linear_difference
 from .noise import Counters, NoiseSteps, padded
 from .noise_numba import packed_signs
-from .rollout import (
-    PLAIN_DIFFERENCE_ABOVE,
-    RecurrentProduct,
-    Rollout,
-    RolloutOptions,
-    quotient_rows,
-    spare_room,
-)
-from .threads_numba import inlined, kernel, summing
+from .product import RecurrentProduct
+from .rollout import Rollout, RolloutOptions
+from .scratch import spare_room
 
 SIGNS_BYTES = 1 << 16
-"""Packed signs that wait for their step."""
+"""Packed signs that are generated before their step."""
 
 SMALL_PRODUCT = 5 << 19
 """Multiplications of a step up to which calling torch takes longer than its faster products save."""
@@ -41,33 +28,18 @@ ROWS_TOGETHER = 8
 """Rollouts that one thread takes through their steps together."""
 
 COLUMNS = 16
-"""Products get zeros up to a multiple of so many columns: a vector that is masked takes longer than a whole one."""
+"""Columns of products are padded with zeros to a multiple of this, because masked vectors take longer."""
 
 _NO_ROWS, _NO_WEIGHTS = np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
 
 _F = np.float32
-_BOUND = _F(PLAIN_DIFFERENCE_ABOVE)
-_SATURATED = _F(9.5)
-
-
-@inlined
-def _tanh(x: Any) -> Any:
-    """Return tanh in float32, by the fraction of x / 16 and four doublings of n / d."""
-    x = _SATURATED if x > _SATURATED else (-_SATURATED if x < -_SATURATED else x)
-    x *= _F(1 / 16)
-    square = x * x
-    n = x * (_F(1) + square * _F(10 / 105))
-    d = _F(1) + square * (_F(45 / 105) + square * _F(1 / 105))
-    for _ in range(4):
-        n, d = _F(2) * n * d, n * n + d * d
-    return n / d
 
 
 @inlined
 def _add_signs(moved: Any, row: Any, words: Any, place: Any, sigma: Any, units: Any) -> None:
     for number in range((units + 31) // 32):
         word, start = words[place, row, number], 32 * number
-        # With an end that is no constant the loop becomes one of vectors; with one it is unrolled into scalars.
+        # The end is no constant, so that the loop is vectorised; with a constant end it is unrolled into scalars.
         for i in range(min(32, units - start)):
             moved[row, start + i] += sigma if (word >> np.uint32(i)) & np.uint32(1) else -sigma
 
@@ -78,38 +50,6 @@ def _add_row(moved: Any, row: Any, noise: Any, units: Any) -> None:
         moved[row, unit] += noise[row, unit]
 
 
-@summing
-def _tanh_row(moved: Any, row: Any, delta_h: Any, inverse: Any, ratio: Any, step: Any, sample: Any, units: Any) -> Any:
-    """Write delta_h by the quotient; return how many units it does not hold for."""
-    large = _F(0)
-    for unit in range(units):
-        x = moved[row, unit]
-        square = x * x
-        n = x * (_F(105) + _F(10) * square)
-        d = _F(105) + square * (_F(45) + square)
-        delta_h[row, unit] = n / (d * inverse[step, sample, unit] + n * ratio[step, sample, unit])
-        # A NaN is not small either.
-        large += _F(0) if abs(x) <= _BOUND else _F(1)
-    return large
-
-
-@inlined
-def _plain_row(moved: Any, row: Any, delta_h: Any, preact: Any, step: Any, sample: Any, units: Any) -> None:
-    """Write the plain difference where the quotient does not hold."""
-    for unit in range(units):
-        x, a = moved[row, unit], preact[step, sample, unit]
-        plain = _tanh(a + x) - _tanh(a)
-        delta_h[row, unit] = delta_h[row, unit] if abs(x) <= _BOUND else plain
-
-
-@inlined
-def _relu_row(moved: Any, row: Any, delta_h: Any, below: Any, above: Any, step: Any, sample: Any, units: Any) -> None:
-    for unit in range(units):
-        raised, least = moved[row, unit] + below[step, sample, unit], above[step, sample, unit]
-        # Written so that a NaN stays one.
-        delta_h[row, unit] = least if raised < least else raised
-
-
 @inlined
 def _copy_row(target: Any, place: Any, row: Any, source: Any, start: Any, length: Any) -> None:
     for number in range(length):
@@ -118,7 +58,7 @@ def _copy_row(target: Any, place: Any, row: Any, source: Any, start: Any, length
 
 @inlined
 def _multiply(moved: Any, delta_h: Any, first: Any, last: Any, weights: Any, units: Any) -> None:
-    """Write weights^T delta_h for some rows; two at a time, so that every weight read serves two products."""
+    """Write weights^T delta_h for some rows, two at a time: every weight that is read serves two products."""
     columns = weights.shape[1]
     for row in range(first, last):
         for column in range(columns):
@@ -158,7 +98,7 @@ def _multiply(moved: Any, delta_h: Any, first: Any, last: Any, weights: Any, uni
 
 @kernel
 def _steps(
-    tanh: Any,
+    branch: Any,
     start: Any,
     stop: Any,
     rollouts: Any,
@@ -173,33 +113,34 @@ def _steps(
     first: Any,
     second: Any,
     preact: Any,
-    kept: Any,
+    stored: Any,
     outputs: Any,
     grad: Any,
     delta_loss: Any,
 ) -> None:
-    """Take all rollouts through some steps. An array of length 0 is not there.
+    """Take all rollouts through some steps. An array of length 0 means that there is none.
 
     Args:
-        tanh: whether it is tanh, or else relu.
+        branch: the cell's, of `deviation_row`.
         start: the first step.
         stop: the step after the last.
         rollouts: P.
-        weights: W_hh^T, then, where there are outputs, W_o^T, (H, H + O or more); none where `moved` is made already.
-        started: whether the first step of all has a delta_h before it.
-        moved: W_hh delta_h of the step before, then W_o delta_h; (B P, H + O or more). Gets delta_a.
+        weights: W_hh^T, then, where there are outputs, W_o^T, (H, H + O or more); none where `moved` is computed
+            already.
+        started: whether the state before step 0 has a deviation.
+        moved: W_hh delta_h of the step before, then W_o delta_h, (B P, H + O or more); delta_a is written over it.
         delta_h: (B P, H), of the step before, then of the last.
         words: packed signs of some steps, (L, B P, words).
-        words_start: the first of these.
+        words_start: the first of these steps.
         noise: noise that is not packed, (B P, padded).
-        sigma: of the packed signs.
-        first: 1 / s, or min(a, 0) for relu, (T, B, H).
-        second: h / s, or -max(a, 0).
-        preact: a.
-        kept: gets delta_a, (T, B P, padded).
-        outputs: gets delta_o of each step before one of these, (L, B P, O); step t is at t modulo L.
-        grad: a linear loss's, (T, B, H).
-        delta_loss: its differences, (T, B P), written.
+        sigma: standard deviation of the noise in packed signs.
+        first: the first of the cell's `clean_rows`, (T, B, H).
+        second: the second.
+        preact: a, (T, B, H).
+        stored: written, delta_a, (T, B P, padded).
+        outputs: written, delta_o of the step before each of these, (L, B P, O); step t is at t modulo L.
+        grad: gradient of a linear loss, (T, B, H).
+        delta_loss: written, its differences, (T, B P).
     """
     rows, units = delta_h.shape
     for block in numba.prange((rows + ROWS_TOGETHER - 1) // ROWS_TOGETHER):
@@ -214,13 +155,9 @@ def _steps(
                     _add_signs(moved, row, words, step - words_start, sigma, units)
                 else:
                     _add_row(moved, row, noise, units)
-                if tanh:
-                    if _tanh_row(moved, row, delta_h, first, second, step, sample, units):
-                        _plain_row(moved, row, delta_h, preact, step, sample, units)
-                else:
-                    _relu_row(moved, row, delta_h, first, second, step, sample, units)
-                if kept.shape[0]:
-                    _copy_row(kept, step, row, moved, 0, units)
+                deviation_row(branch, moved, row, delta_h, first, second, preact, step, sample, units)
+                if stored.shape[0]:
+                    _copy_row(stored, step, row, moved, 0, units)
                 if outputs.shape[0] and step:
                     _copy_row(outputs, (step - 1) % outputs.shape[0], row, moved, units, outputs.shape[2])
                 if grad.shape[0]:
@@ -241,18 +178,18 @@ def rollout(
     """Run a block of perturbed rollouts through time; see the reference."""
     time, batch, units = preact.shape
     rollouts, rows = options.rollouts, batch * options.rollouts
-    # Where operands are not rounded, one product serves delta_o of a step and delta_a of the next.
     measure = Measure(loss, preact, rollouts)
     linear, readout = (None, None) if loss is None else (loss.grad, loss.readout)
     outputs = 0 if readout is None else len(readout)
+    # Where operands are not rounded, one product serves delta_o of a step and delta_a of the next.
     exact = options.precision == "fp32"
-    # Small products are made here, many steps in one call; torch needs a call for each, but multiplies faster.
+    # Small products are computed here, many steps in one call. Torch multiplies faster, but takes a call for each.
     small = exact and rows * units * (units + outputs) <= SMALL_PRODUCT and options.noise == "rademacher"
     resident = small and (loss is None or linear is not None or readout is not None)
     worth_a_copy = resident or 4 * units <= time * rows
     joined = readout if worth_a_copy and exact else None
     weight = _with_columns(weight_hh, joined) if worth_a_copy else weight_hh
-    product = RecurrentProduct(weight, options, rows)
+    product = RecurrentProduct(weight, rows, precision=options.precision, sigma=options.sigma)
     weights = weight.t().contiguous().numpy() if resident else _NO_WEIGHTS
     moved = preact.new_zeros((rows, len(weight)))
     delta_h = preact.new_zeros((batch, rollouts, units))
@@ -260,10 +197,11 @@ def rollout(
         delta_h.copy_(delta_h0)
     room = spare_room(preact, (time if options.store_delta_a else 0, batch, rollouts, padded(units)))
     draw = _Noise(seed, preact, options, counters)
-    tanh, started = options.nonlinearity == "tanh", delta_h0 is not None
-    clean = quotient_rows(preact, hidden) if tanh else (preact.clamp(max=0), -hidden)
-    fixed = (*(one.contiguous().numpy() for one in (*clean, preact)), room.view(len(room), rows, padded(units)).numpy())
-    waiting = _NO_ROWS if joined is None else measure.waiting.view(measure.length, rows, outputs).numpy()
+    started = delta_h0 is not None
+    branch, clean = clean_rows(options.cell, preact, hidden)
+    activity = room.view(len(room), rows, padded(units)).numpy()
+    fixed = (*(tensor.contiguous().numpy() for tensor in (*clean, preact)), activity)
+    collected = _NO_ROWS if joined is None else measure.waiting.view(measure.length, rows, outputs).numpy()
     grad, delta_loss = _NO_ROWS, _NO_WEIGHTS
     if linear is not None and measure.delta_loss is not None:
         grad, delta_loss = linear.contiguous().numpy(), measure.delta_loss.view(time, rows).numpy()
@@ -274,12 +212,12 @@ def rollout(
         if resident:
             stop = min(time, start + draw.length)
             if joined is not None:
-                # Until the outputs that wait are complete: those of the step before are read in each step.
+                # Up to the step that completes the block of outputs: each step reads out the step before it.
                 stop = min(stop, max(1, -(-start // measure.length) * measure.length + 1))
         elif start or started:
             product.add_to(moved, delta_h, keep=0.0)
         _steps(
-            tanh,
+            branch,
             start,
             stop,
             rollouts,
@@ -288,7 +226,7 @@ def rollout(
             *states,
             *draw.of(start, stop),
             *fixed,
-            waiting,
+            collected,
             grad,
             delta_loss,
         )
@@ -296,12 +234,12 @@ def rollout(
             measure.taken(stop - 2)
         if linear is None and (joined is None or stop == time):
             measure.step(stop - 1, delta_h)
-    kept = room[..., :units] if options.store_delta_a else None
-    return Rollout(measure.delta_loss, kept, delta_h, measure.delta_o)
+    stored = room[..., :units] if options.store_delta_a else None
+    return Rollout(measure.delta_loss, stored, delta_h, measure.delta_o)
 
 
 def _with_columns(weight_hh: Tensor, readout: Tensor | None) -> Tensor:
-    """Return the rows of W_hh, W_o where it is given, and zeros, (H + O or more, H)."""
+    """Return the rows of W_hh, of W_o where there is one, and zeros, (H + O or more, H)."""
     units = len(weight_hh)
     rows = units + (0 if readout is None else len(readout))
     if readout is None and rows % COLUMNS == 0:
@@ -314,7 +252,7 @@ def _with_columns(weight_hh: Tensor, readout: Tensor | None) -> Tensor:
 
 
 class _Noise:
-    """The noise of consecutive steps as `_steps` takes it."""
+    """The noise of consecutive steps in the form that `_steps` takes."""
 
     def __init__(self, seed: Tensor, preact: Tensor, options: RolloutOptions, counters: Counters) -> None:
         time, batch, units = preact.shape
@@ -331,12 +269,12 @@ class _Noise:
             self.noise = self.room.view(batch * options.rollouts, padded(units)).numpy()
 
     def of(self, start: int, stop: int) -> tuple[Any, int, Any, Any]:
-        """Return words of some steps, of which the first is the second value, noise, and sigma."""
+        """Return packed signs, the first of their steps, noise that is not packed, and sigma, for some steps."""
         if self.drawn is not None:
             self.drawn.fill(start, self.room)
         elif not self.first <= start < stop <= self.first + len(self.words):
             time, batch, rollouts, units = self.shape
-            here = (min(self.length, time - start), batch, rollouts, units)
-            words = packed_signs(self.seed, here, self.counters._replace(time=self.counters.time + start))
+            shape = (min(self.length, time - start), batch, rollouts, units)
+            words = packed_signs(self.seed, shape, self.counters._replace(time=self.counters.time + start))
             self.first, self.words = start, words.reshape(len(words), batch * rollouts, words.shape[-1])
         return self.words, self.first, self.noise, self.sigma

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch_triton import capability, clean_of, constexprs, start_in, weights_in
-from .loss_triton import LossArguments, measure
+from .loss_triton import LossArguments
 from .noise import Counters
 from .noise_triton import counter_words, noise_tile, pin, unpack_counters
 from .place_triton import Stored, load_rows, place_of_program, stored_in
@@ -177,13 +177,11 @@ def observe(
     delta_loss = 0.0
     if results.measured is not None:
         if readout is None:
-            delta_loss = measure(
-                delta_h, loss, results.measured, step, place, sizes.units, scale, LOSS, SCALED, FULL, SAMPLES
-            )
+            delta_loss = LOSS(delta_h, loss, results.measured, step, place, sizes.units, scale, SCALED, FULL, SAMPLES)
         else:
             delta_o = tl.dot(delta_h.to(readout.dtype), readout, input_precision="tf32" if FAST else "ieee")
-            delta_loss = measure(
-                delta_o, loss, results.measured, step, place, sizes.outputs, scale, LOSS, SCALED, False, SAMPLES
+            delta_loss = LOSS(
+                delta_o, loss, results.measured, step, place, sizes.outputs, scale, SCALED, False, SAMPLES
             )
     return Observed(delta_h, delta_loss)
 
@@ -205,7 +203,7 @@ def resident_kernel(
     counters_high: tl.int64,
     NOISE: tl.constexpr,
     CELL: tl.constexpr,  # device function of `cell_triton`
-    LOSS: tl.constexpr,  # device function of `loss_triton`, or None
+    LOSS: tl.constexpr,  # device function of `loss_triton`; None without a loss
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     WIDE: tl.constexpr,

@@ -16,6 +16,7 @@ from anpgpu.dispatch import implementation
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.settings import CELL_FORMS
 
 OPS = ("noise", "rollout", "returns", "adjoint", "rollout_adjoint")
 SHAPES = ((1, 1, 1, 1, 1), (2, 3, 5, 17, 3), (2, 1, 33, 130, 11))
@@ -50,16 +51,16 @@ def run(backend, shape, device):
         for nonlinearity in ("tanh", "relu"):
             state = preact.tanh() if nonlinearity == "tanh" else preact.relu()
             for precision in ("bf16", "fp32"):
-                options = RolloutOptions(rollouts, 1e-3, kind, nonlinearity, precision, store_delta_a=True)
+                options = RolloutOptions(rollouts, 1e-3, kind, CELL_FORMS[nonlinearity], precision, store_delta_a=True)
                 for loss in losses(time, batch, hidden, outputs, device):
                     named = {"options": options, "counters": counters, "delta_h0": start}
                     part = rollout(preact, state, weight_hh, loss, seed, **named)
                     if part.delta_loss is None:
                         continue
                     credit = returns(part.delta_loss, 0.9, carry=part.delta_loss[0])
-                    for method in ("np", "anp"):
-                        rest = {"method": method, "options": options, "counters": counters}
-                        adjoint(credit, part.delta_a if method == "anp" else None, seed, units=hidden, **rest)
+                    for weight_by in ("noise", "activity"):
+                        rest = {"weight_by": weight_by, "options": options, "counters": counters}
+                        adjoint(credit, part.delta_a if weight_by == "activity" else None, seed, units=hidden, **rest)
                         rollout_adjoint(preact, state, weight_hh, loss, seed, **rest, delta_h0=start)
 
 

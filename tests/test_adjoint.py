@@ -1,5 +1,6 @@
 """Returns and the sums over rollouts, against loops and by hand."""
 
+import importlib
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from tolerances import TOLERANCES, assert_close
 from anpgpu.functional import Counters, LinearLoss, adjoint, returns, rollout
 from anpgpu.kernels import adjoint as adjoint_module
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.settings import WEIGHT_BY
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -102,7 +104,7 @@ def test_halves_are_the_even_and_the_odd_rollouts(method, first, rollouts):
     shape, sigma = (3, 2, rollouts, 5), 0.1
     credit, delta_a = draw(*shape[:3]), draw(*shape)
     halves = adjoint_module.adjoint(
-        credit, delta_a if method == "anp" else None, torch.tensor(SEED), method=method, units=5,
+        credit, delta_a if method == "anp" else None, torch.tensor(SEED), weight_by=WEIGHT_BY[method], units=5,
         options=RolloutOptions(rollouts, sigma), counters=Counters(rollout=first),
     )  # fmt: skip
     assert halves.shape == (2, 3, 2, 5)
@@ -189,3 +191,21 @@ def test_activity_based_estimate_points_along_the_gradient():
     truth = true_adjoint(grad, preact, weight_hh)
     found = estimate(5, 8192, "anp", 1.0)
     assert float(torch.nn.functional.cosine_similarity(found.flatten(), truth.flatten(), dim=0)) > 0.9
+
+
+@pytest.mark.parametrize("backend", ["", "_numba", "_cupy", "_triton"])
+def test_an_unknown_weighting_raises(backend):
+    if backend == "_triton":
+        pytest.importorskip("triton", reason="needs Triton")
+    module = importlib.import_module(f"anpgpu.kernels.adjoint{backend}")
+    named = {"units": 5, "options": RolloutOptions(4, 0.1)}
+    credit, seed = draw(3, 2, 4).float(), torch.tensor(SEED)
+    with pytest.raises(ValueError, match="weight_by must be 'noise' or 'activity', got 'anp'"):
+        module.adjoint(credit, draw(3, 2, 4, 5).float(), seed, weight_by="anp", **named)
+    with pytest.raises(ValueError, match="weight_by='activity' needs delta_a, got None"):
+        module.adjoint(credit, None, seed, weight_by="activity", **named)
+    if hasattr(module, "rollout_adjoint"):
+        preact = draw(3, 2, 5).float()
+        arguments = (preact, preact.tanh(), draw(5, 5).float(), LinearLoss(preact), seed)
+        with pytest.raises(ValueError, match="weight_by must be 'noise' or 'activity', got None"):
+            module.rollout_adjoint(*arguments, weight_by=None, options=RolloutOptions(4, 0.1))

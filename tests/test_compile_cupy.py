@@ -22,6 +22,7 @@ import torch
 from anpgpu.kernels import (
     adjoint as adjoint_reference,
     adjoint_cupy,
+    cell_cupy,
     loss_cupy,
     noise as noise_reference,
     noise_cupy,
@@ -31,12 +32,14 @@ from anpgpu.kernels import (
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.settings import CELL_FORMS
 
 pytestmark = pytest.mark.compile
 
 SOURCES = {
     "noise": noise_cupy.NOISE_KERNEL_SOURCE,
     "rollout": rollout_cupy.ROLLOUT_SOURCE,
+    "cell": cell_cupy.CELL_SOURCE,
     "loss": loss_cupy.LOSS_SOURCE,
     "adjoint": adjoint_cupy.ADJOINT_SOURCE,
 }
@@ -140,7 +143,7 @@ def operand(argument):
 
 @pytest.fixture(autouse=True)
 def _cpu_launches(monkeypatch):
-    for module in (noise_cupy, rollout_cupy, loss_cupy, adjoint_cupy):
+    for module in (noise_cupy, rollout_cupy, cell_cupy, loss_cupy, adjoint_cupy):
         monkeypatch.setattr(module, "launch", launch_on_cpu)
     # Memory nobody writes must show.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -258,7 +261,7 @@ def test_rollout(shape, dtype, nonlinearity, loss):
             rollouts=rollouts,
             sigma=sigma,
             noise=kind,
-            nonlinearity=nonlinearity,
+            cell=CELL_FORMS[nonlinearity],
             precision="fp64" if dtype == torch.float64 else "fp32",
             store_delta_a=sigma > 1,
         )
@@ -302,7 +305,7 @@ def test_rollout_keeps_non_finite_values_where_the_reference_does(nonlinearity):
     preact, state, weight_hh, losses, draw = clean_run(3, 2, 5, 3, torch.float64, nonlinearity)
     delta_h0 = draw(2, 3, 5)
     delta_h0[0, 1, 2], delta_h0[1, 0, 3] = float("nan"), 1e300
-    options = RolloutOptions(rollouts=3, sigma=0.1, nonlinearity=nonlinearity, precision="fp64", store_delta_a=True)
+    options = RolloutOptions(rollouts=3, sigma=0.1, cell=CELL_FORMS[nonlinearity], precision="fp64", store_delta_a=True)
     for name in LOSSES:
         arguments, named = (preact, state, weight_hh, losses[name], SEED), {"options": options, "delta_h0": delta_h0}
         actual = rollout_cupy.rollout(*arguments, **named)
@@ -327,16 +330,16 @@ def test_returns(dtype, discount, with_carry):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", ["np", "anp"])
+@pytest.mark.parametrize("weight_by", ["noise", "activity"])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 3, 5), (2, 3, 17, 65), (1, 2, 2, 520)], ids=str)
-def test_adjoint(dtype, method, shape):
+def test_adjoint(dtype, weight_by, shape):
     rollouts, hidden = shape[2:]
     for counters, sigma, kind in zip(COUNTERS, (1e-3, 1e-20, 2.0), ("gaussian", "rademacher", "gaussian"), strict=True):
         delta_a = sigma * torch.randn(shape, dtype=torch.float64).to(dtype)
         credit = torch.randn(shape[:3], dtype=torch.float64).to(dtype)
         options = RolloutOptions(rollouts=rollouts, sigma=sigma, noise=kind)
-        arguments = (credit, strided(delta_a) if method == "anp" else None, SEED)
-        named = {"method": method, "units": hidden, "options": options, "counters": counters}
+        arguments = (credit, strided(delta_a) if weight_by == "activity" else None, SEED)
+        named = {"weight_by": weight_by, "units": hidden, "options": options, "counters": counters}
         expected = adjoint_reference.adjoint(*arguments, **named)
         assert_close(adjoint_cupy.adjoint(*arguments, **named), expected, TOLERANCE[dtype])
 
@@ -348,7 +351,7 @@ def test_adjoint_leaves_out_what_does_not_count():
     delta_a[0, 2, 0, 1], credit[0, 2, 0] = -float("inf"), float("inf")
     delta_a[1, 2, 3] = 0
     options = RolloutOptions(rollouts=4, sigma=1.0)
-    arguments, named = (credit, delta_a, SEED), {"method": "anp", "units": 5, "options": options}
+    arguments, named = (credit, delta_a, SEED), {"weight_by": "activity", "units": 5, "options": options}
     actual = adjoint_cupy.adjoint(*arguments, **named)
     assert torch.isfinite(actual).all()
     assert_close(actual, adjoint_reference.adjoint(*arguments, **named), TOLERANCE[torch.float32])
@@ -357,20 +360,20 @@ def test_adjoint_leaves_out_what_does_not_count():
 def test_adjoint_takes_bfloat16_deviations():
     delta_a, credit = torch.randn(2, 3, 4, 5).bfloat16(), torch.randn(2, 3, 4)
     arguments = (credit, delta_a, SEED)
-    named = {"method": "anp", "units": 5, "options": RolloutOptions(rollouts=4, sigma=1.0)}
+    named = {"weight_by": "activity", "units": 5, "options": RolloutOptions(rollouts=4, sigma=1.0)}
     expected = adjoint_reference.adjoint(*arguments, **named)
     assert_close(adjoint_cupy.adjoint(*arguments, **named), expected, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("method", ["np", "anp"])
+@pytest.mark.parametrize("weight_by", ["noise", "activity"])
 @pytest.mark.parametrize("with_start", [False, True])
-def test_rollout_adjoint(method, with_start):
+def test_rollout_adjoint(weight_by, with_start):
     preact, state, weight_hh, losses, draw = clean_run(4, 2, 5, 3, torch.float64, "tanh")
     options = RolloutOptions(rollouts=3, sigma=1e-2, precision="fp64")
     for name in ("linear", "squared", "cross_entropy"):
         arguments = (preact, state, weight_hh, losses[name], SEED)
         start = draw(2, 3, 5) if with_start else None
-        named = {"method": method, "options": options, "counters": COUNTERS[2], "delta_h0": start}
+        named = {"weight_by": weight_by, "options": options, "counters": COUNTERS[2], "delta_h0": start}
         actual = adjoint_cupy.rollout_adjoint(*arguments, **named)
         for left, right in zip(actual, adjoint_reference.rollout_adjoint(*arguments, **named), strict=True):
             assert_close(left, right, TOLERANCE[torch.float64])

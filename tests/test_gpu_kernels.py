@@ -16,6 +16,7 @@ from anpgpu.dispatch import implementation
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.settings import CELL_FORMS
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +81,7 @@ def setting(time, batch, rollouts, hidden, outputs=10, nonlinearity="tanh", loss
         "outputs": lambda: OutputsOnly(readout),
         "none": lambda: None,
     }[loss]()
-    options = {"sigma": 1e-3, "nonlinearity": nonlinearity, "precision": "fp32", "store_delta_a": True, **options}
+    options = {"sigma": 1e-3, "cell": CELL_FORMS[nonlinearity], "precision": "fp32", "store_delta_a": True, **options}
     return (preact, state, weight_hh, chosen, make_seed()), RolloutOptions(rollouts, **options)
 
 
@@ -189,15 +190,15 @@ def test_returns(discount, with_carry):
         assert relative_error(slow, reference) <= bound("float32")
 
 
-@pytest.mark.parametrize("method", ["np", "anp"])
+@pytest.mark.parametrize("weight_by", ["noise", "activity"])
 @pytest.mark.parametrize("shape", ADJOINT_SHAPES, ids=str)
-def test_adjoint(shape, method):
+def test_adjoint(shape, weight_by):
     for sigma, kind, stored in ((1e-3, "rademacher", torch.bfloat16), (1e-20, "gaussian", torch.float32)):
         credit, delta_a = sigma * randn(*shape[:3]), (sigma * randn(*shape)).to(stored)
         options = RolloutOptions(shape[2], sigma, kind)
         for counters in COUNTERS:
-            named = {"method": method, "units": shape[3], "options": options, "counters": counters}
-            activity = delta_a if method == "anp" else None
+            named = {"weight_by": weight_by, "units": shape[3], "options": options, "counters": counters}
+            activity = delta_a if weight_by == "activity" else None
             fast = implementation("adjoint", "triton")(credit, activity, make_seed(), **named)
             wide = to((credit, activity), dtype=torch.float64)
             slow = implementation("adjoint", "cupy")(*wide, make_seed(), **named)
@@ -211,7 +212,7 @@ def test_adjoint_leaves_out_what_does_not_count():
     credit[0, 0, 3], delta_a[0, 0, 3] = 0, float("nan")
     delta_a[1, 1, 7, 69] = float("inf")
     delta_a[2, 0, 39] = 0
-    named = {"method": "anp", "units": 70, "options": RolloutOptions(40, 1.0)}
+    named = {"weight_by": "activity", "units": 70, "options": RolloutOptions(40, 1.0)}
     fast = implementation("adjoint", "triton")(credit, delta_a, make_seed(), **named)
     slow = implementation("adjoint", "cupy")(*to((credit, delta_a), dtype=torch.float64), make_seed(), **named)
     assert torch.isfinite(fast).all()
@@ -223,19 +224,19 @@ def test_addresses_beyond_32_bits():
     time, rollouts, hidden = 3, 2**20, 1024
     delta_a = torch.empty((time, 1, rollouts, hidden), dtype=torch.bfloat16, device=DEVICE).normal_()
     credit = randn(time, 1, rollouts)
-    named = {"method": "anp", "units": hidden, "options": RolloutOptions(rollouts, 1.0)}
+    named = {"weight_by": "activity", "units": hidden, "options": RolloutOptions(rollouts, 1.0)}
     whole = implementation("adjoint", "triton")(credit, delta_a, make_seed(), **named)
     alone = implementation("adjoint", "triton")(credit[2:], delta_a[2:], make_seed(), **named)
     assert relative_error(whole[:, 2:], alone) <= 1e-4
 
 
-@pytest.mark.parametrize("method", ["np", "anp"])
+@pytest.mark.parametrize("weight_by", ["noise", "activity"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("loss", LOSSES[:3])
-def test_rollout_adjoint(loss, precision, method):
+def test_rollout_adjoint(loss, precision, weight_by):
     for shape in SHAPES:
         arguments, options = setting(*shape, loss=loss, precision=precision)
-        named = {"method": method, "options": options, "counters": COUNTERS[1]}
+        named = {"weight_by": weight_by, "options": options, "counters": COUNTERS[1]}
         narrow = to(arguments, dtype=torch.float32)
         fast = implementation("rollout_adjoint", "triton")(*narrow, **named)
         oracle = implementation("rollout_adjoint", "cupy")(*to(narrow, dtype=torch.float64), **named)
@@ -259,12 +260,18 @@ def ops(precision="bf16"):
         "gaussian": lambda seed: implementation("noise", "triton")(seed, shape, kind="gaussian"),
         "rollout": lambda seed: implementation("rollout", "triton")(*rest, seed, **named),
         "returns": lambda _: implementation("returns", "triton")(credit, 0.9),
-        "np": lambda seed: implementation("adjoint", "triton")(credit, None, seed, method="np", units=130, **named),
-        "np, split": lambda seed: implementation("adjoint", "triton")(few_credit, None, seed, method="np", **few_named),
-        "anp, split": lambda seed: implementation("adjoint", "triton")(
-            few_credit, delta_a, seed, method="anp", **few_named
+        "np": lambda seed: implementation("adjoint", "triton")(
+            credit, None, seed, weight_by="noise", units=130, **named
         ),
-        "rollout_adjoint": lambda seed: implementation("rollout_adjoint", "triton")(*rest, seed, method="anp", **named),
+        "np, split": lambda seed: implementation("adjoint", "triton")(
+            few_credit, None, seed, weight_by="noise", **few_named
+        ),
+        "anp, split": lambda seed: implementation("adjoint", "triton")(
+            few_credit, delta_a, seed, weight_by="activity", **few_named
+        ),
+        "rollout_adjoint": lambda seed: implementation("rollout_adjoint", "triton")(
+            *rest, seed, weight_by="activity", **named
+        ),
     }
 
 
@@ -387,12 +394,12 @@ def test_guard_bands(shape, backend, monkeypatch):
             delta_loss, delta_a = results[0], results[1]
             if loss != "outputs":
                 credit = implementation("returns", backend)(delta_loss, 0.9)
-                for method, activity in (("np", None), ("anp", delta_a)):
+                for weight_by, activity in (("noise", None), ("activity", delta_a)):
                     results += [
                         implementation("adjoint", backend)(
-                            credit, activity, arguments[-1], method=method, units=hidden, **named
+                            credit, activity, arguments[-1], weight_by=weight_by, units=hidden, **named
                         ),
-                        *implementation("rollout_adjoint", backend)(*arguments, method=method, **named),
+                        *implementation("rollout_adjoint", backend)(*arguments, weight_by=weight_by, **named),
                     ]
             results += [implementation("noise", backend)(arguments[-1], shape, kind=kind) for kind in NOISES]
         assert made

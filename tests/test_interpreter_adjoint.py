@@ -47,10 +47,10 @@ def padded(tensor, alignment=8, fill=float("nan")):
     return memory[..., :units]
 
 
-def both(credit, delta_a, method, units, sigma=1.0, noise="rademacher", counters=Counters()):  # noqa: B008
+def both(credit, delta_a, weight_by, units, sigma=1.0, noise="rademacher", counters=Counters()):  # noqa: B008
     """Return the kernel's sums and the reference's."""
     options = RolloutOptions(rollouts=credit.shape[-1], sigma=sigma, noise=noise)
-    named = {"method": method, "units": units, "options": options, "counters": counters}
+    named = {"weight_by": weight_by, "units": units, "options": options, "counters": counters}
     arguments = (credit, delta_a, SEED)
     return adjoint_triton.adjoint(*arguments, **named), reference.adjoint(*arguments, **named)
 
@@ -59,7 +59,7 @@ def both(credit, delta_a, method, units, sigma=1.0, noise="rademacher", counters
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_np(shape, noise, counters):
-    assert_close(*both(draw(*shape[:3]), None, "np", shape[3], sigma=1e-3, noise=noise, counters=counters))
+    assert_close(*both(draw(*shape[:3]), None, "noise", shape[3], sigma=1e-3, noise=noise, counters=counters))
 
 
 @pytest.mark.parametrize("counters", OFFSETS, ids=("origin", "offset"))
@@ -67,7 +67,7 @@ def test_np(shape, noise, counters):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_anp(shape, sigma, counters):
     credit, delta_a = draw(*shape[:3], sigma=sigma), draw(*shape, sigma=sigma)
-    assert_close(*both(credit, delta_a, "anp", shape[3], sigma, counters=counters))
+    assert_close(*both(credit, delta_a, "activity", shape[3], sigma, counters=counters))
 
 
 @pytest.mark.parametrize(
@@ -82,33 +82,33 @@ def test_anp(shape, sigma, counters):
 )
 def test_strides_of_delta_a(rearranged):
     credit, delta_a = draw(3, 2, 5), draw(3, 2, 5, 20)
-    actual, expected = both(credit, rearranged(delta_a), "anp", 20)
+    actual, expected = both(credit, rearranged(delta_a), "activity", 20)
     assert_close(actual, expected)
-    contiguous, _ = both(credit, delta_a, "anp", 20)
+    contiguous, _ = both(credit, delta_a, "activity", 20)
     assert torch.equal(actual, contiguous)
 
 
 def test_strides_of_credit():
     credit = draw(2, 5, 3).permute(2, 0, 1)
-    assert_close(*both(credit, draw(3, 2, 5, 9), "anp", 9))
-    assert_close(*both(credit, None, "np", 9))
+    assert_close(*both(credit, draw(3, 2, 5, 9), "activity", 9))
+    assert_close(*both(credit, None, "noise", 9))
 
 
-@pytest.mark.parametrize("method", ["np", "anp"])
-def test_split_rollouts(method, monkeypatch):
+@pytest.mark.parametrize("weight_by", ["noise", "activity"])
+def test_split_rollouts(weight_by, monkeypatch):
     """Rollouts are split over programs where there are many and little else, and partial sums added."""
     for noise, units in (("gaussian", 5), ("rademacher", 17)):
         rollouts = 300
         assert tiles.activity_launch(1, rollouts, units).splits > 1
         assert tiles.noise_sum_launch(1, rollouts, units, noise).splits > 1
-        credit, delta_a = draw(1, 1, rollouts), draw(1, 1, rollouts, units) if method == "anp" else None
-        split, expected = both(credit, delta_a, method, units, noise=noise, counters=OFFSETS[1])
+        credit, delta_a = draw(1, 1, rollouts), draw(1, 1, rollouts, units) if weight_by == "activity" else None
+        split, expected = both(credit, delta_a, weight_by, units, noise=noise, counters=OFFSETS[1])
         assert_close(split, expected)
-        again, _ = both(credit, delta_a, method, units, noise=noise, counters=OFFSETS[1])
+        again, _ = both(credit, delta_a, weight_by, units, noise=noise, counters=OFFSETS[1])
         assert torch.equal(split, again)
         with monkeypatch.context() as patch:
             patch.setattr(tiles, "WARPS_WANTED", 1)
-            whole, _ = both(credit, delta_a, method, units, noise=noise, counters=OFFSETS[1])
+            whole, _ = both(credit, delta_a, weight_by, units, noise=noise, counters=OFFSETS[1])
         assert_close(split, whole)
 
 
@@ -119,7 +119,7 @@ def test_rows_wider_than_a_tile(monkeypatch):
     credit, delta_a = draw(2, 1, 5), padded(draw(2, 1, 5, 130, sigma=1e-20))
     credit[0, 0, 1], delta_a[0, 0, 1, 3] = 0, float("nan")
     delta_a[1, 0, 2, 129] = float("inf")
-    assert_close(*both(credit, delta_a, "anp", 130, 1e-20, counters=OFFSETS[1]))
+    assert_close(*both(credit, delta_a, "activity", 130, 1e-20, counters=OFFSETS[1]))
 
 
 def test_what_does_not_count_adds_nothing():
@@ -129,20 +129,20 @@ def test_what_does_not_count_adds_nothing():
     delta_a[1, 0, 1, 8] = -float("inf")
     credit[1, 1, 4], delta_a[1, 1, 4, 0] = float("inf"), float("inf")
     delta_a[1, 2, 3] = 0
-    actual, expected = both(credit, delta_a, "anp", 9)
+    actual, expected = both(credit, delta_a, "activity", 9)
     assert torch.isfinite(actual).all()
     assert_close(actual, expected)
     credit[1, 1, 4] = 0
-    cleared, _ = both(credit, torch.where(torch.isfinite(delta_a), delta_a, 0), "anp", 9)
-    changed, _ = both(credit, delta_a, "anp", 9)
+    cleared, _ = both(credit, torch.where(torch.isfinite(delta_a), delta_a, 0), "activity", 9)
+    changed, _ = both(credit, delta_a, "activity", 9)
     assert torch.equal(changed[:, 0], cleared[:, 0])
 
 
 def test_non_finite_credit_shows():
     credit = draw(1, 1, 3)
     credit[0, 0, 1] = float("nan")
-    for method, delta_a in (("np", None), ("anp", draw(1, 1, 3, 5))):
-        actual, expected = both(credit, delta_a, method, 5)
+    for weight_by, delta_a in (("noise", None), ("activity", draw(1, 1, 3, 5))):
+        actual, expected = both(credit, delta_a, weight_by, 5)
         assert torch.equal(actual.isnan(), expected.isnan())
         assert actual[1].isnan().all()
         assert actual[0].isfinite().all()
@@ -150,8 +150,8 @@ def test_non_finite_credit_shows():
 
 def test_empty_shapes():
     for shape in ((0, 2, 3, 5), (2, 0, 3, 5), (2, 1, 0, 5)):
-        for method, delta_a in (("np", None), ("anp", draw(*shape))):
-            actual, expected = both(draw(*shape[:3]), delta_a, method, 5)
+        for weight_by, delta_a in (("noise", None), ("activity", draw(*shape))):
+            actual, expected = both(draw(*shape[:3]), delta_a, weight_by, 5)
             assert actual.shape == expected.shape
             assert not actual.any()
 
@@ -196,12 +196,12 @@ def test_division_depends_on_shapes_alone_and_covers_all():
                     assert noise.splits <= 65535
 
 
-@pytest.mark.parametrize("method", ["np", "anp"])
-def test_rollout_adjoint(method, monkeypatch):
+@pytest.mark.parametrize("weight_by", ["noise", "activity"])
+def test_rollout_adjoint(weight_by, monkeypatch):
     preact, weight_hh, grad = draw(4, 2, 5), draw(5, 5), draw(4, 2, 5)
     options = RolloutOptions(rollouts=3, sigma=1e-2)
     arguments = (preact, preact.tanh(), weight_hh, LinearLoss(grad), SEED)
-    named = {"method": method, "options": options, "counters": OFFSETS[1], "delta_h0": draw(2, 3, 5, sigma=1e-2)}
+    named = {"weight_by": weight_by, "options": options, "counters": OFFSETS[1], "delta_h0": draw(2, 3, 5, sigma=1e-2)}
     named["delta_h0"][1, 2, 0] = float("nan")
     expected = reference.rollout_adjoint(*arguments, **named)
     for stored in (tiles.STORED_BYTES, 1, 700):

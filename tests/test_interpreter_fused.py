@@ -11,6 +11,7 @@ from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.kernels.tiles import fused_launch, rollout_launch
+from anpgpu.settings import CELL_FORMS, WEIGHT_BY
 
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
 rollout_fused_triton = pytest.importorskip("anpgpu.kernels.rollout_fused_triton", reason="needs Triton")
@@ -70,12 +71,14 @@ def tiles_of(arguments, options, product=False):
 
 def run(arguments, start, method, options, product=False, counters=OFFSET):
     launch = tiles_of(arguments, options, product)
-    named = {"method": method, "options": options, "counters": counters, "delta_h0": start}
+    named = {"weight_by": WEIGHT_BY[method], "options": options, "counters": counters, "delta_h0": start}
     return adjoint_triton._fused_adjoint(launch, *arguments, **named)
 
 
 def expected_of(arguments, start, method, options, counters=OFFSET):
-    return reference.rollout_adjoint(*arguments, method=method, options=options, counters=counters, delta_h0=start)
+    return reference.rollout_adjoint(
+        *arguments, weight_by=WEIGHT_BY[method], options=options, counters=counters, delta_h0=start
+    )
 
 
 def assert_close(actual, expected):
@@ -91,7 +94,7 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_the_reference(sizes, kind, nonlinearity, method, product):
     arguments, start = problem(sizes, kind, nonlinearity=nonlinearity)
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity=nonlinearity)
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELL_FORMS[nonlinearity])
     if sizes == SIZES[0] and kind == "cross_entropy":
         arguments[3].probs.fill_(1)
     assert_close(
@@ -133,7 +136,7 @@ def test_a_rollout_that_is_not_finite_adds_nothing(method, product):
     sizes = (3, 2, 9, 4, 5)
     arguments, start = problem(sizes, nonlinearity="relu")
     start[1, 2, 4], start[0, 4, 0] = float("nan"), float("inf")
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity="relu")
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELL_FORMS["relu"])
     expected = expected_of(arguments, start, method, options)
     actual = run(arguments, start, method, options, product)
     assert torch.isfinite(actual[0]).all()
@@ -187,11 +190,11 @@ def test_who_is_fused():
         (70, 5, 1e-2, "fp64", False),
     ):
         preact, options = torch.zeros(2, 1, units), RolloutOptions(rollouts, sigma=sigma, precision=precision)
-        chosen = rollout_fused_triton.preferred_launch(preact, preact[0], loss, "anp", options)
+        chosen = rollout_fused_triton.preferred_launch(preact, preact[0], loss, "activity", options)
         assert (chosen is not None) == fused, (rollouts, units, sigma, precision)
     arguments, start = problem((2, 1, 5, 2, 33))
     options = RolloutOptions(33, sigma=1e-2)
-    named = {"method": "anp", "options": options, "counters": OFFSET, "delta_h0": start}
+    named = {"weight_by": "activity", "options": options, "counters": OFFSET, "delta_h0": start}
     for left, right in zip(
         adjoint_triton.rollout_adjoint(*arguments, **named), run(arguments, start, "anp", options), strict=True
     ):

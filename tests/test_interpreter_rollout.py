@@ -7,14 +7,21 @@ import torch
 from tolerances import TOLERANCES, relative_error
 
 from anpgpu.kernels import rollout as reference
+from anpgpu.kernels.cell import TANH
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss, loss_of_steps
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.kernels.tiles import INTERPRETED
+from anpgpu.settings import CELL_FORMS
 
 rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton", reason="needs Triton")
 rollout_resident_triton = pytest.importorskip("anpgpu.kernels.rollout_resident_triton", reason="needs Triton")
 rollout_stepwise_triton = pytest.importorskip("anpgpu.kernels.rollout_stepwise_triton", reason="needs Triton")
+
+cell_triton = pytest.importorskip("anpgpu.kernels.cell_triton", reason="needs Triton")
+loss_triton = pytest.importorskip("anpgpu.kernels.loss_triton", reason="needs Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
+tl = pytest.importorskip("triton.language", reason="needs Triton")
 
 pytestmark = pytest.mark.interpreter
 
@@ -95,7 +102,7 @@ def assert_close(actual, expected, bound=TOLERANCES["float32"].bound):
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_reference(form, sizes, kind, nonlinearity):
     arguments = problem(sizes, kind, nonlinearity=nonlinearity)
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity=nonlinearity, store_delta_a=True)
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELL_FORMS[nonlinearity], store_delta_a=True)
     assert_close(run(form, arguments, options), oracle(arguments, options))
 
 
@@ -166,7 +173,7 @@ def test_saturated_units_and_large_deviations_stay_finite(form, nonlinearity):
     preact[..., :2], preact[..., 2:4] = 60.0, -60.0
     hidden = preact.tanh() if nonlinearity == "tanh" else preact.relu()
     for precision in ("fp32", "tf32"):
-        options = RolloutOptions(sizes[-1], sigma=1e-3, nonlinearity=nonlinearity, precision=precision)
+        options = RolloutOptions(sizes[-1], sigma=1e-3, cell=CELL_FORMS[nonlinearity], precision=precision)
         wild = (preact, hidden, weight, loss, torch.full_like(start, 1e4))
         assert all(part.isfinite().all() for part in run(form, wild, options) if part is not None)
 
@@ -297,12 +304,63 @@ def test_a_rollout_that_is_not_finite_stays_alone():
     sizes = (3, 2, 9, 4, 5)
     preact, hidden, weight, loss, start = problem(sizes, nonlinearity="relu")
     start[1, 2, 4] = float("nan")
-    options = RolloutOptions(sizes[-1], sigma=1e-2, nonlinearity="relu")
+    options = RolloutOptions(sizes[-1], sigma=1e-2, cell=CELL_FORMS["relu"])
     for form in FORMS:
         delta_loss = run(form, (preact, hidden, weight, loss, start), options).delta_loss
         bad = torch.zeros_like(delta_loss, dtype=torch.bool)
         bad[:, 1, 2] = True
         assert torch.equal(delta_loss.isnan(), bad)
+
+
+def test_a_cell_is_a_function_of_the_kernels(monkeypatch):
+    """A cell that is registered in one place runs in both forms."""
+
+    @triton.jit
+    def leaky_deviation(
+        delta_a, first, second, factor,
+        SCALED: tl.constexpr, FAST: tl.constexpr, ACCURATE: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
+        slope = tl.where(first > 0, 1.0, 0.5)
+        return tl.where((first + delta_a > 0) == (first > 0), slope * delta_a, 0.0) * factor
+
+    def clean_rows(preact, hidden, wide, quotient):
+        return preact, None
+
+    monkeypatch.setitem(cell_triton.CELLS, "leaky_deviation", cell_triton.CellForm(leaky_deviation, clean_rows))
+    sizes = (3, 2, 9, 4, 5)
+    preact, hidden, weight, _, start = problem(sizes)
+    options = RolloutOptions(
+        sizes[-1], sigma=1e-2, cell=TANH._replace(name="leaky", triton="leaky_deviation"), store_delta_a=True
+    )
+    for form in FORMS:
+        result = run(form, (preact, hidden, weight, None, start), options)
+        clean = preact[-1].float().unsqueeze(1)
+        moved = clean + result.delta_a[-1]
+        kept = (moved > 0) == (clean > 0)
+        expected = torch.where(kept, torch.where(clean > 0, 1.0, 0.5) * result.delta_a[-1], 0)
+        assert relative_error(result.delta_h, expected) <= TOLERANCES["float32"].bound
+
+
+def test_unknown_names_raise():
+    arguments = problem((2, 1, 3, 2, 4))
+    options = RolloutOptions(4, 1e-2)
+    cell = TANH._replace(name="gru", triton=None)
+    with pytest.raises(ValueError, match="cell 'gru' has no form on backend 'triton', only on torch, numba, cupy"):
+        run("auto", arguments, options._replace(cell=cell))
+    with pytest.raises(ValueError, match=r"no cell 'gru_deviation', only \['relu_deviation', 'tanh_deviation'\]"):
+        run("auto", arguments, options._replace(cell=TANH._replace(triton="gru_deviation")))
+    with pytest.raises(ValueError, match="form 'persistent' is none of 'auto', 'resident', 'stepwise'"):
+        run("persistent", arguments, options)
+    with pytest.raises(TypeError, match="loss must be a LinearLoss"):
+        loss_triton.loss_arguments((1,))
+
+    class HuberLoss(LinearLoss):
+        @property
+        def kind(self):
+            return "huber"
+
+    with pytest.raises(ValueError, match="no loss of kind 'huber', only"):
+        loss_triton.loss_arguments(HuberLoss(arguments[0]))
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 1, 4), (2, 0, 3, 1, 4), (2, 2, 3, 1, 0)], ids=str)

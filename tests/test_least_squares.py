@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import anpgpu
+from anpgpu.kernels.least_squares import BLOCK_BYTES, LeastSquares, _cholesky
 from anpgpu.kernels.noise import Counters, noise
 from anpgpu.kernels.rollout import RolloutOptions
-from anpgpu.least_squares import BLOCK_BYTES, LeastSquares, _cholesky, least_squares
+from anpgpu.least_squares import least_squares
 
 
 def copy_task(time: int, batch: int, delay: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

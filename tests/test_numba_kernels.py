@@ -19,18 +19,20 @@ from anpgpu import dispatch
 from anpgpu.kernels import (
     adjoint as reference_adjoint,
     adjoint_numba,
+    cell_numba,
+    compile_numba,
     least_squares_numba,
     loss as reference_loss,
     noise as reference_noise,
     noise_numba,
     rollout as reference_rollout,
     rollout_numba,
-    threads_numba,
 )
 from anpgpu.kernels.least_squares import Deflation, deflate as deflate_in_torch
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import COUNTER_LIMITS, Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.settings import CELL_FORMS
 
 SEED = torch.tensor(-0x1234567890ABCDEF)
 SHAPES = [(4, 2, 3, 1), (7, 3, 5, 6), (2, 1, 3, 65), (5, 2, 33, 100), (3, 4, 2, 496)]
@@ -131,7 +133,7 @@ def test_rollout_is_as_good_as_the_reference(shape, loss, nonlinearity, product)
     for sigma in (1e-6, 1e-3, 0.1, 3.0):
         start = sigma * draw(shape[1], shape[2], shape[3], seed=10).float().double()
         for kind, store, first in (("rademacher", True, None), ("gaussian", False, start)):
-            options = RolloutOptions(shape[2], sigma, kind, nonlinearity, "fp32", store)
+            options = RolloutOptions(shape[2], sigma, kind, CELL_FORMS[nonlinearity], "fp32", store)
             named = {"options": options, "counters": WHERE}
             exact = reference_rollout.rollout(*clean, measured, SEED, **named, delta_h0=first)
             arguments = (*map(narrowed, clean), narrowed(measured), SEED)
@@ -195,7 +197,7 @@ def test_saturated_units_and_large_deviations(product):
 def test_the_fraction_is_tanh_to_float32s_rounding():
     x = np.linspace(-0.5, 0.5, 200_001, dtype=np.float32).reshape(1, -1)
     found, flat = np.empty_like(x), np.ones((1, *x.shape), np.float32)
-    large = rollout_numba._tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1])
+    large = cell_numba._tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1])
     expected = np.tanh(x.astype(np.float64))
     assert large == 0
     assert np.abs(found - expected).max() < 2**-23
@@ -203,14 +205,14 @@ def test_the_fraction_is_tanh_to_float32s_rounding():
     # One more unit at a time is counted, whichever is too large or not a number.
     for wild in (0.51, -0.51, math.inf, -math.inf, math.nan):
         x[0, 77] = wild
-        assert rollout_numba._tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1]) == 1
+        assert cell_numba._tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1]) == 1
 
 
 def test_tanh_of_anything():
     inputs = [*np.linspace(-12, 12, 20_001), 1e-30, 1e30, math.inf, -math.inf]
-    found = np.array([rollout_numba._tanh(np.float32(one)) for one in inputs])
+    found = np.array([cell_numba._tanh(np.float32(one)) for one in inputs])
     assert np.abs(found - np.tanh(np.array(inputs, np.float32).astype(np.float64))).max() < 2**-22
-    assert math.isnan(rollout_numba._tanh(np.float32(math.nan)))
+    assert math.isnan(cell_numba._tanh(np.float32(math.nan)))
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
@@ -220,7 +222,7 @@ def test_what_is_not_finite_stays_with_its_rollout(wild, nonlinearity, product):
     clean, measured = [narrowed(one) for one in network(shape, nonlinearity)], narrowed(losses(shape)["linear"])
     start = torch.zeros(2, 4, 40)
     start[1, 2, 7] = wild
-    options = RolloutOptions(4, 1e-3, nonlinearity=nonlinearity, store_delta_a=True)
+    options = RolloutOptions(4, 1e-3, cell=CELL_FORMS[nonlinearity], store_delta_a=True)
     found = rollout_numba.rollout(*clean, measured, SEED, options=options, delta_h0=start)
     expected = reference_rollout.rollout(*clean, measured, SEED, options=options, delta_h0=start)
     for mine, other in ((found.delta_a, expected.delta_a), (found.delta_loss, expected.delta_loss)):
@@ -232,10 +234,10 @@ def test_what_is_not_finite_stays_with_its_rollout(wild, nonlinearity, product):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7), (9, 1, 33, 64), (2, 3, 70, 500)], ids=str)
-@pytest.mark.parametrize("method", ["np", "anp"])
+@pytest.mark.parametrize("weight_by", ["noise", "activity"])
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("sigma", [1e-20, 1e-3, 1e15])
-def test_adjoint_is_the_references(shape, method, kind, sigma):
+def test_adjoint_is_the_references(shape, weight_by, kind, sigma):
     time, batch, rollouts, units = shape
     credit = (sigma * draw(time, batch, rollouts)).float()
     credit[0, 0, 0] = 0
@@ -245,8 +247,13 @@ def test_adjoint_is_the_references(shape, method, kind, sigma):
         room[1:, :, 1] = 0
     # A part of something larger, whose rows are padded; and the same without a gap.
     for delta_a in (room[1:, ..., :units], room[1:, ..., :units].contiguous()):
-        named = {"method": method, "units": units, "counters": WHERE, "options": RolloutOptions(rollouts, sigma, kind)}
-        activity = None if method == "np" else delta_a
+        named = {
+            "weight_by": weight_by,
+            "units": units,
+            "counters": WHERE,
+            "options": RolloutOptions(rollouts, sigma, kind),
+        }
+        activity = None if weight_by == "noise" else delta_a
         exact = reference_adjoint.adjoint(
             credit.double(), None if activity is None else activity.double(), SEED, **named
         )
@@ -257,7 +264,7 @@ def test_adjoint_is_the_references(shape, method, kind, sigma):
 
 def test_adjoint_takes_any_strides():
     credit, delta_a = draw(4, 3, 6).float(), draw(6, 20, 3, 4, seed=2).float().permute(3, 2, 0, 1)
-    named = {"method": "anp", "units": 20, "options": RolloutOptions(6, 1.0)}
+    named = {"weight_by": "activity", "units": 20, "options": RolloutOptions(6, 1.0)}
     found = adjoint_numba.adjoint(credit, delta_a, SEED, **named)
     assert torch.equal(found, adjoint_numba.adjoint(credit, delta_a.contiguous(), SEED, **named))
     assert_close(found, reference_adjoint.adjoint(credit.double(), delta_a.double(), SEED, **named), "float32")
@@ -316,8 +323,10 @@ def test_threads_change_nothing(product):
         credit = adjoint_numba.returns(part.delta_loss, 0.9)
         named = {"units": 70, "options": options}
         sums = [
-            adjoint_numba.adjoint(credit, part.delta_a if method == "anp" else None, SEED, method=method, **named)
-            for method in ("np", "anp")
+            adjoint_numba.adjoint(
+                credit, part.delta_a if weight_by == "activity" else None, SEED, weight_by=weight_by, **named
+            )
+            for weight_by in ("noise", "activity")
         ]
         return [part.delta_a, part.delta_h, noise_numba.noise(SEED, shape), credit, *sums]
 
@@ -335,7 +344,7 @@ def test_threads_change_nothing(product):
     for one, other in zip(alone, together, strict=True):
         assert_close(one, other, "float32")
     assert torch.equal(
-        adjoint_numba.adjoint(alone[3], alone[0], SEED, method="anp", units=70, options=options), alone[5]
+        adjoint_numba.adjoint(alone[3], alone[0], SEED, weight_by="activity", units=70, options=options), alone[5]
     )
 
 
@@ -411,8 +420,22 @@ def test_without_a_folder_for_compiled_code_it_is_compiled_anew(monkeypatch):
             values[place] = place
 
     values = np.zeros(5)
-    threads_numba.kernel(fill)(values)
+    compile_numba.kernel(fill)(values)
     assert values.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_change_in_any_file_of_a_kernel_is_seen(tmp_path):
+    version = compile_numba.sources_version.__wrapped__
+    for name in ("cell.py", "cell_numba.py", "rollout_numba.py", "cell_triton.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    before = version(tmp_path)
+    assert version(tmp_path) == before
+    (tmp_path / "cell_triton.py").write_text("x = 2\n")
+    assert version(tmp_path) == before
+    for name in ("cell.py", "cell_numba.py"):
+        (tmp_path / name).write_text("x = 2\n")
+        assert version(tmp_path) != before
+        before = version(tmp_path)
 
 
 ESTIMATE = """

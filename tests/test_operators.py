@@ -96,9 +96,9 @@ SAMPLES = {
         lambda: (randn(T, B, P), randn(B, P), 0.0, "auto"),
     ],
     "adjoint": [
-        lambda: (randn(T, B, P), randn(T, B, P, H), torch.tensor(3), "anp", H, 1e-3, "rademacher", "fp32",
+        lambda: (randn(T, B, P), randn(T, B, P, H), torch.tensor(3), "activity", H, 1e-3, "rademacher", "fp32",
                  list(Counters()), "auto"),
-        lambda: (randn(T, B, P), None, torch.tensor(3), "np", H, 1e-3, "gaussian", "fp32", list(Counters()), "auto"),
+        lambda: (randn(T, B, P), None, torch.tensor(3), "noise", H, 1e-3, "gaussian", "fp32", list(Counters()), "auto"),
     ],
     "rnn": [
         rnn_arguments,

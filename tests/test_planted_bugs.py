@@ -77,7 +77,7 @@ BUGS = {
     ),
     "bias gradient dropped": Bug("layers.py", "self.bias += adjoint.sum((1, 2))", "self.bias += 0", NP_BACKWARD),
     "recurrent matrix transposed": Bug(
-        "kernels/rollout.py",
+        "kernels/product.py",
         "self._rounded(weight_hh).t()",
         "self._rounded(weight_hh)",
         "test_rollout.py::test_two_units_by_hand[torch]",
@@ -107,7 +107,7 @@ BUGS = {
         "test_numba_kernels.py::test_rollout_is_as_good_as_the_reference[own products-tanh-none-(7, 3, 5, 6)]",
     ),
     "compiled: a NaN passes for a small deviation": Bug(
-        "kernels/rollout_numba.py",
+        "kernels/cell_numba.py",
         "large += _F(0) if abs(x) <= _BOUND else _F(1)",
         "large += _F(1) if abs(x) > _BOUND else _F(0)",
         "test_numba_kernels.py::test_the_fraction_is_tanh_to_float32s_rounding",
@@ -116,7 +116,7 @@ BUGS = {
         "kernels/adjoint_numba.py",
         "_add_row(sums, (first + rollout) % 2,",
         "_add_row(sums, rollout % 2,",
-        "test_numba_kernels.py::test_adjoint_is_the_references[0.001-rademacher-anp-(3, 2, 5, 7)]",
+        "test_numba_kernels.py::test_adjoint_is_the_references[0.001-rademacher-activity-(3, 2, 5, 7)]",
     ),
     "compiled: the last step's return without what follows": Bug(
         "kernels/adjoint_numba.py",

@@ -12,7 +12,7 @@ from torch import nn
 
 import anpgpu
 from anpgpu import Perturbation
-from anpgpu.kernels import rollout as rollout_module
+from anpgpu.kernels import scratch
 
 ROOT = Path(anpgpu.__file__).resolve().parent.parent
 METHODS = ("anp", "np", "anp-ls", "wp")
@@ -264,7 +264,7 @@ def poisoned(monkeypatch):
         # All bits set is NaN: whoever still looks at memory given back, or reuses it unwritten, finds that.
         if delta_a is not None:
             delta_a.untyped_storage().fill_(255)
-        rollout_module.give_back(delta_a)
+        scratch.give_back(delta_a)
 
     monkeypatch.setattr("anpgpu.sweep.give_back", give_back)
 

@@ -1,0 +1,140 @@
+"""Cells: the change of a state that a change of its pre-activations makes, computed without cancellation.
+
+    delta_h = phi(a + delta_a) - phi(a)                 exact for any size of delta_a
+      tanh:  th (1 - h^2) / (1 + h th), th = tanh(delta_a);  the plain difference where |delta_a| > 0.5
+      relu:  max(delta_a + min(a, 0), -max(a, 0))
+
+`CellForms` says which form of a cell each backend runs. Derived here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+CLEAN_BYTES = 1 << 19
+"""Clean activity that is worked on at once."""
+
+SLOPE_FLOOR = 1e-30
+"""Slope of tanh below which a unit counts as flat: its deviation is then below the smallest normal float32."""
+
+PLAIN_DIFFERENCE_ABOVE = 0.5
+"""|delta_a| from which tanh(a + delta_a) - tanh(a) loses less than two bits, and the quotient form nears 0 / 0."""
+
+
+class Deviation(Protocol):
+    """A cell around a clean run, whose pre-activations and states, (T, B, H), it was made from."""
+
+    def step(self, step: int, delta_a: Tensor, before: Tensor | None, scratch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return delta_h of a step, (B, P, H).
+
+        Args:
+            step: number of the step in the clean run.
+            delta_a: deviation of its pre-activations, (B, P, H).
+            before: deviation of the state before the step, (B, P, H); None is zero. It may lie in `scratch[0]`: a cell
+                that needs it reads it before it writes the result.
+            scratch: two tensors, (B, P, H), to be overwritten; the result is the first.
+        """
+
+
+class CellForms(NamedTuple):
+    """A cell as each backend runs it; None where a backend has no form of it."""
+
+    name: str
+    torch: Callable[[Tensor, Tensor], Deviation]
+    """Class of the deviation around clean pre-activations and states, (T, B, H)."""
+    numba: int | None
+    """Branch of `cell_numba`: a function as an argument would keep Numba from storing kernels on the disk."""
+    triton: str | None
+    """Name of the device function in `cell_triton`."""
+    cupy: str | None
+    """Name of the kernel in `cell_cupy`."""
+
+    def backends(self) -> tuple[str, ...]:
+        """Return the backends that have a form of the cell."""
+        return tuple(backend for backend, form in self._asdict().items() if backend != "name" and form is not None)
+
+    def on(self, backend: str) -> Any:
+        """Return the form of the cell on a backend.
+
+        Raises:
+            ValueError: the backend has none.
+        """
+        if backend not in self.backends():
+            raise ValueError(
+                f"cell {self.name!r} has no form on backend {backend!r}, only on {', '.join(self.backends())}"
+            )
+        return getattr(self, backend)
+
+
+def quotient_rows(preact: Tensor, hidden: Tensor, floor: float = SLOPE_FLOOR) -> tuple[Tensor, Tensor]:
+    """Return 1 / s and h / s, (T, B, H), s = 1 - h^2: th (1 - h^2) / (1 + h th) = th / (1 / s + th h / s).
+
+    This form takes one pass less over the rollouts. The slope is computed from a: in float32 the h of a saturated unit
+    holds nothing of it but rounding. `floor`: the least slope, which keeps its inverse finite.
+    """
+    inverse, ratio = torch.empty_like(preact), torch.empty_like(preact)
+    # On a CPU a few steps at a time, so that the passes find them in the cache.
+    step_bytes = max(1, preact[:1].numel() * preact.itemsize)
+    length = max(1, len(preact) if preact.is_cuda else CLEAN_BYTES // step_bytes)
+    for start in range(0, len(preact), length):
+        steps = slice(start, start + length)
+        tail = torch.abs(preact[steps], out=inverse[steps]).mul_(-2).exp_()
+        # 1 / s = (1 + tail)^2 / (4 tail)
+        torch.div((1 + tail).square_(), tail, out=tail).mul_(0.25).clamp_(max=1 / floor)
+        torch.mul(hidden[steps], tail, out=ratio[steps])
+    return inverse, ratio
+
+
+class TanhDeviation:
+    """tanh(a + delta_a) - tanh(a) around clean pre-activations, (T, B, H)."""
+
+    def __init__(self, preact: Tensor, hidden: Tensor) -> None:
+        self.preact = preact
+        rows = (tensor.unsqueeze(2).unbind(0) for tensor in quotient_rows(preact, hidden))
+        self.rows = list(zip(*rows, strict=True))
+
+    def step(self, step: int, delta_a: Tensor, before: Tensor | None, scratch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return delta_h of a step, (B, P, H), in the first scratch tensor; see `Deviation`."""
+        (result, denominator), (inverse, ratio) = scratch, self.rows[step]
+        torch.tanh(delta_a, out=result)
+        torch.addcmul(inverse, ratio, result, out=denominator)
+        result.div_(denominator)
+        if delta_a.is_cuda or not _all_below(delta_a, PLAIN_DIFFERENCE_ABOVE):
+            preact = self.preact[step].unsqueeze(1)
+            plain = torch.tanh(preact + delta_a).sub_(torch.tanh(preact))
+            result.copy_(torch.where(delta_a.abs() > PLAIN_DIFFERENCE_ABOVE, plain, result))
+        return result
+
+
+def _all_below(values: Tensor, bound: float) -> bool:
+    """Say whether every |value| is at most `bound`; no where one is NaN, which hides how large the others are."""
+    # The norm of every row takes one pass, and usually decides.
+    if not values.numel() or bool(torch.linalg.vector_norm(values, dim=-1).amax() <= bound):
+        return True
+    return bool(values.amax() <= bound) and bool(values.amin() >= -bound)
+
+
+def limit_rows(preact: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return min(a, 0) and -max(a, 0), (T, B, H), between which relu's deviation lies."""
+    return preact.clamp(max=0), -hidden
+
+
+class ReluDeviation:
+    """relu(a + delta_a) - relu(a) around clean pre-activations, (T, B, H)."""
+
+    def __init__(self, preact: Tensor, hidden: Tensor) -> None:
+        self.below, self.above = limit_rows(preact, hidden)
+
+    def step(self, step: int, delta_a: Tensor, before: Tensor | None, scratch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return delta_h of a step, (B, P, H), in the first scratch tensor; see `Deviation`."""
+        result, _ = scratch
+        torch.add(delta_a, self.below[step].unsqueeze(1), out=result)
+        return torch.maximum(result, self.above[step].unsqueeze(1), out=result)
+
+
+TANH = CellForms("tanh", TanhDeviation, numba=0, triton="tanh_deviation", cupy="tanh_deviation")
+RELU = CellForms("relu", ReluDeviation, numba=1, triton="relu_deviation", cupy="relu_deviation")
