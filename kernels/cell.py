@@ -47,7 +47,7 @@ class CellForms(NamedTuple):
     torch: Callable[[Tensor, Tensor], Deviation]
     """Class of the deviation around clean pre-activations and states, (T, B, H)."""
     numba: int | None
-    """Branch of `cell_numba`: a function as an argument would keep Numba from storing kernels on the disk."""
+    """Branch of `rollout_numba`: a function as an argument would keep Numba from storing kernels on the disk."""
     triton: str | None
     """Name of the device function in `cell_triton`."""
     cupy: str | None

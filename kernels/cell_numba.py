@@ -1,4 +1,4 @@
-"""Cells inside a compiled step: delta_h of one rollout from its delta_a.
+"""Cells inside a compiled step: delta_h of one rollout from its delta_a, (B P, H or more), into a row of (B P, H).
 
 For tanh, with x = delta_a and s = 1 - h^2,
 
@@ -23,54 +23,22 @@ _F = np.float32
 _BOUND = _F(PLAIN_DIFFERENCE_ABOVE)
 _SATURATED = _F(9.5)
 
-_TANH, _RELU = TANH.numba, RELU.numba
-_CLEAN_ROWS = {_TANH: quotient_rows, _RELU: limit_rows}
+TANH_BRANCH, RELU_BRANCH = TANH.numba, RELU.numba
+_CLEAN_ROWS = {TANH_BRANCH: quotient_rows, RELU_BRANCH: limit_rows}
 
 
 def clean_rows(cell: CellForms, preact: Tensor, hidden: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
-    """Return the cell's branch of `deviation_row`, and what that takes of the clean run: two tensors, (T, B, H).
+    """Return the cell's branch in `rollout_numba`, and what that takes of the clean run: two tensors, (T, B, H).
 
     Raises:
         ValueError: the cell has no branch here.
     """
     branch: int = cell.on("numba")
     if branch not in _CLEAN_ROWS:
-        raise ValueError(f"cell {cell.name!r} asks for branch {branch!r} of cell_numba, which has {list(_CLEAN_ROWS)}")
+        raise ValueError(
+            f"cell {cell.name!r} asks for branch {branch!r} of backend 'numba', which has {list(_CLEAN_ROWS)}"
+        )
     return branch, _CLEAN_ROWS[branch](preact, hidden)
-
-
-@inlined
-def deviation_row(
-    branch: Any,
-    moved: Any,
-    row: Any,
-    delta_h: Any,
-    first: Any,
-    second: Any,
-    preact: Any,
-    step: Any,
-    sample: Any,
-    units: Any,
-) -> None:
-    """Write delta_h of one rollout.
-
-    Args:
-        branch: which cell.
-        moved: delta_a in the first H columns, (B P, H or more).
-        row: the rollout's row in `moved` and `delta_h`.
-        delta_h: written, (B P, H).
-        first: the first of the cell's `clean_rows`.
-        second: the second.
-        preact: a, (T, B, H).
-        step: number of the step.
-        sample: the rollout's sample.
-        units: H.
-    """
-    if branch == _TANH:
-        if _tanh_row(moved, row, delta_h, first, second, step, sample, units):
-            _plain_row(moved, row, delta_h, preact, step, sample, units)
-    elif branch == _RELU:
-        _relu_row(moved, row, delta_h, first, second, step, sample, units)
 
 
 @inlined
@@ -87,7 +55,7 @@ def _tanh(x: Any) -> Any:
 
 
 @summing
-def _tanh_row(moved: Any, row: Any, delta_h: Any, inverse: Any, ratio: Any, step: Any, sample: Any, units: Any) -> Any:
+def tanh_row(moved: Any, row: Any, delta_h: Any, inverse: Any, ratio: Any, step: Any, sample: Any, units: Any) -> Any:
     """Write delta_h by the quotient; return how many units it does not hold for."""
     large = _F(0)
     for unit in range(units):
@@ -102,7 +70,7 @@ def _tanh_row(moved: Any, row: Any, delta_h: Any, inverse: Any, ratio: Any, step
 
 
 @inlined
-def _plain_row(moved: Any, row: Any, delta_h: Any, preact: Any, step: Any, sample: Any, units: Any) -> None:
+def plain_row(moved: Any, row: Any, delta_h: Any, preact: Any, step: Any, sample: Any, units: Any) -> None:
     """Write the plain difference where the quotient does not hold."""
     for unit in range(units):
         x, a = moved[row, unit], preact[step, sample, unit]
@@ -111,7 +79,8 @@ def _plain_row(moved: Any, row: Any, delta_h: Any, preact: Any, step: Any, sampl
 
 
 @inlined
-def _relu_row(moved: Any, row: Any, delta_h: Any, below: Any, above: Any, step: Any, sample: Any, units: Any) -> None:
+def relu_row(moved: Any, row: Any, delta_h: Any, below: Any, above: Any, step: Any, sample: Any, units: Any) -> None:
+    """Write delta_h of a rectified rollout."""
     for unit in range(units):
         raised, least = moved[row, unit] + below[step, sample, unit], above[step, sample, unit]
         # Written so that a NaN stays one.

@@ -73,5 +73,5 @@ def test_a_backend_without_a_form_of_the_cell_raises(backend):
 
 def test_a_branch_that_numba_does_not_have_raises():
     form = importlib.import_module("anpgpu.kernels.rollout_numba").rollout
-    with pytest.raises(ValueError, match=r"cell 'leaky' asks for branch 7 of cell_numba, which has \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"cell 'leaky' asks for branch 7 of backend 'numba', which has \[0, 1\]"):
         form(*arguments(), options=RolloutOptions(P, 1e-2, cell=LEAKY._replace(numba=7)))
