@@ -4,15 +4,15 @@ Contract and equations: `adjoint.py`. Everything accumulates in float32 and in a
 samples are too few to fill a GPU, the rollouts are split over programs as well; each split leaves partial sums and a
 second pass adds them in order. The number of splits follows from the shapes alone: no result depends on the device.
 
-Which number a thread owns decides the cost. With stored activity, a tile of rows is loaded, its norms are taken and the
-rows are added to a tile of sums, all in registers; rollouts meet only once, at the end. With regenerated noise a thread
-owns the 128 signs (or 4 Gaussians) of one Philox call and goes through the rollouts one by one: no two threads meet.
+The cost depends on what a thread owns. Of stored activity, a tile of rows is loaded, its norms are computed and the
+rows are added to a tile of sums, all in registers; rollouts are added to each other only once, at the end. Of
+regenerated noise, a thread owns the 128 signs (or 4 Gaussians) of one Philox call and goes through the rollouts one by
+one: threads exchange nothing.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,82 +20,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .adjoint import by_activity, weighted_activity
-from .fused_triton import added, fused_rollouts, preferred_launch
+from .launch_triton import cell_of
 from .loss import Loss, loss_of_steps
 from .noise import UNITS_PER_GROUP, Counters
 from .noise_triton import counter_words, noise_tile, unpack_counters
 from .rollout import RolloutOptions
+from .rollout_fused_triton import added, fused_rollouts, preferred_launch
 from .rollout_triton import rollout
-from .tiles import INTERPRETED, RolloutLaunch
-
-STORED_BYTES = 1 << 28
-"""Activity, or partial sums, that `rollout_adjoint` keeps at a time."""
-
-RETURNS_BLOCK = 128
-WARPS_WANTED = 2112
-"""Warps that keep a large GPU busy: sixteen for each of 132 multiprocessors."""
-
-WARP_ELEMENTS = 2048
-"""Tile elements of a warp: 64 sums for each thread leave room for as many loaded values."""
+from .tiles import (
+    INTERPRETED,
+    RETURNS_BLOCK,
+    RolloutLaunch,
+    activity_launch,
+    fused_steps,
+    noise_sum_launch,
+    stored_steps,
+)
 
 STRIDES = ("stride_step", "stride_sample", "stride_rollout")
-
-WIDEST_TILE = 8192
-"""Hidden units up to which a row fits a tile; wider rows are read twice, once for their norm."""
-
-
-@dataclass(frozen=True)
-class ActivityLaunch:
-    """How the sum over stored activity is divided."""
-
-    block_rollouts: int
-    block_units: int
-    unit_blocks: int
-    warps: int
-    splits: int
-    blocks: int
-    """Rollout blocks of one split."""
-
-
-def activity_launch(rows: int, rollouts: int, units: int) -> ActivityLaunch:
-    """Return the division for `rows` pairs of time step and sample."""
-    block_units = min(triton.next_power_of_2(units), WIDEST_TILE)
-    # Even, so that a tile's row has the same parity in every block.
-    block_rollouts = min(max(WARP_ELEMENTS // block_units, 2), 32)
-    unit_blocks = triton.cdiv(units, block_units)
-    warps = max(block_rollouts * block_units // WARP_ELEMENTS, 1)
-    all_blocks = triton.cdiv(rollouts, block_rollouts)
-    splits, blocks = _split(all_blocks, rows * unit_blocks * warps, at_least=4)
-    return ActivityLaunch(block_rollouts, block_units, unit_blocks, warps, splits, blocks)
-
-
-@dataclass(frozen=True)
-class NoiseSumLaunch:
-    """How the sum over regenerated noise is divided."""
-
-    column_units: int
-    """Units of one thread: those that one Philox call serves, less what lies beyond the last unit for certain."""
-    lanes: int
-    programs: int
-    splits: int
-    pairs: int
-    """Pairs of rollouts, one even and one odd, of one split."""
-
-
-def noise_sum_launch(rows: int, rollouts: int, units: int, kind: str) -> NoiseSumLaunch:
-    """Return the division for `rows` pairs of time step and sample; a program is one warp."""
-    column_units = 4 if kind == "gaussian" else 32 * min(triton.next_power_of_2(triton.cdiv(units, 128)), 4)
-    columns = rows * 4 * triton.cdiv(units, UNITS_PER_GROUP[kind])
-    programs = triton.cdiv(columns, 32)
-    splits, pairs = _split(triton.cdiv(rollouts, 2), 2 * programs, at_least=8)
-    return NoiseSumLaunch(column_units, 32, programs, splits, pairs)
-
-
-def _split(items: int, warps: int, *, at_least: int) -> tuple[int, int]:
-    """Return (splits, items of each) so that there are warps enough and every split has its share of work."""
-    splits = max(1, min(WARPS_WANTED // warps, items // at_least))
-    each = triton.cdiv(items, splits)
-    return triton.cdiv(items, each), each
 
 
 @triton.jit(do_not_specialize=["time", "columns", "discount"])
@@ -118,19 +60,19 @@ def _returns_kernel(
     # Four steps at a time: their loads are in flight together.
     for back in range(0, time, 4):
         step = time - 1 - back
-        here = tl.cast(step, tl.int64) * columns + column
-        own = tl.load(delta_loss_ptr + here, inside)
-        own1 = tl.load(delta_loss_ptr + here - columns, inside & (step >= 1))
-        own2 = tl.load(delta_loss_ptr + here - 2 * columns, inside & (step >= 2))
-        own3 = tl.load(delta_loss_ptr + here - 3 * columns, inside & (step >= 3))
-        following = own + discount * following
-        tl.store(credit_ptr + here, following, inside)
-        following = own1 + discount * following
-        tl.store(credit_ptr + here - columns, following, inside & (step >= 1))
-        following = own2 + discount * following
-        tl.store(credit_ptr + here - 2 * columns, following, inside & (step >= 2))
-        following = own3 + discount * following
-        tl.store(credit_ptr + here - 3 * columns, following, inside & (step >= 3))
+        place = tl.cast(step, tl.int64) * columns + column
+        difference = tl.load(delta_loss_ptr + place, inside)
+        difference1 = tl.load(delta_loss_ptr + place - columns, inside & (step >= 1))
+        difference2 = tl.load(delta_loss_ptr + place - 2 * columns, inside & (step >= 2))
+        difference3 = tl.load(delta_loss_ptr + place - 3 * columns, inside & (step >= 3))
+        following = difference + discount * following
+        tl.store(credit_ptr + place, following, inside)
+        following = difference1 + discount * following
+        tl.store(credit_ptr + place - columns, following, inside & (step >= 1))
+        following = difference2 + discount * following
+        tl.store(credit_ptr + place - 2 * columns, following, inside & (step >= 2))
+        following = difference3 + discount * following
+        tl.store(credit_ptr + place - 3 * columns, following, inside & (step >= 3))
 
 
 def returns(delta_loss: Tensor, discount: float, *, carry: Tensor | None = None) -> Tensor:
@@ -220,7 +162,7 @@ def _activity_sum_kernel(
     """
     group = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(2) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
-    # The same number, now with a factor that the compiler sees: wide loads and stores need it.
+    # The same number with a factor that the compiler sees, which wide loads and stores need.
     width = hidden // ALIGNED * ALIGNED
     in_row = unit < width
     origin = tl.multiple_of(group // batch * stride_step + group % batch * stride_sample, ALIGNED)
@@ -235,7 +177,7 @@ def _activity_sum_kernel(
         share = tl.load(credit_ptr + group * rollouts + rollout, rollout < rollouts, other=0.0)
         if FUSED:
             share = _share(share, tl.sum(scaled * scaled, 1), hidden, inverse_sigma)
-        # A row that does not count may hold what is not finite: 0 times it would count.
+        # Dropped rows are set to zero, because 0 * inf is NaN.
         sums += tl.where((share != 0.0)[:, None], scaled, 0.0) * share[:, None]
     halves = tl.sum(tl.reshape(sums, (BLOCK_ROLLOUTS // 2, 2, BLOCK_UNITS)), 0)
     parity = (tl.arange(0, 2) + first) % 2
@@ -257,38 +199,34 @@ def _noise_sum_kernel(
     counters_low: tl.int64,
     counters_high: tl.int64,
     KIND: tl.constexpr,
+    UNITS: tl.constexpr,  # of a group: `noise.UNITS_PER_GROUP`
     FAST: tl.constexpr,
     COLUMN_UNITS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Sum noise over rollouts: a program owns LANES columns, one parity and one split of `pairs` pairs of rollouts.
 
-    A column is the COLUMN_UNITS units that one Philox block serves at one (time, sample): with columns last, a thread
-    has a column to itself and the compiler makes one Philox call of it.
+    A column is the COLUMN_UNITS units that one Philox block serves at one (time, sample). Columns are the last
+    dimension, so that a thread holds a whole column and the compiler makes one Philox call of it.
     """
-    UNITS: tl.constexpr = 512 if KIND == "rademacher" else 16
     column = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[None, :]
     quarter = (column % 4).to(tl.uint32)
     groups = (hidden + UNITS - 1) // UNITS
     group = (column // 4 % groups).to(tl.uint32)
     row = column // 4 // groups
     index = tl.arange(0, COLUMN_UNITS)[:, None].to(tl.uint32)
-    if KIND == "rademacher":
-        within = 128 * (index // 32) + 8 * (index // 2 % 16) + index % 2
-    else:
-        within = 8 * (index // 2) + index % 2
-    unit = UNITS * group + 2 * quarter + within
+    unit = UNITS * group + 2 * quarter + (128 * (index // 32) + 8 * (index // 2 % 16) + index % 2)
     c0, c1, c2, c3 = unpack_counters(counters_low, counters_high)
     parity = tl.program_id(1)
-    own = (parity + (c2 % 2).to(tl.int32)) % 2
+    first = (parity + (c2 % 2).to(tl.int32)) % 2
     c1, c3 = c1 + (row // batch).to(tl.uint32), c3 + (row % batch).to(tl.uint32)
     seed = tl.load(seed_ptr)
-    one = tl.full((), 1.0, tl.float32)
+    scale = tl.full((), 1.0, tl.float32)
     sums = tl.zeros((COLUMN_UNITS, LANES), tl.float32)
     for pair in range(tl.program_id(2) * pairs, (tl.program_id(2) + 1) * pairs):
-        rollout = 2 * pair + own
+        rollout = 2 * pair + first
         credit = tl.load(credit_ptr + row * rollouts + rollout, (row < rows) & (rollout < rollouts), other=0.0)
-        sums += credit * noise_tile(seed, c0, c1, c2 + rollout.to(tl.uint32), c3, unit, one, KIND, FAST)
+        sums += credit * noise_tile(seed, c0, c1, c2 + rollout.to(tl.uint32), c3, unit, scale, KIND, FAST)
     target = (tl.program_id(2) * 2 + parity).to(tl.int64) * rows + row
     inside = (row < rows) & (unit < hidden)
     tl.store(sums_ptr + target * hidden + unit, sums * inverse_sigma, inside)
@@ -319,7 +257,7 @@ def adjoint(
 
 
 def _noise_sums(credit: Tensor, seed: Tensor, units: int, options: RolloutOptions, counters: Counters) -> Tensor:
-    """Return the partial sums of "np", (splits, 2, T B, H)."""
+    """Return the partial sums of c_t xi_t / sigma^2, (splits, 2, T B, H)."""
     time, batch, rollouts = credit.shape
     rows = time * batch
     launch = noise_sum_launch(rows, rollouts, units, options.noise)
@@ -338,6 +276,7 @@ def _noise_sums(credit: Tensor, seed: Tensor, units: int, options: RolloutOption
         low,
         high,
         KIND=options.noise,
+        UNITS=UNITS_PER_GROUP[options.noise],
         FAST=not INTERPRETED,
         COLUMN_UNITS=launch.column_units,
         LANES=launch.lanes,
@@ -347,7 +286,10 @@ def _noise_sums(credit: Tensor, seed: Tensor, units: int, options: RolloutOption
 
 
 def _activity_sums(credit: Tensor, delta_a: Tensor, sigma: float, first: int) -> Tensor:
-    """Return the partial sums of "anp", (splits, 2, T B, H); first: parity of the first rollout."""
+    """Return the partial sums of c_t H delta_a_t / ||delta_a_t||^2, (splits, 2, T B, H).
+
+    first: parity of the first rollout.
+    """
     time, batch, rollouts = credit.shape
     rows, units = time * batch, delta_a.shape[-1]
     if delta_a.stride(-1) != 1:
@@ -357,7 +299,7 @@ def _activity_sums(credit: Tensor, delta_a: Tensor, sigma: float, first: int) ->
     fused = launch.unit_blocks == 1
     if not fused:
         share = torch.empty_like(credit)
-        _share_kernel[(triton.cdiv(credit.numel(), 4),)](
+        _share_kernel[(triton.cdiv(credit.numel(), launch.norm_rollouts),)](
             share,
             credit,
             delta_a,
@@ -367,9 +309,9 @@ def _activity_sums(credit: Tensor, delta_a: Tensor, sigma: float, first: int) ->
             units,
             *strides,
             1.0 / sigma,
-            BLOCK_ROLLOUTS=4,
-            BLOCK_UNITS=WARP_ELEMENTS,
-            num_warps=4,
+            BLOCK_ROLLOUTS=launch.norm_rollouts,
+            BLOCK_UNITS=launch.norm_units,
+            num_warps=launch.norm_rollouts,
         )
         credit = share
     partials = credit.new_empty((launch.splits, 2, rows, units))
@@ -410,9 +352,8 @@ def rollout_adjoint(
     In one kernel where a program can hold whole rollouts. Elsewhere no activity is stored where rollouts are weighted
     by their noise, and that of a few steps at a time, read back at once, where by their activity.
     """
-    options.cell.on("triton")
-    method = "anp" if by_activity(weight_by) else "np"
-    launch = preferred_launch(preact, weight_hh, loss, method, options)
+    cell_of(options)
+    launch = preferred_launch(preact, weight_hh, loss, weight_by, options)
     if launch is not None:
         return _fused_adjoint(
             launch,
@@ -421,7 +362,7 @@ def rollout_adjoint(
             weight_hh,
             loss,
             seed,
-            method=method,
+            weight_by=weight_by,
             options=options,
             counters=counters,
             delta_h0=delta_h0,
@@ -430,27 +371,26 @@ def rollout_adjoint(
     sums = preact.new_empty((2, time, batch, units), dtype=torch.float32)
     delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
     keep = options._replace(store_delta_a=by_activity(weight_by))
-    of_step = max(1, 4 * batch * options.rollouts * units)
-    block = max(1, STORED_BYTES // of_step) if keep.store_delta_a else max(1, time)
+    length = stored_steps(batch, options.rollouts, units) if keep.store_delta_a else max(1, time)
     delta_h = delta_h0
-    for start in range(0, time, block):
-        steps = slice(start, min(start + block, time))
-        here = counters._replace(time=counters.time + start)
-        part = rollout(
+    for start in range(0, time, length):
+        steps = slice(start, min(start + length, time))
+        first = counters._replace(time=counters.time + start)
+        block = rollout(
             preact[steps],
             hidden[steps],
             weight_hh,
             loss_of_steps(loss, steps),
             seed,
             options=keep,
-            counters=here,
+            counters=first,
             delta_h0=delta_h,
         )
-        assert part.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
-        delta_h, delta_loss[steps] = part.delta_h, part.delta_loss
-        credit = torch.nan_to_num(part.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
+        assert block.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
+        delta_h, delta_loss[steps] = block.delta_h, block.delta_loss
+        credit = torch.nan_to_num(block.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
         sums[:, steps] = adjoint(
-            credit, part.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=here
+            credit, block.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=first
         )
     assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
     return sums, delta_loss, delta_h
@@ -464,19 +404,19 @@ def _fused_adjoint(
     loss: Loss,
     seed: Tensor,
     *,
-    method: str,
+    weight_by: str,
     options: RolloutOptions,
     counters: Counters,
     delta_h0: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `rollout_adjoint` does by the fused kernel."""
+    """Do what `rollout_adjoint` does, with the fused kernel."""
     time, batch, units = preact.shape
     delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
     tiles = triton.cdiv(options.rollouts, launch.block_rows)
-    block = time if tiles == 1 else max(1, STORED_BYTES // (8 * tiles * batch * units))
+    length = time if tiles == 1 else fused_steps(tiles, batch, units)
     sums, delta_h = [], delta_h0
-    for start in range(0, time, block):
-        steps = slice(start, min(start + block, time))
+    for start in range(0, time, length):
+        steps = slice(start, min(start + length, time))
         partials, delta_h = fused_rollouts(
             launch,
             preact[steps],
@@ -484,7 +424,7 @@ def _fused_adjoint(
             weight_hh,
             loss_of_steps(loss, steps),
             seed,
-            method=method,
+            weight_by=weight_by,
             options=options,
             counters=counters._replace(time=counters.time + start),
             delta_h0=delta_h,

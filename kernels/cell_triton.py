@@ -1,17 +1,34 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""What one step does to a tile of rollouts, as device functions: the nonlinearity's deviation and the loss differences.
+"""Cells in Triton: the change of a state that a change of its pre-activations makes, as device functions.
 
-Contract and equations: `rollout.py`. Both forms of the rollout kernel inline these.
+Contract and equations: `cell.py`. Kernels take a device function as their constexpr CELL. Each has the arguments
+
+    delta_a         deviation of the pre-activations, (rows, units), float32
+    first, second   what of the clean run the cell takes, (1, units) or (rows, units), or None: see `CellForm`
+    factor          float32 scalar, by which the result is multiplied; SCALED says whether it differs from 1
+    FAST            the GPU's approximate functions serve
+    ACCURATE        operands are float32
+    WIDE            delta_a may be large
+
+and returns delta_h times the factor, (rows, units).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-PLAIN_DIFFERENCE_ABOVE = tl.constexpr(0.5)
-ONE_AND_A_BIT = tl.constexpr(1 + 2.0**-23)
+from .cell import PLAIN_DIFFERENCE_ABOVE, quotient_rows
+
+QUOTIENT_UP_TO = tl.constexpr(PLAIN_DIFFERENCE_ABOVE)
+ABOVE_ONE = tl.constexpr(1 + 2.0**-23)
 EVERY_NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+LEAST_SLOPE = 2.0**-60
+"""Of tanh, in `quotient_rows`: the product of two inverses must be finite in float32."""
 
 
 @triton.jit
@@ -30,8 +47,8 @@ def fast_reciprocal(x):
 def shared_reciprocal(x):
     """Return 1 / x within three units in the last place, for x between 2^-63 and 2^63.
 
-    Two share one reciprocal, that of their product: special functions are scarcer than products. In an accumulator's
-    layout the two are neighbouring units of one rollout, so what is not finite stays in its rollout.
+    Two elements share the reciprocal of their product, because a GPU computes fewer special functions than products.
+    In an accumulator's layout the two are neighbouring units of one rollout: NaN and inf stay in their rollout.
     """
     return tl.inline_asm_elementwise(
         """{
@@ -57,14 +74,23 @@ def accurate_tanh(x):
 
 
 @triton.jit
-def tanh_deviation(delta_a, first, second, scale, FAST: tl.constexpr, ACCURATE: tl.constexpr, WIDE: tl.constexpr):
-    """Return (tanh(a + delta_a) - tanh(a)) * scale; `first` and `second` are rows, scale a scalar.
+def tanh_deviation(
+    delta_a,
+    first,
+    second,
+    factor,
+    SCALED: tl.constexpr,
+    FAST: tl.constexpr,
+    ACCURATE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Return (tanh(a + delta_a) - tanh(a)) * factor.
 
-    FAST: the GPU's approximate tanh and reciprocal. WIDE: the rows are a and h, and where |delta_a| > 0.5 the plain
-    difference is taken; ACCURATE then has the slope 1 - h^2 from a, exact for saturated units too. Otherwise the rows
-    are None and h, or (scale being 1) those of `rollout.quotient_rows`, and the quotient form serves for every delta_a:
-    it is never NaN and at most 2 in size, but where a large delta_a undoes the saturation of its unit its relative
-    error grows to 2^-11 / (1 + h tanh(delta_a)).
+    WIDE: `first` and `second` are a and h, and where |delta_a| > 0.5 the plain difference is taken; ACCURATE then takes
+    the slope 1 - h^2 from a, which is exact for saturated units too. Otherwise they are None and h, or (the factor
+    being 1) the two tensors of `quotient_rows`, and the quotient form serves for every delta_a: it is never NaN and at
+    most 2 in size, but where a large delta_a undoes the saturation of its unit its relative error grows to
+    2^-11 / (1 + h tanh(delta_a)).
     """
     change = fast_tanh(delta_a) if FAST else accurate_tanh(delta_a)
     if WIDE or first is None:
@@ -73,9 +99,9 @@ def tanh_deviation(delta_a, first, second, scale, FAST: tl.constexpr, ACCURATE: 
             slope = 4 * tail / ((1 + tail) * (1 + tail))
         else:
             slope = 1 - second * second
-        slope = slope * scale
-        # Not 1: h = -th = +-1 must not give 0 / 0.
-        denominator = second * change + ONE_AND_A_BIT
+        slope = slope * factor
+        # One unit in the last place above 1, so that h = -th = +-1 does not give 0 / 0.
+        denominator = second * change + ABOVE_ONE
         result = change * slope * fast_reciprocal(denominator) if FAST else change * slope / denominator
     else:
         denominator = second * change + first
@@ -83,52 +109,66 @@ def tanh_deviation(delta_a, first, second, scale, FAST: tl.constexpr, ACCURATE: 
     if WIDE:
         moved = first + delta_a
         plain = (fast_tanh(moved) if FAST else accurate_tanh(moved)) - second
-        result = tl.where(tl.abs(delta_a) > PLAIN_DIFFERENCE_ABOVE, plain * scale, result)
+        result = tl.where(tl.abs(delta_a) > QUOTIENT_UP_TO, plain * factor, result)
     return result
 
 
 @triton.jit
-def relu_deviation(delta_a, preact, scale, SCALED: tl.constexpr):
-    """Return (relu(a + delta_a) - relu(a)) * scale; preact is a row, scale a scalar, SCALED whether it is not 1."""
-    below = tl.minimum(preact, 0.0, propagate_nan=EVERY_NAN)
-    above = tl.maximum(preact, 0.0, propagate_nan=EVERY_NAN)
+def relu_deviation(
+    delta_a,
+    first,
+    second,
+    factor,
+    SCALED: tl.constexpr,
+    FAST: tl.constexpr,
+    ACCURATE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Return (relu(a + delta_a) - relu(a)) * factor; `first` is a, `second` None."""
+    below = tl.minimum(first, 0.0, propagate_nan=EVERY_NAN)
+    above = tl.maximum(first, 0.0, propagate_nan=EVERY_NAN)
     result = tl.maximum(delta_a + below, -above, propagate_nan=EVERY_NAN)
     if SCALED:
-        result = result * scale
+        result = result * factor
     return result
 
 
-@triton.jit
-def squared_difference(delta_o, error, inside):
-    """Return sum_o delta_o (2 e + delta_o), (rows,); error and inside (o < outputs) broadcast to delta_o, (rows, o)."""
-    return tl.sum(tl.where(inside, delta_o * (2 * error + delta_o), 0.0), 1)
+def _tanh_rows(preact: Tensor, hidden: Tensor, wide: bool, quotient: bool) -> tuple[Tensor | None, Tensor]:
+    """Return the rows of `tanh_deviation`."""
+    if quotient:
+        inverse, ratio = quotient_rows(preact.float(), hidden.float(), LEAST_SLOPE)
+        # One unit in the last place above 1, so that h = -th = +-1 does not give 0 / 0.
+        return inverse.mul_(1 + 2.0**-23), ratio
+    return (preact if wide else None), hidden
 
 
-@triton.jit
-def exponential_sums(difference, probs, change, top, total, biggest):
-    """Add some outputs to the four running sums of the cross-entropy difference, each (rows,).
+def _relu_rows(preact: Tensor, hidden: Tensor, wide: bool, quotient: bool) -> tuple[Tensor, None]:
+    """Return the rows of `relu_deviation`."""
+    return preact, None
 
-    difference: delta_o - delta_o[target], (rows, o), zero outside; probs: p, broadcasting to it, zero outside.
-    Sums: change = sum p expm1(d); top = max(d, 0); total = sum p exp(d - top); biggest = max |d|.
+
+class CellForm(NamedTuple):
+    """A cell on this backend."""
+
+    deviation: Any
+    """The device function, with the arguments above."""
+    clean_rows: Callable[[Tensor, Tensor, bool, bool], tuple[Tensor | None, Tensor | None]]
+    """From a and h, (T, B, H), whether delta_a may be large (WIDE), and whether `quotient_rows` serve, where the cell
+    has them: the device function's `first` and `second`, (T, B, H) each, or None."""
+
+
+CELLS = {
+    "tanh_deviation": CellForm(tanh_deviation, _tanh_rows),
+    "relu_deviation": CellForm(relu_deviation, _relu_rows),
+}
+
+
+def cell_form(name: str) -> CellForm:
+    """Return the cell whose device function has this name.
+
+    Raises:
+        ValueError: there is none.
     """
-    # expm1 by its series to degree 8: 1e-8 relative up to 0.5.
-    growth = 1 + difference / 8
-    for step in tl.static_range(6):
-        growth = 1 + difference * growth * (1 / (7 - step))
-    change += tl.sum(probs * (difference * growth), 1)
-    higher = tl.maximum(top, tl.max(difference, 1))
-    total = total * tl.exp(top - higher) + tl.sum(probs * tl.exp(difference - higher[:, None]), 1)
-    return change, higher, total, tl.maximum(biggest, tl.max(tl.abs(difference), 1))
-
-
-@triton.jit
-def cross_entropy_difference(change, top, total, biggest, share):
-    """Return share * log sum_o p_o exp(d_o), (rows,), from the sums of `exponential_sums`; zero where share is."""
-    # log1p(x) = 2 artanh(x / (2 + x)), |x / (2 + x)| < 1/4 here.
-    ratio = change / (2 + change)
-    square = ratio * ratio
-    series = 1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square * (1 / 11)))))
-    # A row without a loss may have no probabilities either.
-    large = tl.log(tl.where(share == 0, 1.0, total)) + top
-    difference = tl.where(biggest <= PLAIN_DIFFERENCE_ABOVE, 2 * ratio * series, large)
-    return tl.where(share == 0, 0.0, difference * share)
+    if name not in CELLS:
+        raise ValueError(f"backend triton has no cell {name!r}, only {sorted(CELLS)}")
+    return CELLS[name]

@@ -3,9 +3,9 @@
 Contract, equations and counter layout: `noise.py`. Words and signs equal the reference bit for bit; Gaussians differ by
 the fast logarithm, square root, sine and cosine of the GPU.
 
-A tile of noise is written element by element, each element naming its own Philox block. That is meant for a matrix
-unit's accumulator: there a lane's units of one row share their blocks, the compiler sees it, and one Philox call serves
-up to 128 signs or 4 Gaussians. `pin` puts the counters in the accumulator's layout.
+A tile of noise is written element by element, each element with its own Philox block. In the layout of a matrix unit's
+accumulator, a lane's units of one row have the same blocks; the compiler sees it, and one Philox call serves up to 128
+signs or 4 Gaussians. `pin` puts the counters in the accumulator's layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .noise import Counters, first_word
+from .noise import UNITS_PER_GROUP, Counters, first_word
 from .tiles import INTERPRETED, NOISE_LAUNCH
 
 TWO_LN2 = tl.constexpr(2 * math.log(2))
@@ -28,7 +28,7 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 def counter_words(counters: Counters) -> tuple[int, int]:
     """Return (c1 << 32 | c0, c3 << 32 | c2) of a block's first element as signed 64-bit integers.
 
-    Two integers of fixed type: a kernel argument that is a small integer or a tuple is compiled anew for some values.
+    Two integers of fixed type, because Triton compiles a kernel anew for some values of small integers and tuples.
     """
     low = (counters.time << 32) | first_word(counters)
     high = (((counters.rank << 20) | counters.sample) << 32) | counters.rollout
@@ -57,8 +57,8 @@ def philox_words(seed, c0, c1, c2, c3):
 def pin(counter, like):
     """Return a uint32 counter unchanged, tied to the layout of the float32 tile `like`.
 
-    The added zero is one that only the last stage of compilation sees through, after layouts are fixed. Without it the
-    noise itself travels to the accumulator's layout through shared memory.
+    Only the last stage of compilation, after layouts are fixed, can tell that the added number is zero. Without it the
+    noise itself goes to the accumulator's layout through shared memory.
     """
     return counter | ((like.to(tl.uint32, bitcast=True) & 1) >> 1)
 
@@ -131,8 +131,10 @@ def noise_tile(seed, c0, c1, c2, c3, unit, scale, KIND: tl.constexpr, FAST: tl.c
     """Return a tile of noise of standard deviation `scale` as float32; KIND is "rademacher" or "gaussian"."""
     if KIND == "rademacher":
         tile = rademacher_tile(seed, c0, c1, c2, c3, unit, scale)
-    else:
+    elif KIND == "gaussian":
         tile = gaussian_tile(seed, c0, c1, c2, c3, unit, scale, FAST)
+    else:
+        tl.static_assert(False, "unknown kind of noise")
     return tile
 
 
@@ -180,6 +182,8 @@ def noise(
     """Return noise of standard deviation `sigma`, shape (T, B, P, H); see `noise.noise`."""
     if dtype not in DTYPES:
         raise ValueError(f"backend triton has no noise of dtype {dtype}; it has float32, float16 and bfloat16")
+    if kind not in UNITS_PER_GROUP:
+        raise ValueError(f"noise {kind!r} is none of {sorted(UNITS_PER_GROUP)}")
     result = torch.empty(shape, dtype=dtype, device=seed.device)
     time, batch, rollouts, hidden = shape
     rows = time * batch * rollouts

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+from .noise import UNITS_PER_GROUP
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter; Triton reads the variable when it is imported."""
 
@@ -26,6 +28,33 @@ MANY_ROWS = 132 * 128
 
 NARROW_SIGMA = 1e-2
 """Standard deviation up to which tanh needs no plain difference (see `cell_triton.tanh_deviation`)."""
+
+ALIGNED_UNITS = 64
+"""Hidden units from which rows of delta_a are padded to 16 elements, so that they are written 16 bytes at a time."""
+
+PARTIAL_STEPS = 32
+"""Stepwise: steps whose partial sums of the loss difference are kept until they are added."""
+
+UNIT_SUM_BLOCK = 256
+"""Stepwise: rows of a program that adds those partial sums."""
+
+STORED_BYTES = 1 << 28
+"""Activity, or partial sums, that `adjoint_triton.rollout_adjoint` keeps at a time."""
+
+RETURNS_BLOCK = 128
+"""(sample, rollout) pairs of a program that walks back through time."""
+
+WARPS_WANTED = 2112
+"""Warps that keep a large GPU busy: sixteen for each of 132 multiprocessors."""
+
+WARP_ELEMENTS = 2048
+"""Tile elements of a warp: 64 sums for each thread leave room for as many loaded values."""
+
+WIDEST_TILE = 8192
+"""Hidden units up to which a row fits a tile; wider rows are read twice, once for their norm."""
+
+SPLIT_SUM_BLOCK = 1024
+"""Elements of a program that adds the partial sums of the splits."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +97,58 @@ class RolloutLaunch:
     """Fused: bound on a thread's registers."""
 
 
+@dataclass(frozen=True)
+class ActivityLaunch:
+    """How the sum over stored activity is divided."""
+
+    block_rollouts: int
+    block_units: int
+    unit_blocks: int
+    warps: int
+    splits: int
+    blocks: int
+    """Rollout blocks of one split."""
+    norm_units: int
+    """Units of a tile of the kernel that takes the norms of rows wider than `block_units`."""
+    norm_rollouts: int = 4
+
+
+@dataclass(frozen=True)
+class NoiseSumLaunch:
+    """How the sum over regenerated noise is divided."""
+
+    column_units: int
+    """Units of one thread: those that one Philox call serves, less what lies beyond the last unit for certain."""
+    lanes: int
+    programs: int
+    splits: int
+    pairs: int
+    """Pairs of rollouts, one even and one odd, of one split."""
+
+
 def next_power_of_two(count: int) -> int:
     """Return the least power of two that is at least `count`."""
     return 1 << max(0, count - 1).bit_length()
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Return count / size, rounded up."""
+    return -(-count // size)
+
+
+def approximates(precision: str) -> bool:
+    """Return whether the GPU's approximate functions serve."""
+    return precision != "fp32" and not INTERPRETED
+
+
+def takes_plain_difference(precision: str, sigma: float) -> bool:
+    """Return whether tanh takes the plain difference where delta_a is large."""
+    return precision == "fp32" or sigma > NARROW_SIGMA
+
+
+def delta_a_stride(units: int) -> int:
+    """Return the stride of the rows of a stored delta_a."""
+    return units if units < ALIGNED_UNITS else 16 * ceil_div(units, 16)
 
 
 def shared_limit(arch: int) -> int:
@@ -83,8 +161,8 @@ def rollout_launch(
     *,
     units: int,
     outputs: int,
-    loss: str,
     has_readout: bool,
+    returns_outputs: bool,
     batch: int,
     rollouts: int,
     precision: str,
@@ -95,9 +173,9 @@ def rollout_launch(
 
     Args:
         units: H.
-        outputs: O; what the hidden state has where there is no readout.
-        loss: "linear", "squared", "cross_entropy", "outputs" or "none".
+        outputs: O, or H where there is no readout; 0 where the loss is none of the outputs.
         has_readout: whether a readout lies between the hidden state and the loss.
+        returns_outputs: whether rollouts return the deviation of the outputs.
         batch: B; as P, it decides no more than the rows of a tile.
         rollouts: P.
         precision: operand type, "bf16", "fp16", "tf32" or "fp32".
@@ -115,7 +193,9 @@ def rollout_launch(
         precision=precision,
         arch=arch,
     )
-    obstacle = _resident_obstacle(resident, units=units, outputs=outputs, loss=loss, has_readout=has_readout, arch=arch)
+    obstacle = _resident_obstacle(
+        resident, units=units, outputs=outputs, has_readout=has_readout, returns_outputs=returns_outputs, arch=arch
+    )
     if form == "resident":
         if obstacle:
             raise ValueError(f"the resident form cannot run these rollouts: {obstacle}")
@@ -125,7 +205,7 @@ def rollout_launch(
     drawback = obstacle or _resident_drawback(units, precision, arch)
     if form == "auto" and not drawback:
         return resident
-    stepwise = _stepwise_launch(outputs, loss, has_readout, rollouts, precision, arch)
+    stepwise = _stepwise_launch(outputs, rollouts, precision, arch)
     return replace(stepwise, reason=drawback if form == "auto" else "asked for")
 
 
@@ -228,14 +308,14 @@ def _fills_wide_tiles(batch: int, rollouts: int) -> bool:
 
 
 def _resident_obstacle(
-    launch: RolloutLaunch, *, units: int, outputs: int, loss: str, has_readout: bool, arch: int
+    launch: RolloutLaunch, *, units: int, outputs: int, has_readout: bool, returns_outputs: bool, arch: int
 ) -> str:
     """Return why the resident form cannot run, or an empty string."""
     if units > RESIDENT_MAX_UNITS:
         return f"{units} hidden units are more than {RESIDENT_MAX_UNITS}"
     if has_readout and outputs > RESIDENT_MAX_OUTPUTS:
         return f"{outputs} outputs are more than {RESIDENT_MAX_OUTPUTS}"
-    if loss == "outputs" and not has_readout and units > RESIDENT_MAX_OUTPUTS:
+    if returns_outputs and not has_readout and units > RESIDENT_MAX_OUTPUTS:
         return f"{units} outputs (the hidden state) are more than {RESIDENT_MAX_OUTPUTS}"
     limit = shared_limit(arch)
     if launch.shared_bytes > limit:
@@ -252,9 +332,7 @@ def _resident_drawback(units: int, precision: str, arch: int) -> str:
     return ""
 
 
-def _stepwise_launch(
-    outputs: int, loss: str, has_readout: bool, rollouts: int, precision: str, arch: int
-) -> RolloutLaunch:
+def _stepwise_launch(outputs: int, rollouts: int, precision: str, arch: int) -> RolloutLaunch:
     """Return the stepwise form's tiles."""
     if precision == "fp32":
         block_rows, block_units, block_inner, warps, stages = 64, 64, 32, 4, 2
@@ -271,9 +349,7 @@ def _stepwise_launch(
     if INTERPRETED:
         block_rows, block_units, block_inner = 32, 32, 16
         one_sample = rollouts >= block_rows
-    block_outputs = 0
-    if loss in {"squared", "cross_entropy", "outputs"}:
-        block_outputs = min(64, max(16, next_power_of_two(outputs)))
+    block_outputs = min(64, max(16, next_power_of_two(outputs))) if outputs else 0
     size = OPERAND_BYTES[precision]
     pipeline = stages * (block_rows + block_units) * block_inner * size
     return RolloutLaunch(
@@ -288,3 +364,45 @@ def _stepwise_launch(
         samples=int(one_sample),
         reason="",
     )
+
+
+def activity_launch(rows: int, rollouts: int, units: int) -> ActivityLaunch:
+    """Return the division of the sum over stored activity for `rows` pairs of time step and sample."""
+    block_units = min(next_power_of_two(units), WIDEST_TILE)
+    # Even, so that a tile's row has the same parity in every block.
+    block_rollouts = min(max(WARP_ELEMENTS // block_units, 2), 32)
+    unit_blocks = ceil_div(units, block_units)
+    warps = max(block_rollouts * block_units // WARP_ELEMENTS, 1)
+    all_blocks = ceil_div(rollouts, block_rollouts)
+    splits, blocks = _split(all_blocks, rows * unit_blocks * warps, at_least=4)
+    return ActivityLaunch(block_rollouts, block_units, unit_blocks, warps, splits, blocks, norm_units=WARP_ELEMENTS)
+
+
+def noise_sum_launch(rows: int, rollouts: int, units: int, kind: str) -> NoiseSumLaunch:
+    """Return the division of the sum over regenerated noise for `rows` pairs of time step and sample.
+
+    A program is one warp.
+    """
+    group = UNITS_PER_GROUP[kind]
+    # Of the units of a group, one thread has those of one Philox block: a quarter.
+    column_units = min(group // 4, 32 * next_power_of_two(ceil_div(units, 128)))
+    programs = ceil_div(rows * 4 * ceil_div(units, group), 32)
+    splits, pairs = _split(ceil_div(rollouts, 2), 2 * programs, at_least=8)
+    return NoiseSumLaunch(column_units, 32, programs, splits, pairs)
+
+
+def _split(items: int, warps: int, *, at_least: int) -> tuple[int, int]:
+    """Return (splits, items of each) so that there are warps enough and every split has its share of work."""
+    splits = max(1, min(WARPS_WANTED // warps, items // at_least))
+    each = ceil_div(items, splits)
+    return ceil_div(items, each), each
+
+
+def stored_steps(batch: int, rollouts: int, units: int) -> int:
+    """Return how many steps' activity is kept at a time, at least 1."""
+    return max(1, STORED_BYTES // max(1, 4 * batch * rollouts * units))
+
+
+def fused_steps(tiles: int, batch: int, units: int) -> int:
+    """Return how many steps' sums of `tiles` tiles are kept at a time, at least 1."""
+    return max(1, STORED_BYTES // (8 * tiles * batch * units))

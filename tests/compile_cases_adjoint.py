@@ -3,7 +3,8 @@
 The constexprs and the number of warps are those that the launchers choose.
 """
 
-from anpgpu.kernels import adjoint_triton, fused_triton
+from anpgpu.kernels import adjoint_triton, rollout_fused_triton, tiles
+from anpgpu.kernels.noise import UNITS_PER_GROUP
 
 WIDTHS = (64, 256, 512, 2048)
 """Hidden units; 512 stands for every width that fills the signs of a Philox block."""
@@ -20,7 +21,7 @@ def _case(kernel, kinds, constexprs, warps, **types):
 
 
 def activity_sum_case(units, activity, rows=1024, rollouts=256):
-    launch = adjoint_triton.activity_launch(rows, rollouts, units)
+    launch = tiles.activity_launch(rows, rollouts, units)
     constexprs = {
         "FUSED": launch.unit_blocks == 1,
         "ALIGNED": 16,
@@ -32,8 +33,14 @@ def activity_sum_case(units, activity, rows=1024, rollouts=256):
 
 
 def noise_sum_case(units, kind, rows=1024, rollouts=256):
-    launch = adjoint_triton.noise_sum_launch(rows, rollouts, units, kind)
-    constexprs = {"KIND": kind, "FAST": True, "COLUMN_UNITS": launch.column_units, "LANES": launch.lanes}
+    launch = tiles.noise_sum_launch(rows, rollouts, units, kind)
+    constexprs = {
+        "KIND": kind,
+        "UNITS": UNITS_PER_GROUP[kind],
+        "FAST": True,
+        "COLUMN_UNITS": launch.column_units,
+        "LANES": launch.lanes,
+    }
     kinds = "ptr ptr *i64 long int int int int float long long"
     return _case(adjoint_triton._noise_sum_kernel, kinds, constexprs, 1)
 
@@ -47,14 +54,15 @@ def cases():
         for kind in ("rademacher", "gaussian"):
             found[f"noise_sum-{kind}-{units}"] = noise_sum_case(units, kind)
     for activity in ("*bf16", "*fp32"):
-        wide = 2 * adjoint_triton.WIDEST_TILE
+        wide = 2 * tiles.WIDEST_TILE
         found[f"activity_sum-{activity[1:]}-{wide}"] = activity_sum_case(wide, activity)
         kinds = "ptr ptr activity long int int int long long long float"
-        sizes = {"BLOCK_ROLLOUTS": 4, "BLOCK_UNITS": adjoint_triton.WARP_ELEMENTS}
+        launch = tiles.activity_launch(1024, 256, wide)
+        sizes = {"BLOCK_ROLLOUTS": launch.norm_rollouts, "BLOCK_UNITS": launch.norm_units}
         found[f"share-{activity[1:]}"] = _case(adjoint_triton._share_kernel, kinds, sizes, 4, activity=activity)
     for has_carry in (False, True):
-        sizes = {"HAS_CARRY": has_carry, "BLOCK": adjoint_triton.RETURNS_BLOCK}
+        sizes = {"HAS_CARRY": has_carry, "BLOCK": tiles.RETURNS_BLOCK}
         found[f"returns-{has_carry}"] = _case(adjoint_triton._returns_kernel, "ptr ptr ptr float int long", sizes, 4)
-    sizes = {"BLOCK": fused_triton.SUM_BLOCK}
-    found["add_partials"] = _case(fused_triton._add_partials_kernel, "ptr ptr int long", sizes, 4)
+    sizes = {"BLOCK": tiles.SPLIT_SUM_BLOCK}
+    found["add_partials"] = _case(rollout_fused_triton._add_partials_kernel, "ptr ptr int long", sizes, 4)
     return found

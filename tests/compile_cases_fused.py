@@ -2,32 +2,34 @@
 
 import compile_cases_rollout
 
-from anpgpu.kernels import fused_triton
+from anpgpu.kernels import rollout_fused_triton
+from anpgpu.kernels.rollout_fused_triton import FusedResults
 from anpgpu.kernels.tiles import fused_launch
 
 MANY = compile_cases_rollout.MANY
 
 
-def fused_case(arch, units, method, precision="bf16", rollouts=MANY, **variant):
+def fused_case(arch, units, weight_by, precision="bf16", rollouts=MANY, **variant):
     """Return the resident kernel's case with what differs."""
     _, signature, constexprs, _ = compile_cases_rollout.resident_case(
         arch, units, precision, rollouts=rollouts, **variant
     )
-    behind = constexprs["LOSS"] != "linear"
     launch = fused_launch(
-        compile_cases_rollout._launch(units, constexprs["LOSS"], behind, precision, arch, "resident", rollouts),
+        compile_cases_rollout._launch(
+            units, variant.get("loss", "linear"), True, precision, arch, "resident", rollouts
+        ),
         rollouts=rollouts,
         precision=precision,
         arch=arch,
     )
     constexprs = {name: value for name, value in constexprs.items() if name != "SAMPLES"}
-    constexprs |= {"METHOD": method, "PRODUCT": launch.product, "BLOCK_ROWS": launch.block_rows}
+    constexprs |= {"BY_NOISE": weight_by == "noise", "PRODUCT": launch.product, "BLOCK_ROWS": launch.block_rows}
     signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
-    signature["results"] = (*signature["results"], "*fp32")
+    signature["results"] = FusedResults("*fp32", signature["results"].delta_h, "*fp32")
     # These rollouts take h alone.
-    signature["clean"] = compile_cases_rollout._parts(precision, "tanh", "linear", False, False, False)[0]
+    signature["clean"] = compile_cases_rollout.clean_rows(precision, "tanh", False, units)
     kernel, signature, constexprs, settings = compile_cases_rollout._case(
-        fused_triton.fused_kernel, signature, constexprs, launch
+        rollout_fused_triton.fused_kernel, signature, constexprs, launch
     )
     return kernel, signature, constexprs, {**settings, "maxnreg": launch.registers}
 
@@ -35,14 +37,14 @@ def fused_case(arch, units, method, precision="bf16", rollouts=MANY, **variant):
 def cases():
     """Return {name: (kernel, signature, constexprs, options)}."""
     found = {}
-    for method in ("anp", "np"):
+    for method, weight_by in (("anp", "activity"), ("np", "noise")):
         for units in (128, 256):
-            found[f"sm_90:fused-{units}-bf16-{method}"] = fused_case(90, units, method)
-        found[f"sm_90:fused-128-tf32-{method}"] = fused_case(90, 128, method, "tf32")
-    found["sm_90:fused-64-fp16-anp"] = fused_case(90, 64, "anp", "fp16")
-    found["sm_90:fused-64-fp32-anp"] = fused_case(90, 64, "anp", "fp32")
-    found["sm_90:fused-1-bf16-anp"] = fused_case(90, 1, "anp")
-    found["sm_90:fused-100-bf16-anp-cross_entropy"] = fused_case(90, 100, "anp", loss="cross_entropy", start=True)
+            found[f"sm_90:fused-{units}-bf16-{method}"] = fused_case(90, units, weight_by)
+        found[f"sm_90:fused-128-tf32-{method}"] = fused_case(90, 128, weight_by, "tf32")
+    found["sm_90:fused-64-fp16-anp"] = fused_case(90, 64, "activity", "fp16")
+    found["sm_90:fused-64-fp32-anp"] = fused_case(90, 64, "activity", "fp32")
+    found["sm_90:fused-1-bf16-anp"] = fused_case(90, 1, "activity")
+    found["sm_90:fused-100-bf16-anp-cross_entropy"] = fused_case(90, 100, "activity", loss="cross_entropy", start=True)
     for arch in (80, 89, 100):
-        found[f"sm_{arch}:fused-128-bf16-anp"] = fused_case(arch, 128, "anp")
+        found[f"sm_{arch}:fused-128-bf16-anp"] = fused_case(arch, 128, "activity")
     return found

@@ -1,46 +1,68 @@
 """The noise and rollout kernels as the compile-only leg compiles them, with the launch configurations of `tiles.py`."""
 
-from anpgpu.kernels import noise_triton, resident_triton, stepwise_triton
-from anpgpu.kernels.tiles import NOISE_LAUNCH, next_power_of_two, rollout_launch, takes_quotient_rows
+import torch
+
+from anpgpu.kernels import noise_triton, rollout_resident_triton, rollout_stepwise_triton
+from anpgpu.kernels.cell_triton import CELLS
+from anpgpu.kernels.launch_triton import Weights
+from anpgpu.kernels.loss_triton import LOSSES, NO_LOSS, LossRows
+from anpgpu.kernels.place_triton import CleanRows, Rows, Scalars, Stored
+from anpgpu.kernels.rollout_resident_triton import Results, Sizes
+from anpgpu.kernels.rollout_stepwise_triton import LinearPart, OutputSizes, States, StepSizes
+from anpgpu.kernels.tiles import NOISE_LAUNCH, UNIT_SUM_BLOCK, next_power_of_two, rollout_launch, takes_quotient_rows
 
 ARCHES = (80, 89, 90, 100)
 OPERANDS = {"bf16": "*bf16", "fp16": "*fp16", "tf32": "*fp32", "fp32": "*fp32"}
 STORED = {"bf16": "*bf16", "fp16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 NONE = ("=", None)
-ROWS = ("i32:16", "i32:16", ("=", 1))
-SCALARS = ("i32:16", ("=", 1))
 MANY = 1024
 OUTPUTS = 10
 
 
-def _parts(precision, nonlinearity, loss, store, wide, readout):
-    """Return the signature's parts that both forms share."""
+def form_of(loss):
+    return NO_LOSS if loss == "none" else LOSSES[loss]
+
+
+def rows(units=16):
+    """Return a contiguous (time, batch, units) tensor; strides are known to be divisible by 16 where units are."""
+    stride = "i32:16" if units % 16 == 0 else "i32"
+    return Rows("*fp32", stride, stride, ("=", 1))
+
+
+def clean_rows(precision, cell, wide, units=16, quotient=False):
+    """Return what of the clean run a cell takes."""
     wide = wide or precision == "fp32"
-    tanh = nonlinearity == "tanh"
-    clean = ("*fp32" if wide or not tanh else NONE, "*fp32" if tanh else NONE)
-    behind = loss in {"squared", "cross_entropy", "outputs"} and readout
-    signal = (
-        "*fp32" if loss in {"linear", "squared", "cross_entropy"} else NONE,
-        "*i64" if loss == "cross_entropy" else NONE,
-        "*fp32" if loss in {"squared", "cross_entropy"} else NONE,
+    tensors = CELLS[f"{cell}_deviation"].clean_rows(torch.zeros(1), torch.zeros(1), wide, quotient)
+    return CleanRows(*(NONE if tensor is None else rows(units) for tensor in tensors))
+
+
+def loss_rows(loss, units=16):
+    """Return what a loss reads of the clean run."""
+    scalars = {kind: Scalars(kind, "i32:16", ("=", 1)) for kind in ("*i64", "*fp32")}
+    return LossRows(
+        rows(units) if loss in {"linear", "squared", "cross_entropy"} else NONE,
+        scalars["*i64"] if loss == "cross_entropy" else NONE,
+        scalars["*fp32"] if loss in {"squared", "cross_entropy"} else NONE,
     )
-    kept = (STORED[precision], "i32:16") if store else (NONE, NONE)
-    flags = {
-        "NONLINEARITY": nonlinearity,
+
+
+def _flags(precision, cell, wide):
+    return {
+        "CELL": CELLS[f"{cell}_deviation"].deviation,
         "PRECISION": precision,
         "FAST": precision != "fp32",
-        "WIDE": wide,
+        "WIDE": wide or precision == "fp32",
     }
-    return clean, signal, OPERANDS[precision] if behind else NONE, kept, flags
 
 
 def _launch(units, loss, readout, precision, arch, form, rollouts=MANY):
-    behind = loss in {"squared", "cross_entropy", "outputs"} and readout
+    form_of_loss = form_of(loss)
+    behind = form_of_loss.of_outputs and readout
     return rollout_launch(
         units=units,
-        outputs=OUTPUTS if behind else units,
-        loss=loss,
+        outputs=(OUTPUTS if behind else units) if form_of_loss.of_outputs else 0,
         has_readout=behind,
+        returns_outputs=form_of_loss.returned,
         batch=MANY,
         rollouts=rollouts,
         precision=precision,
@@ -55,72 +77,70 @@ def _size(size):
 
 
 def resident_case(
-    arch, units, precision="bf16", loss="linear", store=False, noise="rademacher", nonlinearity="tanh", wide=False,
+    arch, units, precision="bf16", loss="linear", store=False, noise="rademacher", cell="tanh", wide=False,
     readout=True, start=False, rollouts=MANY,
 ):  # fmt: skip
     launch = _launch(units, loss, readout, precision, arch, "resident", rollouts)
-    clean, signal, readout_ptr, kept, flags = _parts(precision, nonlinearity, loss, store, wide, readout)
-    if nonlinearity == "tanh" and takes_quotient_rows(
+    behind = form_of(loss).of_outputs and readout
+    quotient = takes_quotient_rows(
         launch, units=units, precision=precision, arch=arch, noise=noise, keeps=store or start
-    ):
-        clean = ("*fp32", "*fp32")
-    full = units == next_power_of_two(units) and units >= 16
-    rows = ROWS if units % 16 == 0 else ("i32", "i32", ("=", 1))
+    )
     signature = {
-        "clean": clean,
-        "weight_ptr": OPERANDS[precision],
-        "loss": (*signal, readout_ptr),
+        "clean": clean_rows(precision, cell, wide, units, quotient and not wide),
+        "weights": Weights(OPERANDS[precision], OPERANDS[precision] if behind else NONE),
+        "loss": loss_rows(loss, units),
         "start_ptr": OPERANDS[precision] if start else NONE,
-        "results": ("*fp32" if loss != "none" else NONE, *kept, STORED[precision]),
+        "results": Results(
+            "*fp32" if loss != "none" else NONE,
+            Stored(STORED[precision], "i32:16") if store else NONE,
+            STORED[precision],
+        ),
         "seed_ptr": "*i64",
-        "strides": (rows, rows, rows, SCALARS, SCALARS),
         "time": "i32",
         "batch": "i32",
         "rollouts": "i32",
-        "sizes": (_size(units), _size((launch.block_outputs and OUTPUTS) or units)),
+        "sizes": Sizes(_size(units), _size((launch.block_outputs and OUTPUTS) or units)),
         "sigma": "fp32",
         "counters_low": "i64",
         "counters_high": "i64",
     }
     constexprs = {
-        **flags,
+        **_flags(precision, cell, wide),
         "NOISE": noise,
-        "LOSS": loss,
-        "FULL": full,
+        "LOSS": form_of(loss).of_tile,
+        "FULL": units == next_power_of_two(units) and units >= 16,
         "SAMPLES": launch.samples,
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_UNITS": launch.block_units,
         "BLOCK_OUTPUTS": max(launch.block_outputs, 16),
     }
-    return _case(resident_triton.resident_kernel, signature, constexprs, launch)
+    return _case(rollout_resident_triton.resident_kernel, signature, constexprs, launch)
 
 
 def step_case(
-    arch, units, precision="bf16", loss="linear", store=False, noise="rademacher", nonlinearity="tanh", wide=False,
+    arch, units, precision="bf16", loss="linear", store=False, noise="rademacher", cell="tanh", wide=False,
     rollouts=MANY,
 ):  # fmt: skip
     launch = _launch(units, loss, True, precision, arch, "stepwise", rollouts)
-    clean, signal, _, kept, flags = _parts(precision, nonlinearity, loss, store, wide, True)
     linear = loss == "linear"
     signature = {
-        "clean": clean,
+        "clean": clean_rows(precision, cell, wide),
         "weight_ptr": OPERANDS[precision],
-        "states": (OPERANDS[precision], OPERANDS[precision]),
-        "loss": (signal[0] if linear else NONE, "*fp32" if linear else NONE),
-        "kept": kept,
+        "states": States(OPERANDS[precision], OPERANDS[precision]),
+        "linear": LinearPart(rows() if linear else NONE, "*fp32" if linear else NONE),
+        "stored": Stored(STORED[precision], "i32:16") if store else NONE,
         "seed_ptr": "*i64",
-        "strides": (ROWS, ROWS, ROWS),
         "step": "i32",
         "slot": "i32",
         "rows": "i32",
         "rollouts": "i32",
-        "sizes": (_size(units), "i32:16"),
+        "sizes": StepSizes(_size(units), "i32:16"),
         "sigma": "fp32",
         "counters_low": "i64",
         "counters_high": "i64",
     }
     constexprs = {
-        **flags,
+        **_flags(precision, cell, wide),
         "NOISE": noise,
         "ONE_SAMPLE": launch.samples == 1,
         "BLOCK_ROWS": launch.block_rows,
@@ -128,33 +148,32 @@ def step_case(
         "BLOCK_INNER": launch.block_inner,
         "STAGES": launch.stages,
     }
-    return _case(stepwise_triton.step_kernel, signature, constexprs, launch)
+    return _case(rollout_stepwise_triton.step_kernel, signature, constexprs, launch)
 
 
 def measure_case(arch, loss, precision="bf16", readout=True, units=512):
     launch = _launch(units, loss, readout, precision, arch, "stepwise")
-    _, signal, readout_ptr, _, _ = _parts(precision, "tanh", loss, False, False, readout)
     signature = {
         "state_ptr": OPERANDS[precision],
-        "readout_ptr": readout_ptr,
-        "loss": signal,
+        "readout_ptr": OPERANDS[precision] if readout else NONE,
+        "loss": loss_rows(loss),
         "result_ptr": "*fp32",
-        "strides": (ROWS, SCALARS, SCALARS),
         "step": "i32",
         "rows": "i32",
         "rollouts": "i32",
-        "sizes": ("i32:16", "i32"),
+        "sizes": OutputSizes("i32:16", "i32"),
         "sigma": "fp32",
     }
     constexprs = {
-        "LOSS": loss,
+        "ADD": form_of(loss).add,
+        "FINISH": form_of(loss).finish,
         "PRECISION": precision,
         "ONE_SAMPLE": launch.samples == 1,
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_OUTPUTS": launch.block_outputs,
         "BLOCK_INNER": launch.block_inner,
     }
-    return _case(stepwise_triton.measure_kernel, signature, constexprs, launch)
+    return _case(rollout_stepwise_triton.measure_kernel, signature, constexprs, launch)
 
 
 def noise_case(kind, output):
@@ -171,8 +190,8 @@ def noise_case(kind, output):
 
 def sum_case():
     signature = {"delta_loss_ptr": "*fp32", "partial_ptr": "*fp32", "rows": "i32", "tiles": "i32"}
-    kernel = stepwise_triton.sum_partials_kernel
-    return kernel, {**signature, "BLOCK": "constexpr"}, {"BLOCK": 256}, {"num_warps": 4}
+    kernel = rollout_stepwise_triton.sum_partials_kernel
+    return kernel, {**signature, "BLOCK": "constexpr"}, {"BLOCK": UNIT_SUM_BLOCK}, {"num_warps": 4}
 
 
 def _case(kernel, signature, constexprs, launch):
@@ -204,7 +223,7 @@ def cases():
         found[f"sm_90:measure-{loss}-bf16-no_readout"] = measure_case(90, loss, readout=False)
     for units in (128, 256):
         found[f"sm_90:resident-{units}-bf16-gaussian"] = resident_case(90, units, noise="gaussian")
-        found[f"sm_90:resident-{units}-bf16-relu"] = resident_case(90, units, nonlinearity="relu")
+        found[f"sm_90:resident-{units}-bf16-relu"] = resident_case(90, units, cell="relu")
         found[f"sm_90:resident-{units}-bf16-wide"] = resident_case(90, units, wide=True)
     found["sm_90:resident-128-bf16-start"] = resident_case(90, 128, start=True)
     found["sm_90:resident-256-bf16-start"] = resident_case(90, 256, start=True)
@@ -218,7 +237,7 @@ def cases():
     found["sm_90:step-500-bf16"] = step_case(90, 500, store=True)
     found["sm_90:step-512-bf16-few_rollouts"] = step_case(90, 512, store=True, rollouts=32)
     found["sm_90:step-512-bf16-gaussian"] = step_case(90, 512, noise="gaussian")
-    found["sm_90:step-512-bf16-relu"] = step_case(90, 512, nonlinearity="relu")
+    found["sm_90:step-512-bf16-relu"] = step_case(90, 512, cell="relu")
     found["sm_90:step-512-bf16-wide"] = step_case(90, 512, wide=True)
     for kind in ("rademacher", "gaussian"):
         found[f"noise-{kind}-fp32"] = noise_case(kind, "*fp32")

@@ -5,8 +5,8 @@
     python tests/compile_kernels.py --only PART  only the cases whose name contains PART
 
 Cases come from the modules `compile_cases_*.py` beside this file: `cases()` returns {name: (kernel, signature,
-constexprs, options)}. In a signature, "i32:16" is an integer known to be divisible by 16, a tuple is a tuple argument,
-and ("=", value) inside a tuple is a constant. Pointers count as aligned to 16 bytes. A case whose name begins with
+constexprs, options)}. In a signature, "i32:16" is an integer known to be divisible by 16, a named tuple is a tuple
+argument, and ("=", value) is a constant. Pointers count as aligned to 16 bytes. A case whose name begins with
 "sm_90:" is compiled for that architecture alone.
 
 A failed assertion of the compiler kills its process: cases run in worker processes. Triton's cache is temporary.
@@ -63,7 +63,8 @@ def ast_source(kernel, signature, constexprs):
             constants[path] = kind[1]
             return "constexpr"
         if isinstance(kind, tuple):
-            return tuple(plain(item, (*path, index)) for index, item in enumerate(kind))
+            fields = [plain(item, (*path, index)) for index, item in enumerate(kind)]
+            return type(kind)(*fields) if hasattr(kind, "_fields") else tuple(fields)
         kind, _, divisor = kind.partition(":")
         if divisor or kind.startswith("*"):
             attributes[path] = [["tt.divisibility", 16]]

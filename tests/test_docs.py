@@ -39,17 +39,6 @@ FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|txt|json|jsonl|png|toml)|(
 WRITTEN = {"map.png"}
 """Files that a command of a page writes."""
 
-TO_COME = {
-    **dict.fromkeys(("internals", "extending"), "the package is about to get these folders"),
-}
-FILES_TO_COME = [
-    pytest.param(path, marks=pytest.mark.xfail(strict=True, reason=TO_COME[path.stem]))
-    if path.stem in TO_COME
-    else path
-    for path in PAGES
-]
-"""Pages, some of which name files that are not there yet; the mark fails once they are, and is then removed."""
-
 FOLDERS = [ROOT, *(ROOT / name for name in ("anpgpu", "kernels"))]
 """Where a page's file names begin."""
 
@@ -170,7 +159,7 @@ def test_links_lead_somewhere(path):
             assert anchor in anchors(there), f"{name_of(path)}: {link}; there are {sorted(anchors(there))}"
 
 
-@pytest.mark.parametrize("path", FILES_TO_COME, ids=name_of)
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_files_it_names_exist(path):
     words = [word.partition(":")[0] for code in inline(TEXTS[path]) for word in code.split()]
     words += [word for _, _, source in blocks(SHELLS) for word in source.split()]

@@ -4,7 +4,7 @@ import pytest
 import tolerances
 import torch
 
-from anpgpu.kernels import adjoint as reference
+from anpgpu.kernels import adjoint as reference, tiles
 from anpgpu.kernels.loss import LinearLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
@@ -21,7 +21,7 @@ OFFSETS = (Counters(), Counters(purpose=2, layer=255, time=2**32 - 4, rollout=2*
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
     """Fill torch.empty with NaN, so that memory nobody writes shows."""
-    assert adjoint_triton.INTERPRETED, "needs TRITON_INTERPRET=1 from the start: `make test-interpreter`"
+    assert tiles.INTERPRETED, "needs TRITON_INTERPRET=1 from the start: `make test-interpreter`"
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -99,23 +99,23 @@ def test_split_rollouts(weight_by, monkeypatch):
     """Rollouts are split over programs where there are many and little else, and partial sums added."""
     for noise, units in (("gaussian", 5), ("rademacher", 17)):
         rollouts = 300
-        assert adjoint_triton.activity_launch(1, rollouts, units).splits > 1
-        assert adjoint_triton.noise_sum_launch(1, rollouts, units, noise).splits > 1
+        assert tiles.activity_launch(1, rollouts, units).splits > 1
+        assert tiles.noise_sum_launch(1, rollouts, units, noise).splits > 1
         credit, delta_a = draw(1, 1, rollouts), draw(1, 1, rollouts, units) if weight_by == "activity" else None
         split, expected = both(credit, delta_a, weight_by, units, noise=noise, counters=OFFSETS[1])
         assert_close(split, expected)
         again, _ = both(credit, delta_a, weight_by, units, noise=noise, counters=OFFSETS[1])
         assert torch.equal(split, again)
         with monkeypatch.context() as patch:
-            patch.setattr(adjoint_triton, "WARPS_WANTED", 1)
+            patch.setattr(tiles, "WARPS_WANTED", 1)
             whole, _ = both(credit, delta_a, weight_by, units, noise=noise, counters=OFFSETS[1])
         assert_close(split, whole)
 
 
 def test_rows_wider_than_a_tile(monkeypatch):
-    monkeypatch.setattr(adjoint_triton, "WIDEST_TILE", 64)
-    monkeypatch.setattr(adjoint_triton, "WARP_ELEMENTS", 128)
-    assert adjoint_triton.activity_launch(2, 5, 130).unit_blocks == 3
+    monkeypatch.setattr(tiles, "WIDEST_TILE", 64)
+    monkeypatch.setattr(tiles, "WARP_ELEMENTS", 128)
+    assert tiles.activity_launch(2, 5, 130).unit_blocks == 3
     credit, delta_a = draw(2, 1, 5), padded(draw(2, 1, 5, 130, sigma=1e-20))
     credit[0, 0, 1], delta_a[0, 0, 1, 3] = 0, float("nan")
     delta_a[1, 0, 2, 129] = float("inf")
@@ -185,13 +185,13 @@ def test_division_depends_on_shapes_alone_and_covers_all():
     for rows in (1, 7, 264, 10_000):
         for rollouts in (1, 2, 33, 1000, 20_000):
             for units in (1, 100, 500, 2048, 20_000):
-                activity = adjoint_triton.activity_launch(rows, rollouts, units)
+                activity = tiles.activity_launch(rows, rollouts, units)
                 assert activity.block_rollouts % 2 == 0
                 reached = activity.splits * activity.blocks * activity.block_rollouts
                 assert 0 <= reached - rollouts < activity.blocks * activity.block_rollouts
                 assert activity.unit_blocks * activity.block_units >= units
                 for kind in ("rademacher", "gaussian"):
-                    noise = adjoint_triton.noise_sum_launch(rows, rollouts, units, kind)
+                    noise = tiles.noise_sum_launch(rows, rollouts, units, kind)
                     assert 0 <= 2 * noise.splits * noise.pairs - rollouts <= 2 * noise.pairs
                     assert noise.splits <= 65535
 
@@ -204,8 +204,8 @@ def test_rollout_adjoint(weight_by, monkeypatch):
     named = {"weight_by": weight_by, "options": options, "counters": OFFSETS[1], "delta_h0": draw(2, 3, 5, sigma=1e-2)}
     named["delta_h0"][1, 2, 0] = float("nan")
     expected = reference.rollout_adjoint(*arguments, **named)
-    for stored in (adjoint_triton.STORED_BYTES, 1, 700):
-        monkeypatch.setattr(adjoint_triton, "STORED_BYTES", stored)
+    for stored in (tiles.STORED_BYTES, 1, 700):
+        monkeypatch.setattr(tiles, "STORED_BYTES", stored)
         sums, delta_loss, delta_h = adjoint_triton.rollout_adjoint(*arguments, **named)
         assert torch.isfinite(sums).all()
         tolerances.assert_close(sums, expected[0], "fp32_adjoint")

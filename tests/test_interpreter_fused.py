@@ -6,7 +6,7 @@ import pytest
 import tolerances
 import torch
 
-from anpgpu.kernels import adjoint as reference
+from anpgpu.kernels import adjoint as reference, tiles
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
@@ -14,7 +14,7 @@ from anpgpu.kernels.tiles import fused_launch, rollout_launch
 from anpgpu.registry import CELLS, ESTIMATORS
 
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
-fused_triton = pytest.importorskip("anpgpu.kernels.fused_triton", reason="needs Triton")
+rollout_fused_triton = pytest.importorskip("anpgpu.kernels.rollout_fused_triton", reason="needs Triton")
 
 pytestmark = pytest.mark.interpreter
 
@@ -28,7 +28,7 @@ METHODS = ("anp", "np")
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
     """Fill torch.empty with NaN, so that memory nobody writes shows."""
-    assert adjoint_triton.INTERPRETED, "needs TRITON_INTERPRET=1 from the start: `make test-interpreter`"
+    assert tiles.INTERPRETED, "needs TRITON_INTERPRET=1 from the start: `make test-interpreter`"
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -63,7 +63,7 @@ def tiles_of(arguments, options, product=False):
     units = arguments[0].shape[-1]
     named = {"rollouts": options.rollouts, "precision": options.precision, "arch": 90}
     resident = rollout_launch(
-        units=units, outputs=units, loss="linear", has_readout=False, batch=2, form="resident", **named
+        units=units, outputs=0, has_readout=False, returns_outputs=False, batch=2, form="resident", **named
     )
     outputs = 0 if getattr(arguments[3], "readout", None) is None else 16
     return replace(fused_launch(resident, **named), product=product, block_outputs=outputs)
@@ -71,7 +71,7 @@ def tiles_of(arguments, options, product=False):
 
 def run(arguments, start, method, options, product=False, counters=OFFSET):
     launch = tiles_of(arguments, options, product)
-    named = {"method": method, "options": options, "counters": counters, "delta_h0": start}
+    named = {"weight_by": ESTIMATORS[method].weight_by, "options": options, "counters": counters, "delta_h0": start}
     return adjoint_triton._fused_adjoint(launch, *arguments, **named)
 
 
@@ -149,13 +149,29 @@ def test_a_rollout_that_is_not_finite_adds_nothing(method, product):
     tolerances.assert_close(actual[2][alive[0]], expected[2][alive[0]], "float32_long")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["squared", "cross_entropy"])
+def test_a_step_of_weight_zero_has_no_loss_whatever_it_holds(kind, method):
+    sizes = (4, 2, 5, 3, 3)
+    arguments, start = problem(sizes, kind)
+    loss = arguments[3]
+    signal = loss.error if kind == "squared" else loss.probs
+    loss.weight[2:, 1] = 0
+    signal[2, 1], signal[3, 1] = float("nan"), float("inf")
+    options = RolloutOptions(sizes[-1], sigma=1e-2)
+    actual = run(arguments, start, method, options)
+    assert (actual[1][2:, 1] == 0).all()
+    assert_close(actual, expected_of(arguments, start, method, options))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_time_is_cut_where_partial_sums_are_many(method, monkeypatch):
     sizes = (4, 1, 5, 2, 70)
     arguments, start = problem(sizes)
     options = RolloutOptions(sizes[-1], sigma=1e-2)
     whole = run(arguments, start, method, options)
-    monkeypatch.setattr(adjoint_triton, "STORED_BYTES", 3 * 8 * 3 * 5)
+    monkeypatch.setattr(tiles, "STORED_BYTES", 3 * 8 * 3 * 5)
     for left, right in zip(run(arguments, start, method, options), whole, strict=True):
         assert torch.equal(left, right)
 
@@ -174,7 +190,7 @@ def test_who_is_fused():
         (70, 5, 1e-2, "fp64", False),
     ):
         preact, options = torch.zeros(2, 1, units), RolloutOptions(rollouts, sigma=sigma, precision=precision)
-        chosen = fused_triton.preferred_launch(preact, preact[0], loss, "anp", options)
+        chosen = rollout_fused_triton.preferred_launch(preact, preact[0], loss, "activity", options)
         assert (chosen is not None) == fused, (rollouts, units, sigma, precision)
     arguments, start = problem((2, 1, 5, 2, 33))
     options = RolloutOptions(33, sigma=1e-2)

@@ -7,12 +7,21 @@ import torch
 from tolerances import TOLERANCES, relative_error
 
 from anpgpu.kernels import rollout as reference
+from anpgpu.kernels.cell import TANH
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss, loss_of_steps
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.kernels.tiles import INTERPRETED
 from anpgpu.registry import CELLS
 
 rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton", reason="needs Triton")
+rollout_resident_triton = pytest.importorskip("anpgpu.kernels.rollout_resident_triton", reason="needs Triton")
+rollout_stepwise_triton = pytest.importorskip("anpgpu.kernels.rollout_stepwise_triton", reason="needs Triton")
+
+cell_triton = pytest.importorskip("anpgpu.kernels.cell_triton", reason="needs Triton")
+loss_triton = pytest.importorskip("anpgpu.kernels.loss_triton", reason="needs Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
+tl = pytest.importorskip("triton.language", reason="needs Triton")
 
 pytestmark = pytest.mark.interpreter
 
@@ -27,7 +36,7 @@ SIZES = ((1, 1, 1, 1, 1), (4, 2, 5, 3, 3), (4, 1, 17, 5, 17), (2, 3, 33, 17, 3),
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
     """Fill torch.empty with NaN, so that memory nobody writes shows."""
-    assert rollout_triton.INTERPRETED, "needs TRITON_INTERPRET=1 from the start: `make test-interpreter`"
+    assert INTERPRETED, "needs TRITON_INTERPRET=1 from the start: `make test-interpreter`"
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -106,6 +115,26 @@ def test_hidden_state_as_output(form, sizes, kind):
     assert_close(run(form, arguments, options), oracle(arguments, options))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("readout", [True, False])
+@pytest.mark.parametrize("kind", ["squared", "cross_entropy"])
+@pytest.mark.parametrize("sizes", SIZES[1:4], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_of_weight_zero_has_no_loss_whatever_it_holds(form, sizes, kind, readout):
+    arguments = problem(sizes, kind, readout)
+    loss, start = arguments[3:]
+    loss.weight[-1] = 0
+    signal = loss.error if kind == "squared" else loss.probs
+    signal[0, 0], signal[-1] = float("nan"), float("inf")
+    start[0, 0] = float("nan")
+    options = RolloutOptions(sizes[-1], sigma=1e-2)
+    actual, expected = run(form, arguments, options).delta_loss, oracle(arguments, options).delta_loss
+    assert (actual[loss.weight == 0] == 0).all()
+    lost = expected.isnan()
+    assert torch.equal(actual.isnan(), lost)
+    assert relative_error(actual[~lost], expected[~lost]) <= TOLERANCES["float32"].bound
+
+
 @pytest.mark.parametrize("sigma", [1e-6, 0.3, 3.0])
 @pytest.mark.parametrize("kind", LOSSES[:3])
 @pytest.mark.parametrize("form", FORMS)
@@ -153,10 +182,13 @@ def test_saturated_units_and_large_deviations_stay_finite(form, nonlinearity):
 def rows_taken(monkeypatch):
     """Whether tanh took its quotient from two rows, launch by launch."""
     taken = []
-    clean = rollout_triton._clean
-    monkeypatch.setattr(
-        rollout_triton, "_clean", lambda *given, rows=False: taken.append(rows) or clean(*given, rows=rows)
-    )
+    clean_of = rollout_resident_triton.clean_of
+
+    def noted(*arguments, quotient):
+        taken.append(quotient)
+        return clean_of(*arguments, quotient=quotient)
+
+    monkeypatch.setattr(rollout_resident_triton, "clean_of", noted)
     return taken
 
 
@@ -261,7 +293,7 @@ def test_forms_agree_where_programs_span_samples():
 
 
 def test_more_steps_than_slots_of_partial_sums(monkeypatch):
-    monkeypatch.setattr(rollout_triton, "PARTIAL_STEPS", 2)
+    monkeypatch.setattr(rollout_stepwise_triton, "PARTIAL_STEPS", 2)
     sizes = (5, 1, 9, 4, 3)
     arguments = problem(sizes)
     options = RolloutOptions(sizes[-1], sigma=1e-2)
@@ -278,6 +310,57 @@ def test_a_rollout_that_is_not_finite_stays_alone():
         bad = torch.zeros_like(delta_loss, dtype=torch.bool)
         bad[:, 1, 2] = True
         assert torch.equal(delta_loss.isnan(), bad)
+
+
+def test_a_cell_is_a_function_of_the_kernels(monkeypatch):
+    """A cell that is registered in one place runs in both forms."""
+
+    @triton.jit
+    def leaky_deviation(
+        delta_a, first, second, factor,
+        SCALED: tl.constexpr, FAST: tl.constexpr, ACCURATE: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
+        slope = tl.where(first > 0, 1.0, 0.5)
+        return tl.where((first + delta_a > 0) == (first > 0), slope * delta_a, 0.0) * factor
+
+    def clean_rows(preact, hidden, wide, quotient):
+        return preact, None
+
+    monkeypatch.setitem(cell_triton.CELLS, "leaky_deviation", cell_triton.CellForm(leaky_deviation, clean_rows))
+    sizes = (3, 2, 9, 4, 5)
+    preact, hidden, weight, _, start = problem(sizes)
+    options = RolloutOptions(
+        sizes[-1], sigma=1e-2, cell=TANH._replace(name="leaky", triton="leaky_deviation"), store_delta_a=True
+    )
+    for form in FORMS:
+        result = run(form, (preact, hidden, weight, None, start), options)
+        clean = preact[-1].float().unsqueeze(1)
+        moved = clean + result.delta_a[-1]
+        kept = (moved > 0) == (clean > 0)
+        expected = torch.where(kept, torch.where(clean > 0, 1.0, 0.5) * result.delta_a[-1], 0)
+        assert relative_error(result.delta_h, expected) <= TOLERANCES["float32"].bound
+
+
+def test_unknown_names_raise():
+    arguments = problem((2, 1, 3, 2, 4))
+    options = RolloutOptions(4, 1e-2)
+    cell = TANH._replace(name="gru", triton=None)
+    with pytest.raises(ValueError, match="cell 'gru' has no form on backend 'triton', only on torch, numba, cupy"):
+        run("auto", arguments, options._replace(cell=cell))
+    with pytest.raises(ValueError, match=r"no cell 'gru_deviation', only \['relu_deviation', 'tanh_deviation'\]"):
+        run("auto", arguments, options._replace(cell=TANH._replace(triton="gru_deviation")))
+    with pytest.raises(ValueError, match="form 'persistent' is none of 'auto', 'resident', 'stepwise'"):
+        run("persistent", arguments, options)
+    with pytest.raises(TypeError, match="loss must be a LinearLoss"):
+        loss_triton.loss_arguments((1,))
+
+    class HuberLoss(LinearLoss):
+        @property
+        def kind(self):
+            return "huber"
+
+    with pytest.raises(ValueError, match="no loss of kind 'huber', only"):
+        loss_triton.loss_arguments(HuberLoss(arguments[0]))
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 1, 4), (2, 0, 3, 1, 4), (2, 2, 3, 1, 0)], ids=str)

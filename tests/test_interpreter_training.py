@@ -40,3 +40,21 @@ def test_gradients_are_those_of_the_reference(
     found = gradients(replace(perturbation, backend="triton"), measured=measured, **network)
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("method", ["np", "anp", "anp-ls"])
+@pytest.mark.parametrize("discount", [0.0, 0.9])
+def test_padded_targets_may_hold_anything(method: str, discount: float) -> None:
+    def padded(backend: str, padding: float) -> list[Tensor]:
+        torch.manual_seed(3)
+        perturbation = anpgpu.Perturbation(method, rollouts=5, discount=discount, backend=backend)
+        rnn, readout = anpgpu.RNN(3, 9, perturbation=perturbation), nn.Linear(9, 4)
+        inputs, targets = torch.randn(4, 2, 3), torch.randn(4, 2, 4)
+        targets[2:, 1] = padding
+        anpgpu.estimate_grad_(rnn, readout, inputs, targets, "mse", lengths=[4, 2])
+        return [parameter.grad for parameter in (*rnn.parameters(), *readout.parameters())]
+
+    found, expected = padded("triton", float("nan")), padded("torch", 0.0)
+    for ours, clean, reference in zip(found, padded("triton", 0.0), expected, strict=True):
+        assert torch.equal(ours, clean)
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))

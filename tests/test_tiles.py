@@ -14,9 +14,9 @@ ARCHES = (80, 86, 89, 90, 100, 120)
 def launch(**changes):
     named = {
         "units": 128,
-        "outputs": 10,
-        "loss": "linear",
+        "outputs": 0,
         "has_readout": False,
+        "returns_outputs": False,
         "batch": 64,
         "rollouts": 1024,
         "precision": "bf16",
@@ -50,8 +50,8 @@ def test_small_networks_are_resident_on_hopper(units):
     ("changes", "reason"),
     [
         ({"units": 257}, "257 hidden units"),
-        ({"loss": "cross_entropy", "has_readout": True, "outputs": 1000}, "1000 outputs"),
-        ({"loss": "outputs", "units": 65, "outputs": 65}, "65 outputs"),
+        ({"has_readout": True, "outputs": 1000}, "1000 outputs"),
+        ({"returns_outputs": True, "units": 65, "outputs": 65}, "65 outputs"),
         ({"units": 256, "precision": "tf32"}, "shared memory"),
         ({"units": 256, "arch": 89}, "shared memory"),
     ],
@@ -73,9 +73,9 @@ def test_a_form_can_be_asked_for():
 
 @given(
     units=st.integers(1, 5000),
-    outputs=st.integers(1, 5000),
-    loss=st.sampled_from(["linear", "squared", "cross_entropy", "outputs", "none"]),
+    outputs=st.integers(0, 5000),
     has_readout=st.booleans(),
+    returns_outputs=st.booleans(),
     batch=st.integers(1, 10**5),
     rollouts=st.integers(1, 10**6),
     precision=st.sampled_from(sorted(tiles.OPERAND_BYTES)),
@@ -137,3 +137,19 @@ def test_two_rows_of_the_quotient_where_they_cost_neither_spills_nor_barriers(ch
 def test_the_choice_is_the_same_every_time():
     for arch, precision in itertools.product(ARCHES, tiles.OPERAND_BYTES):
         assert launch(arch=arch, precision=precision) == launch(arch=arch, precision=precision)
+
+
+@pytest.mark.parametrize(("units", "stride"), [(1, 1), (63, 63), (64, 64), (65, 80), (1000, 1008)])
+def test_rows_of_delta_a_are_padded_where_they_are_long(units, stride):
+    assert tiles.delta_a_stride(units) == stride
+
+
+@pytest.mark.parametrize(("count", "size", "quotient"), [(0, 3, 0), (1, 3, 1), (3, 3, 1), (4, 3, 2)])
+def test_ceil_div(count, size, quotient):
+    assert tiles.ceil_div(count, size) == quotient
+
+
+def test_steps_at_a_time_are_as_many_as_have_room_and_at_least_one():
+    assert tiles.stored_steps(2, 8, 64) == tiles.STORED_BYTES // (4 * 2 * 8 * 64)
+    assert tiles.fused_steps(3, 2, 64) == tiles.STORED_BYTES // (8 * 3 * 2 * 64)
+    assert tiles.stored_steps(10**4, 10**4, 10**4) == tiles.fused_steps(10**4, 10**4, 10**4) == 1
