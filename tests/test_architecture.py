@@ -40,7 +40,7 @@ OPS = ("noise", "rollout", "adjoint")
 STEMS = (*OPS, "cell", "loss", "least_squares")
 """What may have a file for each backend, and has one for torch."""
 ALONE = {
-    *("__init__", "tiles", "product", "scratch", "place_triton", "compile_numba"),
+    *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba"),
     *("rollout_resident_triton", "rollout_stepwise_triton", "rollout_fused_triton"),
 }
 """The other files of kernels/."""
