@@ -2,7 +2,7 @@
 
     python examples/adding.py --steps 10 --output output/
 
-Fresh sequences for every update. Without memory 1 is the best guess, and 1/6 the squared error.
+Sequences are fresh for every update. Without memory the best guess is 1, with a squared error of 1/6.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/amp.py [--dtype bf16|fp16] [--accumulate 2]
 
-Autocast decides the operands of the rollouts' matrix products too; noise, losses and estimates stay in float32. fp16
-needs loss scaling, which works because an estimate is linear in the gradient that comes in.
+Autocast also sets the type of the operands of the rollouts' matrix products; noise, losses and estimates stay in
+float32. fp16 needs loss scaling, which works because an estimate is linear in dL/d(outputs).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(dtype: str = "fp16", accumulate: int = 2, steps: int = 150) -> list[float]:
-    """Return the loss of every step: remember the input of three steps ago."""
+    """Train to recall the input of three steps ago; return the loss of every step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = nn.ModuleDict({"rnn": nn.RNN(4, 64), "head": nn.Linear(64, 4)}).to(device)
@@ -36,7 +36,7 @@ def train(dtype: str = "fp16", accumulate: int = 2, steps: int = 150) -> list[fl
             with torch.autocast(device, DTYPES[dtype]):
                 hidden, _ = model["rnn"](inputs)
                 loss = mse_loss(model["head"](hidden[3:]).float(), inputs[:-3]) / accumulate
-            # Every backward pass is an estimate of its own and adds to .grad.
+            # Every backward pass makes a new estimate and adds it to .grad.
             scaler.scale(loss).backward()
             total += loss.item()
         scaler.unscale_(optimiser)

@@ -1,10 +1,10 @@
-"""A loss without a derivative: train on the number of mistakes itself, which backpropagation cannot.
+"""A loss without a derivative: train on the number of mistakes, which backpropagation cannot.
 
     python examples/blackbox_loss.py --output output/
 
-The network is shown four bits a step and must say of every bit what it was `--delay` steps ago. The loss of a step is
-the share of bits whose sign is wrong: 0/1, flat almost everywhere, no gradient. Perturbed rollouts need only its value,
-and noise large enough to change it.
+The network is shown four bits a step and must recall the bits of `--delay` steps ago. The loss of a step is the share
+of bits with the wrong sign: flat almost everywhere, so that its gradient is zero. Perturbed rollouts need only its
+value, and noise large enough to change it.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def main() -> None:
     for _ in bar:
         inputs, targets = draw(options.delay, options.batch, generator)
         optimiser.zero_grad()
-        found = anpgpu.estimate_grad_(rnn, readout, inputs, targets, mistakes, perturbation=how)
+        estimate = anpgpu.estimate_grad_(rnn, readout, inputs, targets, mistakes, perturbation=how)
         optimiser.step()
-        shares.append(float(found.loss))
+        shares.append(float(estimate.loss))
         bar.set_postfix(wrong=f"{shares[-1]:.1%}")
     last = shares[-20:]
     tqdm.write(f"wrong bits: {shares[0]:.1%} at first, {sum(last) / len(last):.1%} over the last {len(last)} updates")

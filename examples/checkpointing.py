@@ -1,9 +1,9 @@
-"""Activation checkpointing: forget what lies around the RNN, and run it again in the backward pass.
+"""Activation checkpointing: free the activity around the RNN, and compute it again in the backward pass.
 
     python examples/checkpointing.py
 
-The second forward pass restores torch's generator, so it draws the same seed: the gradients are bitwise those of the
-plain model. The RNN itself keeps only its clean states, no graph through time.
+The second forward pass restores torch's generator and so draws the same seed: the gradients are bitwise those of the
+plain model. The RNN itself stores only its clean states, no graph through time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import anpgpu
 
 
 class Block(nn.Module):
-    """An RNN between two wide layers, whose activity is what costs memory."""
+    """An RNN after two wide layers, whose activity takes most of the memory."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def gradients(*, checkpointed: bool, width: int = 16, blocks: int = 3) -> list[T
 
 def main() -> None:
     plain, checkpointed = gradients(checkpointed=False), gradients(checkpointed=True)
-    same = all(torch.equal(one, other) for one, other in zip(plain, checkpointed, strict=True))
+    same = all(torch.equal(grad, grad_again) for grad, grad_again in zip(plain, checkpointed, strict=True))
     print(f"{len(plain)} gradients, {'bitwise the same' if same else 'NOT the same'} with checkpointing")
 
 

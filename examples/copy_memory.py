@@ -2,7 +2,7 @@
 
     python examples/copy_memory.py --delay 10 --output output/
 
-Fresh sequences for every update. Without memory nothing is known of the symbols: log 8 = 2.08 nats.
+Sequences are fresh for every update. Without memory the best loss is log 8 = 2.08 nats.
 """
 
 from __future__ import annotations

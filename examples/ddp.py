@@ -1,4 +1,4 @@
-"""Several processes, one model: each has samples of its own, or all share the rollouts of the same samples.
+"""Several processes train one model: each has its own samples, or all share the rollouts of the same samples.
 
     torchrun --nproc-per-node 2 examples/ddp.py                     # DistributedDataParallel: a batch per process
     torchrun --nproc-per-node 2 examples/ddp.py --share rollouts    # one batch, its rollouts divided
@@ -30,11 +30,11 @@ class Model(nn.Module):
 
 
 def train(share: str, steps: int, batch: int = 16) -> list[float]:
-    """Return the loss of every step, over all processes; the process group is there already."""
+    """Return the mean loss over all processes of every step; the process group must be initialised."""
     rank, count = distributed.get_rank(), distributed.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    # The same weights everywhere. The noise of processes that have samples of their own differs all the same: their
-    # rank is part of its counter.
+    # All processes start from the same weights. Where they have their own samples their noise still differs, since the
+    # counter of the noise holds their rank.
     torch.manual_seed(0)
     model: nn.Module = Model(anpgpu.Perturbation(rollouts=64, shard_rollouts=share == "rollouts")).to(device)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -47,7 +47,7 @@ def train(share: str, steps: int, batch: int = 16) -> list[float]:
         targets = inputs.sum(-1, keepdim=True).cumsum(0).roll(5, 0)
         targets[:5] = 0
         if share == "samples":
-            # Every process its own part of the batch; a DistributedSampler does this for a data set.
+            # For a data set, a DistributedSampler divides the batch.
             inputs, targets = inputs[:, rank::count], targets[:, rank::count]
         loss = nn.functional.mse_loss(model(inputs), targets)
         optimiser.zero_grad()
@@ -67,9 +67,9 @@ def main() -> None:
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     losses = train(options.share, options.steps)
     if distributed.get_rank() == 0:
-        first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
+        first, last = (sum(window) / len(window) for window in (losses[:10], losses[-10:]))
         print(f"{distributed.get_world_size()} processes share {options.share}: loss {first:.4f} -> {last:.4f}")
-    # DistributedDataParallel holds the group in cycles of references; a process that ends before gloo's threads aborts.
+    # DistributedDataParallel holds the group in reference cycles; a process that ends before gloo's threads aborts.
     gc.collect()
     distributed.destroy_process_group()
 

@@ -50,7 +50,7 @@ class Classifier(nn.Module):
 
 
 class Result(NamedTuple):
-    """What one training run came to."""
+    """The result of one training run."""
 
     method: str
     seed: int
@@ -71,12 +71,12 @@ def load(device: torch.device, *, pixels: bool, permuted: bool = False) -> Digit
     if permuted:
         sequences = sequences[:, np.random.default_rng(0).permutation(sequences.shape[1])]
     parts = train_test_split(sequences, digits.target, test_size=0.2, random_state=0, stratify=digits.target)
-    train_inputs, test_inputs, train_labels, test_labels = (torch.from_numpy(part).to(device) for part in parts)
+    train_inputs, test_inputs, train_labels, test_labels = (torch.from_numpy(array).to(device) for array in parts)
     return Digits(train_inputs, train_labels, test_inputs, test_labels)
 
 
 def diagnose_case() -> tuple[nn.RNN, nn.Linear, Tensor, Tensor, str]:
-    """The untrained network and its first batch, for `python -m anpgpu diagnose examples/digits.py:diagnose_case`."""
+    """Return an untrained network and a batch, for `python -m anpgpu diagnose examples/digits.py:diagnose_case`."""
     torch.manual_seed(0)
     data = load(torch.device("cpu"), pixels=False)
     model = Classifier(data.train_inputs.shape[2], 128)
@@ -88,7 +88,7 @@ def train(data: Digits, method: str, seed: int, options: argparse.Namespace) -> 
     torch.manual_seed(seed)
     model = Classifier(data.train_inputs.shape[2], options.hidden).to(device)
     if method != "bptt":
-        # The one line that replaces backpropagation through time.
+        # This line alone replaces backpropagation through time.
         anpgpu.swap_(model, perturbation(method, options))
     optimiser = torch.optim.Adam(model.parameters(), lr=options.lr)
     order = torch.Generator().manual_seed(seed)
@@ -116,13 +116,13 @@ def train(data: Digits, method: str, seed: int, options: argparse.Namespace) -> 
 
 
 def perturbation(method: str, options: argparse.Namespace) -> anpgpu.Perturbation:
-    """The library's default, but for what the command line says."""
-    given = {"rollouts": options.rollouts, "discount": options.discount, "sigma": options.sigma}
-    return anpgpu.Perturbation(method=method, **{name: value for name, value in given.items() if value is not None})
+    """Return the library's defaults, changed by the options of the command line."""
+    choices = {"rollouts": options.rollouts, "discount": options.discount, "sigma": options.sigma}
+    return anpgpu.Perturbation(method=method, **{name: value for name, value in choices.items() if value is not None})
 
 
 def peak_mib(device: torch.device) -> float:
-    """Peak memory: of the tensors on a GPU, of the whole process so far on the CPU."""
+    """Return the peak memory: on a GPU of the tensors, on the CPU of the whole process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
@@ -153,7 +153,7 @@ def plot(results: list[Result], path: Path, title: str) -> None:
     for colour, method in enumerate(dict.fromkeys(result.method for result in results)):
         mine = [result for result in results if result.method == method]
         epochs = np.arange(1, len(mine[0].loss) + 1)
-        for axis, values in ((left, [one.loss for one in mine]), (right, [one.accuracy for one in mine])):
+        for axis, values in ((left, [result.loss for result in mine]), (right, [result.accuracy for result in mine])):
             axis.plot(epochs, np.mean(values, axis=0), color=f"C{colour}", label=f"{method}, {len(mine)} seeds")
             axis.fill_between(epochs, np.min(values, axis=0), np.max(values, axis=0), color=f"C{colour}", alpha=0.2)
     left.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")

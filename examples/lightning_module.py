@@ -1,4 +1,4 @@
-"""A LightningModule: nothing in it says how its gradients are made. Needs the package lightning.
+"""A LightningModule that needs no change but `anpgpu.RNN` for `nn.RNN`. Needs the package lightning.
 
 python examples/lightning_module.py
 """
@@ -29,7 +29,7 @@ class Majority(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         bits, more = batch
         loss = nn.functional.cross_entropy(self(bits).flatten(0, 1), more.flatten())
-        # How far two halves of the rollouts agree; of the backward pass before this step.
+        # How well two halves of the rollouts agree, in the last backward pass.
         if self.rnn.last_estimate is not None:
             self.log("split_half", self.rnn.last_estimate.split_half)
         self.log("loss", loss, prog_bar=True)

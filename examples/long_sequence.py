@@ -1,10 +1,10 @@
-"""A sequence of 100,000 steps within a fixed memory: gradients that backpropagation would need gigabytes for.
+"""A sequence of 100,000 steps within a fixed memory, for which backpropagation would need gigabytes.
 
     python examples/long_sequence.py --steps 100000 --max-memory 64 --output output/
 
 The network must tell at every step how many of the last two inputs were positive. `estimate_grad_` cuts time into
-segments, keeps the rollouts' states at their starts, and runs the rest again; nothing grows with the length but inputs,
-targets and outputs. Peak memory is the process's, which holds Python and PyTorch as well.
+segments, stores the rollouts' states at their starts, and runs each segment again. Only inputs, targets and outputs
+grow with the length. Peak memory is that of the whole process, with Python and PyTorch.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def main() -> None:
     for _ in tqdm(range(options.updates), unit="update", disable=options.quiet):
         inputs, targets = draw(options.steps, generator)
         optimiser.zero_grad()
-        found = anpgpu.estimate_grad_(rnn, readout, inputs, targets, "cross_entropy", perturbation=how)
+        estimate = anpgpu.estimate_grad_(rnn, readout, inputs, targets, "cross_entropy", perturbation=how)
         optimiser.step()
-        losses.append(float(found.loss))
+        losses.append(float(estimate.loss))
     seconds = (time.perf_counter() - started) / options.updates
     title = f"{options.method}, T = {options.steps:,}, {options.rollouts} rollouts"
     tqdm.write(

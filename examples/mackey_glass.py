@@ -2,8 +2,8 @@
 
     python examples/mackey_glass.py --output output/
 
-The series is reservoirpy's. Each update sees the next window of eight stretches of the training part, the state is
-carried on; the test part comes later in the series. The loss is in units of the training part's variance.
+The series is reservoirpy's. Each update sees the next window of eight stretches of the training part and starts from
+the last state; the test part comes later in the series. The loss is in units of the training part's variance.
 """
 
 from __future__ import annotations

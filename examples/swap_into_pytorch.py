@@ -1,9 +1,9 @@
-"""Swap: an existing PyTorch model with `nn.RNN` learns without backpropagation through time, by one added line.
+"""Swap: one added line trains an existing PyTorch model with `nn.RNN` without backpropagation through time.
 
     python examples/swap_into_pytorch.py --output output/
 
 The model (embedding, two recurrent layers, dropout, layer norm, a head) and its training loop are plain PyTorch. It
-spells out the text below, one character after another.
+learns to predict the text below, character by character.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEXT = (
 
 
 class Speller(nn.Module):
-    """Says of every character which one comes next."""
+    """Predicts the next character of every character."""
 
     def __init__(self, symbols: int, hidden: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def train(options: argparse.Namespace, *, swapped: bool) -> list[float]:
     model = Speller(len(symbols), options.hidden)
     if swapped:
         how = anpgpu.Perturbation(method=options.method, rollouts=options.rollouts)
-        # The one line: every nn.RNN in the model is replaced in place, with the same parameters.
+        # The added line: every nn.RNN in the model is replaced in place, with the same parameters.
         anpgpu.swap_(model, how)
     optimiser = torch.optim.Adam(model.parameters(), lr=options.lr)
     losses, generator = [], torch.Generator().manual_seed(0)

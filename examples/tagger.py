@@ -2,9 +2,9 @@
 
     python examples/tagger.py
 
-Sentences of unequal length hold two kinds of brackets among other words. Of every word the tag says which bracket was
-the last one before it, ( or ), and which will be the first one after it, [ or ]: neither the word nor its neighbours
-tell. The second training differs from the first by one line, `anpgpu.swap_(model)`.
+Sentences of unequal length hold two kinds of brackets among other words. The tag of a word says which of ( and ) came
+last before it, and which of [ and ] comes first after it, so that it needs memory in both directions. The second
+training differs from the first by one line, `anpgpu.swap_(model)`.
 """
 
 from __future__ import annotations

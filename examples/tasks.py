@@ -1,4 +1,4 @@
-"""The tasks of the examples and of `profiling/study.py`: data, losses, and what predicting without a network reaches.
+"""The tasks of the examples and of `profiling/study.py`: data, losses, and scores of predictions without a network.
 
     copying       S symbols, a delay, a cue, then the same symbols again     Arjovsky, Shah, Bengio 2016
     adding        the sum of the two marked values of a sequence             Hochreiter & Schmidhuber 1997
@@ -7,8 +7,8 @@
     digits        a handwritten digit, pixel by pixel                        scikit-learn's; permuted: Le et al. 2015
 
 Copying and adding draw fresh sequences for every update. A time series is cut into training, validation and test part,
-in this order; its training part into as many lanes as a batch has samples, and the state is carried from one window of
-a lane to the next. Whatever is fitted (scaling, permutation, baselines) sees the training part alone.
+in this order. Its training part is cut into as many lanes as a batch has samples; the state is carried from one window
+of a lane to the next. Scaling and baselines are fitted on the training part alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HELD_OUT = 1000
 """Sequences in the validation and test sets of the tasks that draw their own."""
 
 LANES = 8
-"""Lanes a held-out part of a time series is cut into, so that they are run as one batch."""
+"""A held-out part of a time series is cut into so many lanes, which run as one batch."""
 
 
 class Batch(NamedTuple):
@@ -43,15 +43,15 @@ class Batch(NamedTuple):
     targets: Tensor
     """Per step (T, B, O) or classes (T, B); per sequence classes (B,) or (B, O)."""
     continued: bool = False
-    """Whether the state is carried on from the batch before."""
+    """Whether the state of the last batch is carried on."""
 
 
 class Score(NamedTuple):
-    """What predictions of a held-out set come to."""
+    """The loss and accuracy of predictions of a held-out set."""
 
     loss: float
     accuracy: float | None
-    """Share of classes predicted right; None for a regression."""
+    """Share of right classes; None for a regression."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Task:
     """One task.
 
     Attributes:
-        name: as in tables.
+        name: the name in tables.
         loss: "mse" or "cross_entropy", as `estimate_grad_` takes it.
         unit: what the loss is measured in.
         inputs: I.
@@ -68,7 +68,7 @@ class Task:
         valid: held out to choose learning rates.
         test: held out for results.
         washout: first steps of a held-out sequence that do not count, while the state settles.
-        baselines: compute scores on `test`, by name; "memoryless" is the best a network without memory could do.
+        baselines: computes scores on `test` by name; "memoryless" is the best a network without memory could reach.
     """
 
     name: str
@@ -84,13 +84,13 @@ class Task:
 
 
 def per_sequence(task: Task, targets: Tensor) -> bool:
-    """Return whether the loss is due after the last step alone: the targets then have no time axis."""
+    """Return whether only the last step has a loss: the targets then have no time axis."""
     return targets.dim() == (2 if task.loss == "mse" else 1)
 
 
 @torch.no_grad()
 def score(task: Task, outputs: Tensor, targets: Tensor) -> Score:
-    """Return loss and accuracy of outputs (T, B, O) against a held-out set's targets; `task.loss` says which loss."""
+    """Return the task's loss and the accuracy of outputs (T, B, O) on a held-out set."""
     if per_sequence(task, targets):
         outputs = outputs[-1]
     else:
@@ -104,7 +104,7 @@ def score(task: Task, outputs: Tensor, targets: Tensor) -> Score:
 
 
 def fresh(draw: Callable[[torch.Generator, int], Batch]) -> Callable[[int, int], Iterator[Batch]]:
-    """Return endless batches of sequences that are drawn anew for every update."""
+    """Return endless batches of freshly drawn sequences."""
 
     def batches(seed: int, batch: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
@@ -121,9 +121,9 @@ def held_out(draw: Callable[[torch.Generator, int], Batch]) -> tuple[Batch, Batc
 
 
 def copying(delay: int, *, symbols: int = 8, length: int = 4) -> Task:
-    """Copying memory: remember `length` symbols over `delay` steps; the last of these shows a cue.
+    """Copying memory: recall `length` symbols after `delay` steps, the last of which shows a cue.
 
-    Without memory nothing is known of the symbols, so the best loss is log(symbols).
+    Without memory nothing is known of the symbols, so that the best loss is log(symbols).
     """
 
     def draw(generator: torch.Generator, batch: int) -> Batch:
@@ -145,7 +145,7 @@ def copying(delay: int, *, symbols: int = 8, length: int = 4) -> Task:
 def adding(steps: int = 10) -> Task:
     """Adding: two of the uniform values are marked, one in each half; their sum is due after the last step.
 
-    The last step is never marked, so without memory 1 is the best guess, and 1/6 (the variance of the sum) its loss.
+    The last step is never marked. Without memory the best guess is thus 1, with loss 1/6, the variance of the sum.
     """
 
     def draw(generator: torch.Generator, batch: int) -> Batch:
@@ -162,12 +162,12 @@ def adding(steps: int = 10) -> Task:
 
     def baselines() -> dict[str, Score]:
         train = draw(torch.Generator().manual_seed(0), 20_000)
-        seen, test_seen = (one.inputs.transpose(0, 1).flatten(1) for one in (train, test))
+        seen, test_seen = (batch.inputs.transpose(0, 1).flatten(1) for batch in (train, test))
         predictions = {
             "memoryless": torch.ones_like(test.targets),
             "linear": regression(seen, train.targets, test_seen),
         }
-        return {name: Score(float(F.mse_loss(one, test.targets)), None) for name, one in predictions.items()}
+        return {name: Score(float(F.mse_loss(values, test.targets)), None) for name, values in predictions.items()}
 
     return Task("adding", "mse", "squared error", 2, 1, fresh(draw), valid, test, baselines)
 
@@ -180,27 +180,27 @@ def digits_by_pixel(*, permuted: bool = False) -> Task:
     order = torch.randperm(len(data.train_inputs), generator=torch.Generator().manual_seed(0))
     valid, train = order.split((len(order) // 5, len(order) - len(order) // 5))
 
-    def part(inputs: Tensor, labels: Tensor) -> Batch:
+    def time_first(inputs: Tensor, labels: Tensor) -> Batch:
         return Batch(inputs.transpose(0, 1).contiguous(), labels)
 
     def batches(seed: int, batch: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
         while True:
             for chosen in train[torch.randperm(len(train), generator=generator)].split(batch):
-                yield part(data.train_inputs[chosen], data.train_labels[chosen])
+                yield time_first(data.train_inputs[chosen], data.train_labels[chosen])
 
     def baselines() -> dict[str, Score]:
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import log_loss
 
-        found = {}
+        scores = {}
         for name, pixels in (("memoryless", slice(-1, None)), ("linear", slice(None))):
             model = LogisticRegression(max_iter=500)
             model.fit(data.train_inputs[train, pixels, 0].numpy(), data.train_labels[train].numpy())
-            given, labels = data.test_inputs[:, pixels, 0].numpy(), data.test_labels.numpy()
-            loss = log_loss(labels, model.predict_proba(given))
-            found[name] = Score(float(loss), float(model.score(given, labels)))
-        return found
+            features, labels = data.test_inputs[:, pixels, 0].numpy(), data.test_labels.numpy()
+            loss = log_loss(labels, model.predict_proba(features))
+            scores[name] = Score(float(loss), float(model.score(features, labels)))
+        return scores
 
     return Task(
         "digits-permuted" if permuted else "digits",
@@ -209,17 +209,17 @@ def digits_by_pixel(*, permuted: bool = False) -> Task:
         1,
         10,
         batches,
-        part(data.train_inputs[valid], data.train_labels[valid]),
-        part(data.test_inputs, data.test_labels),
+        time_first(data.train_inputs[valid], data.train_labels[valid]),
+        time_first(data.test_inputs, data.test_labels),
         baselines,
     )
 
 
 def mackey_glass(ahead: int = 15, *, steps: int = 40, length: int = 10_000) -> Task:
-    """Mackey-Glass: the series `ahead` steps in the future, from its present value and the state."""
+    """Mackey-Glass: the value of the series `ahead` steps in the future, from the present value and the state."""
     from reservoirpy.datasets import mackey_glass as generate
 
-    # The first 500 steps still show the random history the equation was started from.
+    # The first 500 steps still depend on the random initial history.
     series = generate(length + 500, tau=17, seed=0)[500:]
     return forecast(f"mackey-glass-{ahead}", series, 0, ahead, steps=steps)
 
@@ -262,16 +262,16 @@ def forecast(name: str, series: np.ndarray, predicted: int, ahead: int, *, steps
     training = series[: bounds[1]]
     scaled = torch.from_numpy(((series - training.mean(0)) / training.std(0)).astype(np.float32))
     parts = [scaled[start:stop] for start, stop in itertools.pairwise(bounds)]
-    if min((len(part) - ahead) // LANES for part in parts) <= washout:
+    if min((len(stretch) - ahead) // LANES for stretch in parts) <= washout:
         raise ValueError(
             f"{len(series)} steps are too few to predict {ahead} ahead: {LANES} lanes of a tenth must exceed {washout}"
         )
 
-    def lanes(part: Tensor, count: int) -> Batch:
-        length = (len(part) - ahead) // count
+    def lanes(stretch: Tensor, count: int) -> Batch:
+        length = (len(stretch) - ahead) // count
         inputs, targets = (
-            one[: length * count].unflatten(0, (count, length)).transpose(0, 1).contiguous()
-            for one in (part, part[ahead:, predicted : predicted + 1])
+            values[: length * count].unflatten(0, (count, length)).transpose(0, 1).contiguous()
+            for values in (stretch, stretch[ahead:, predicted : predicted + 1])
         )
         return Batch(inputs, targets)
 
@@ -281,20 +281,20 @@ def forecast(name: str, series: np.ndarray, predicted: int, ahead: int, *, steps
         if len(whole.inputs) < 2 * steps:
             raise ValueError(f"a training part of {len(parts[0])} steps is too short for {batch} lanes of {2 * steps}")
         while True:
-            # Windows start elsewhere every time, lest the same steps always come last.
+            # The offset is random, so that windows do not always end at the same steps.
             first = int(torch.randint(steps, (), generator=generator))
             for start in range(first, len(whole.inputs) - steps + 1, steps):
                 window = slice(start, start + steps)
                 yield Batch(whole.inputs[window], whole.targets[window], continued=start > first)
 
-    valid, test = (lanes(part, LANES) for part in parts[1:])
+    valid, test = (lanes(stretch, LANES) for stretch in parts[1:])
 
     def baselines() -> dict[str, Score]:
         from sklearn.ensemble import HistGradientBoostingRegressor
 
         train, after = lanes(parts[0], LANES), slice(washout, None)
         target = test.targets[after]
-        present = [one.inputs[after].flatten(0, 1) for one in (train, test)]
+        present = [batch.inputs[after].flatten(0, 1) for batch in (train, test)]
         boosted = HistGradientBoostingRegressor(random_state=0).fit(
             present[0].numpy(), train.targets[after].flatten().numpy()
         )
@@ -305,14 +305,14 @@ def forecast(name: str, series: np.ndarray, predicted: int, ahead: int, *, steps
                 lagged(train.inputs, washout), train.targets[after].flatten(0, 1), lagged(test.inputs, washout)
             ).view_as(target),
         }
-        return {name: Score(float((one - target).square().mean()), None) for name, one in predictions.items()}
+        return {name: Score(float((values - target).square().mean()), None) for name, values in predictions.items()}
 
     sizes = (scaled.shape[1], 1)
     return Task(name, "mse", "training variance", *sizes, batches, valid, test, baselines, washout)
 
 
 def lagged(inputs: Tensor, lags: int) -> Tensor:
-    """Return what a linear prediction sees: the present and the last `lags` inputs of every step from `lags` on.
+    """Return the inputs of a linear prediction: the present and the last `lags` inputs of every step from `lags` on.
 
     (T, B, I) becomes ((T - lags) * B, (lags + 1) * I).
     """
@@ -320,14 +320,16 @@ def lagged(inputs: Tensor, lags: int) -> Tensor:
 
 
 def regression(inputs: Tensor, targets: Tensor, test_inputs: Tensor) -> Tensor:
-    """Return the predictions of least squares with a constant, fitted on `inputs` and `targets`, for `test_inputs`."""
-    with_one = [torch.cat((one.double(), torch.ones(len(one), 1).double()), 1) for one in (inputs, test_inputs)]
-    coefficients = torch.linalg.lstsq(with_one[0], targets.double(), driver="gelsd").solution
-    return (with_one[1] @ coefficients).to(targets.dtype)
+    """Fit least squares with a constant on `inputs` and `targets`; return its predictions for `test_inputs`."""
+    fitted, predicted = (
+        torch.cat((values.double(), torch.ones(len(values), 1).double()), 1) for values in (inputs, test_inputs)
+    )
+    coefficients = torch.linalg.lstsq(fitted, targets.double(), driver="gelsd").solution
+    return (predicted @ coefficients).to(targets.dtype)
 
 
 def by_name(csv_path: Path | None) -> dict[str, Callable[[], Task]]:
-    """Return how to make each task of the study; those of the weather only where there are data."""
+    """Return the makers of the study's tasks; those of the weather only where there is a file."""
     tasks: dict[str, Callable[[], Task]] = {
         "mackey-glass-15": mackey_glass,
         "copying-5": lambda: copying(5),

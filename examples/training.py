@@ -1,4 +1,4 @@
-"""One training loop for all examples and for `profiling/study.py`: whatever the method, only the estimator differs.
+"""The training loop of the examples and of `profiling/study.py`: methods differ in the estimator alone.
 
 Every method starts from the same weights (W_hh orthogonal, gain 0.95), sees the same sequences in the same order and
 uses Adam, its learning rate falling linearly to zero. The gradients come from `anpgpu.estimate_grad_`; true
@@ -25,10 +25,10 @@ import anpgpu
 from anpgpu.decorrelation import Decorrelation
 
 GAIN = 0.95
-"""Of the orthogonal W_hh all start from. From torch's default, whose spectral radius is near 0.6, memory fades."""
+"""Gain of the initial, orthogonal W_hh. With torch's default, of spectral radius near 0.6, memory fades."""
 
 SHARES = 24
-"""The held-out sets are looked at so many times in a run, evenly spread over the updates."""
+"""Number of evaluations on the held-out sets in a run, evenly spread over the updates."""
 
 METHODS = {
     "bptt": {"method": "bptt"},
@@ -41,11 +41,11 @@ METHODS = {
     "anp-ls": {"method": "anp-ls", "discount": 1.0},
     "published-anp": {"method": "published-anp", "rollouts": 1, "noise": "gaussian"},
 }
-"""By the name in tables: how `Perturbation` differs from its defaults. "bptt-1" is `one_step_truncated`."""
+"""Arguments of `Perturbation` by the name in tables. "bptt-1" is `one_step_truncated`."""
 
 
 class Settings(NamedTuple):
-    """What a run is made of, besides its task."""
+    """The settings of a run on any task."""
 
     method: str
     seed: int = 0
@@ -60,19 +60,19 @@ class Settings(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """What a run came to: one value per look at the held-out sets."""
+    """The learning curve of a run: one value per evaluation on the held-out sets."""
 
     updates: list[int]
     seconds: list[float]
     """Processor time of the training updates so far."""
     training_loss: list[float]
-    """Mean over the updates since the last look."""
+    """Mean over the updates since the last evaluation."""
     valid: list[tasks.Score]
     test: list[tasks.Score]
 
 
 def train(task: tasks.Task, settings: Settings, *, progress: bool = True) -> Curve:
-    """Train one network; a loss that is no longer finite ends the training and the curve."""
+    """Train one network; a loss that is not finite ends the training and the curve."""
     torch.manual_seed(settings.seed)
     published = settings.method.startswith("published")
     rnn = nn.RNN(task.inputs, settings.hidden, bias=not published)
@@ -100,10 +100,10 @@ def train(task: tasks.Task, settings: Settings, *, progress: bool = True) -> Cur
         if how is None:
             loss, after = one_step_truncated(task, rnn, readout, batch, state)
         else:
-            found = anpgpu.estimate_grad_(
+            estimate = anpgpu.estimate_grad_(
                 rnn, readout, batch.inputs, batch.targets, task.loss, perturbation=how, hx=state
             )
-            loss, after = float(found.loss), found.h_n
+            loss, after = float(estimate.loss), estimate.h_n
         if not math.isfinite(loss):
             break
         optimiser.step()
@@ -126,7 +126,7 @@ def train(task: tasks.Task, settings: Settings, *, progress: bool = True) -> Cur
 def one_step_truncated(
     task: tasks.Task, rnn: nn.RNN, readout: nn.Linear, batch: tasks.Batch, hx: Tensor | None
 ) -> tuple[float, Tensor]:
-    """Backpropagate through one step alone, the state before it detached; return the loss and the final state."""
+    """Backpropagate through single steps, from detached states; return the loss and the final state."""
     with torch.no_grad():
         hidden, h_n = rnn(batch.inputs, hx)
         before = torch.cat((torch.zeros_like(hidden[:1]) if hx is None else hx, hidden[:-1]))
@@ -153,7 +153,7 @@ def evaluate(task: tasks.Task, rnn: nn.RNN, readout: nn.Linear, held_out: tasks.
 
 
 def arguments(description: str, **defaults: float) -> argparse.ArgumentParser:
-    """Return the options all examples have; `defaults` are those of `Settings` that an example sets otherwise."""
+    """Return the options that all examples share; `defaults` replace those of `Settings`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = Settings("anp")._replace(**defaults)
     parser.add_argument("--methods", nargs="+", default=["anp-ls", "anp", "np", "bptt"], choices=METHODS)
@@ -178,12 +178,12 @@ def compare(task: tasks.Task, options: argparse.Namespace) -> None:
         for method in options.methods:
             settings = Settings(method, seed, **shared)
             runs[method].append(train(task, settings, progress=not options.quiet))
-    rows = [(name, one) for name, one in baselines.items()]
+    rows = list(baselines.items())
     rows += [(method, curve.test[-1]) for method, curves in runs.items() for curve in curves if curve.test]
     tqdm.write(f"{task.name}: test loss in {task.unit}, after {options.updates} updates\n")
-    for name, one in rows:
-        right = "" if one.accuracy is None else f"{one.accuracy:10.1%} right"
-        tqdm.write(f"{name:16s}{one.loss:10.4f}{right}")
+    for name, score in rows:
+        right = "" if score.accuracy is None else f"{score.accuracy:10.1%} right"
+        tqdm.write(f"{name:16s}{score.loss:10.4f}{right}")
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{task.name}.png"
     plot(task, baselines, runs, path)
@@ -203,13 +203,13 @@ def plot(task: tasks.Task, baselines: dict[str, tasks.Score], runs: dict[str, Se
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for colour, (method, curves) in enumerate(runs.items()):
         for number, curve in enumerate(curves):
-            losses = [one.loss for one in curve.test]
+            losses = [score.loss for score in curve.test]
             label = method if number == 0 else None
             for axis, horizontal in zip(axes, (curve.updates, curve.seconds), strict=True):
                 axis.plot(horizontal, losses, color=f"C{colour}", label=label)
     for axis in axes:
-        for (name, one), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
-            axis.axhline(one.loss, color="grey", linestyle=style, linewidth=1, label=name)
+        for (name, score), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
+            axis.axhline(score.loss, color="grey", linestyle=style, linewidth=1, label=name)
     axes[0].set(xlabel="updates", ylabel=f"test loss ({task.unit})", yscale="log")
     axes[1].set(xlabel="processor time (s)", xscale="log")
     axes[0].legend(fontsize="small")

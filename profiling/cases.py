@@ -1,4 +1,4 @@
-"""The shapes that are timed, and what is counted: 2 H^2 floating-point operations per rollout and step, never noise."""
+"""The shapes that are timed. Counted are 2 H^2 floating-point operations per rollout and step; noise is not counted."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Case(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rollouts of all samples, which run side by side."""
+        """Rollouts of all samples, B P."""
         return self.batch * self.rollouts
 
     @property
     def rollout_steps(self) -> int:
-        """Steps of all rollouts."""
+        """Steps of all rollouts, T B P."""
         return self.time * self.rows
 
     @property
     def flops(self) -> int:
-        """Operations of the recurrent products alone."""
+        """Operations of the recurrent products."""
         return 2 * self.hidden**2 * self.rollout_steps
 
 
@@ -78,7 +78,7 @@ HIDDEN = (64, 128, 256, 500, 512, 1024, 2048)
 ROWS = (4_096, 16_384, 65_536)
 BATCH = 16
 BASELINE_ROWS = 16_384
-"""The baselines are timed at this many rows only: compiling them takes longer than timing everything else."""
+"""The only number of rows at which baselines are timed: compiling them takes longer than timing everything else."""
 
 DELTA_A_BYTES = 24 << 30
 """The number of steps is chosen so that delta_a in float32 stays below this."""
@@ -89,20 +89,20 @@ CUDA_QUICK = tuple(Case(time=32, batch=BATCH, rollouts=256, hidden=hidden) for h
 
 
 def gpu_cases(hidden: tuple[int, ...] = HIDDEN, rows: tuple[int, ...] = ROWS) -> list[Case]:
-    """Return the cases of the GPU table: long enough that one call takes a millisecond or more, where memory allows."""
-    found = []
+    """Return the cases of the GPU table: where memory allows, long enough that a call takes a millisecond or more."""
+    cases = []
     for units in hidden:
         for count in rows:
             time = max(16, min(128, DELTA_A_BYTES // (4 * count * units)))
-            found.append(Case(time=time, batch=BATCH, rollouts=count // BATCH, hidden=units))
-    return found
+            cases.append(Case(time=time, batch=BATCH, rollouts=count // BATCH, hidden=units))
+    return cases
 
 
 def named_shapes(shapes: dict[str, list[Case]], names: str | None) -> dict[str, list[Case]]:
     """Return the shapes of a comma-separated list of names, or all of them.
 
     Raises:
-        ValueError: one of them does not exist.
+        ValueError: a name does not exist.
     """
     wanted = list(shapes) if names is None else names.split(",")
     unknown = [name for name in wanted if name not in shapes]

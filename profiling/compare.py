@@ -3,9 +3,9 @@
     python profiling/compare.py [--shapes published,small] [--peers ours,bptt] [--published CHECKOUT] [--output FILE]
 
 Every peer does the same work on the same data: an update from P rollouts of each of B samples over T steps, or one of
-true BPTT of the B samples. Results are compared before anything is timed: all ANP peers with ours at the same noise,
-ours with a float64 estimate and with autograd, BPTT with autograd in float64, EGGROLL with its own dense form. A wrong
-one stops the program. Peers take turns; figures are medians with quartiles.
+true BPTT of the B samples. Results are checked before anything is timed: other ANP updates against ours at the same
+noise, ours against a float64 estimate and autograd, BPTT against autograd in float64, EGGROLL against dense matrices. A
+wrong result stops the program. Peers take turns; figures are medians with quartiles.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def one_rollout(case: Case) -> int:
 
 
 def no_rollouts(case: Case) -> None:
-    """Say that a case has no rollouts here."""
+    """Return None: BPTT has no rollouts."""
 
 
-def error(found: list[Tensor], exact: list[Tensor]) -> float:
+def error(estimates: list[Tensor], exact: list[Tensor]) -> float:
     """Return the largest relative error of a gradient."""
-    pairs = [(left.double().cpu(), right.double().cpu()) for left, right in zip(found, exact, strict=True)]
+    pairs = [(left.double().cpu(), right.double().cpu()) for left, right in zip(estimates, exact, strict=True)]
     return max(float((left - right).norm() / right.norm()) for left, right in pairs)
 
 
@@ -87,108 +87,112 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
 def exact_update() -> tuple[list[Tensor], Tensor]:
     """Return our gradients of `GATE` in float64 on the CPU, and the noise they came from."""
     generator = torch.Generator().manual_seed(3)
-    found = [one.clone() for one in ours(task_of(GATE, CPU, torch.float64), generator)]
+    estimates = [grad.clone() for grad in ours(task_of(GATE, CPU, torch.float64), generator)]
     seed = new_seed(CPU, torch.Generator().manual_seed(3))
     shape = (GATE.time, GATE.batch, GATE.rollouts, GATE.hidden)
-    return found, functional.noise(seed, shape, sigma=SIGMA, dtype=torch.float64)
+    return estimates, functional.noise(seed, shape, sigma=SIGMA, dtype=torch.float64)
 
 
 def ours_checks(device: torch.device) -> Iterable[Check]:
     """Yield ours against autograd, and against float64 at the same seed."""
     yield estimate_check()
-    found = ours(task_of(GATE, device), torch.Generator().manual_seed(3))
-    yield Check("ours against float64", error(found, exact_update()[0]), BOUNDS[device.type], False)
+    estimates = ours(task_of(GATE, device), torch.Generator().manual_seed(3))
+    yield Check("ours against float64", error(estimates, exact_update()[0]), BOUNDS[device.type], False)
 
 
 def torch_checks(device: torch.device) -> Iterable[Check]:
     """Yield ours without compiled loops against float64."""
-    found = ours(task_of(GATE, device), torch.Generator().manual_seed(3), backend="torch")
-    yield Check("ours in torch against float64", error(found, exact_update()[0]), BOUNDS[device.type], False)
+    estimates = ours(task_of(GATE, device), torch.Generator().manual_seed(3), backend="torch")
+    yield Check("ours in torch against float64", error(estimates, exact_update()[0]), BOUNDS[device.type], False)
 
 
 def least_squares_checks(device: torch.device) -> Iterable[Check]:
     """Yield least squares against float64 at the same seed."""
-    found, exact = (
-        [one.clone() for one in ours(task_of(GATE, *where), torch.Generator().manual_seed(3), method="anp-ls")]
+    estimates, exact = (
+        [grad.clone() for grad in ours(task_of(GATE, *where), torch.Generator().manual_seed(3), method="anp-ls")]
         for where in ((device,), (CPU, torch.float64))
     )
-    yield Check("anp-ls against float64", error(found, exact), 10 * BOUNDS[device.type], False)
+    yield Check("anp-ls against float64", error(estimates, exact), 10 * BOUNDS[device.type], False)
 
 
 def narrow_checks(device: torch.device) -> Iterable[Check]:
     """Yield ours with bfloat16 operands against float32, at a size that takes the processor's tiles."""
     task = task_of(NARROW_GATE, device)
-    found, exact = (
-        [one.clone() for one in ours(task, torch.Generator().manual_seed(3), precision=precision)]
+    estimates, exact = (
+        [grad.clone() for grad in ours(task, torch.Generator().manual_seed(3), precision=precision)]
         for precision in ("bf16", "fp32")
     )
-    yield Check("ours with bf16 operands against float32", error(found, exact), BOUNDS["cuda"], False)
+    yield Check("ours with bf16 operands against float32", error(estimates, exact), BOUNDS["cuda"], False)
 
 
 def backward_checks(device: torch.device) -> Iterable[Check]:
     """Yield `loss.backward()` against `estimate_grad_`: at this sigma the measured loss is nearly linear."""
     task = task_of(GATE, device)
     torch.manual_seed(3)
-    through = [one.clone() for one in ours_backward(task)]
+    through = [grad.clone() for grad in ours_backward(task)]
     torch.manual_seed(3)
     measured = ours(task)
     yield Check("loss.backward() against estimate_grad_", error(through, measured), 3e-2, False)
 
 
 def anp_checks(name: str, device: torch.device) -> Iterable[Check]:
-    """Yield another's ANP update against ours in float64, at the same noise."""
+    """Yield the check of a peer's ANP update against ours in float64, at the same noise."""
     exact, noise = exact_update()
     rollouts = anp_peers(cuda=device.type == "cuda")[name]()
     task = task_of(GATE, device)
-    found = anp_update(task, rollouts, noise.to(device, task.inputs.dtype))
-    yield Check(f"{name} against ours in float64", error(found, exact), BOUNDS[device.type], False)
+    estimates = anp_update(task, rollouts, noise.to(device, task.inputs.dtype))
+    yield Check(f"{name} against ours in float64", error(estimates, exact), BOUNDS[device.type], False)
 
 
 def bptt_checks(precision: str, device: torch.device) -> Iterable[Check]:
     """Yield BPTT against autograd in float64."""
-    found, exact = bptt(task_of(GATE, device), precision)(), bptt(task_of(GATE, CPU), "fp64")()
-    yield Check(f"BPTT {precision} against float64", error(found, exact), BPTT_BOUNDS[precision], False)
+    estimates, exact = bptt(task_of(GATE, device), precision)(), bptt(task_of(GATE, CPU), "fp64")()
+    yield Check(f"BPTT {precision} against float64", error(estimates, exact), BPTT_BOUNDS[precision], False)
 
 
 def eggroll_checks(_device: torch.device) -> Iterable[Check]:
-    """Yield EGGROLL against its members' full matrices."""
+    """Yield EGGROLL against the same estimate from full matrices."""
     for antithetic in (False, True):
-        found = eggroll.error_against_dense(task_of(GATE, CPU), antithetic=antithetic)
-        yield Check(f"EGGROLL against dense matrices, antithetic {antithetic}", found, EGGROLL_BOUND, False)
+        worst = eggroll.error_against_dense(task_of(GATE, CPU), antithetic=antithetic)
+        yield Check(f"EGGROLL against dense matrices, antithetic {antithetic}", worst, EGGROLL_BOUND, False)
 
 
 def peers(device: torch.device, checkout: Path | None) -> dict[str, Peer]:
     """Return all peers that could run on a device, by name; ours first."""
     cuda = device.type == "cuda"
-    found = {
+    all_peers = {
         "ours": Peer(lambda task: lambda: ours(task), rollout_steps, ours_checks),
         "ours, loss.backward()": Peer(lambda task: lambda: ours_backward(task), rollout_steps, backward_checks),
     }
-    found["ours, anp-ls"] = Peer(lambda task: lambda: ours(task, method="anp-ls"), rollout_steps, least_squares_checks)
+    all_peers["ours, anp-ls"] = Peer(
+        lambda task: lambda: ours(task, method="anp-ls"), rollout_steps, least_squares_checks
+    )
     if not cuda:
-        found["ours, without Numba"] = Peer(
+        all_peers["ours, without Numba"] = Peer(
             lambda task: lambda: ours(task, backend="torch"), rollout_steps, torch_checks
         )
     if torch.cpu.get_capabilities().get("amx_bf16") and not cuda:
-        found["ours, bf16 operands"] = Peer(
+        all_peers["ours, bf16 operands"] = Peer(
             lambda task: lambda: ours(task, precision="bf16"), rollout_steps, narrow_checks
         )
     if cuda:
-        found["ours, CUDA graph"] = Peer(lambda task: captured(task, lambda: ours(task)), rollout_steps, ours_checks)
+        all_peers["ours, CUDA graph"] = Peer(
+            lambda task: captured(task, lambda: ours(task)), rollout_steps, ours_checks
+        )
     for name, make in anp_peers(cuda=cuda).items():
         work = functools.partial(anp_work, make, graph="graph" in name)
-        found[name] = Peer(work, rollout_steps, functools.partial(anp_checks, name))
+        all_peers[name] = Peer(work, rollout_steps, functools.partial(anp_checks, name))
     for precision in ("fp32", "tf32", "fp16") if cuda else ("fp32",):
         name = f"BPTT, {'cuDNN' if cuda else 'nn.RNN'} {precision}"
         work = functools.partial(bptt, precision=precision)
-        found[name] = Peer(work, no_rollouts, functools.partial(bptt_checks, precision))
-    found["EGGROLL, JAX"] = Peer(eggroll.update, rollout_steps, eggroll_checks)
+        all_peers[name] = Peer(work, no_rollouts, functools.partial(bptt_checks, precision))
+    all_peers["EGGROLL, JAX"] = Peer(eggroll.update, rollout_steps, eggroll_checks)
     if checkout is not None:
-        # That an update changes its weights is checked where it is made.
-        found["published code"] = Peer(
+        # `published_update` itself checks that an update changes the weights.
+        all_peers["published code"] = Peer(
             lambda task: published_update(checkout, task.case, task.device), one_rollout, lambda _: ()
         )
-    return found
+    return all_peers
 
 
 def anp_work(make: Callable[[], Callable[..., object]], task: Task, *, graph: bool) -> Work:
@@ -202,7 +206,7 @@ def anp_work(make: Callable[[], Callable[..., object]], task: Task, *, graph: bo
 
 
 def waited(work: Work, device: torch.device) -> Work:
-    """Return the work with what it started on the GPU, which JAX's own events would not show."""
+    """Return the work followed by a wait for the GPU: torch's CUDA events do not cover what JAX launches."""
     if device.type != "cuda":
         return work
 
@@ -217,17 +221,22 @@ Failure = dict[str, object]
 
 
 class TooSlowError(RuntimeError):
-    """A peer whose updates would take all of the time."""
+    """An update took longer than --patience."""
+
+
+def not_run(failure: Failure) -> str:
+    """Return a failure as one line of text."""
+    return f"not run: {failure['peer']}, {failure['case'] or 'anywhere'}: {failure['reason']}"
 
 
 def reason(problem: Exception) -> str:
-    """Return the first line of an error, which a failed compiler follows with pages."""
+    """Return the first line of an error: a compiler's message can be pages long."""
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
 
 
 def usable(chosen: dict[str, Peer], device: torch.device) -> tuple[dict[str, Peer], list[Check], list[Failure]]:
-    """Return the peers that run here, what was checked of them, and what does not run, with the reason."""
-    kept, checks, missing = {}, [], []
+    """Return the peers that run on the device, their checks, and the peers that do not run, with the reason."""
+    runnable, checks, missing = {}, [], []
     for name, peer in chosen.items():
         obstacle = eggroll.obstacle(device.type) if name.startswith("EGGROLL") else None
         try:
@@ -237,14 +246,14 @@ def usable(chosen: dict[str, Peer], device: torch.device) -> tuple[dict[str, Pee
         except (RuntimeError, ImportError) as problem:
             missing.append({"peer": name, "case": None, "reason": reason(problem)})
         else:
-            kept[name] = peer
-    return kept, checks, missing
+            runnable[name] = peer
+    return runnable, checks, missing
 
 
 def time_case(
     case: Case, chosen: dict[str, Peer], device: torch.device, arguments: argparse.Namespace
 ) -> tuple[dict[str, list[float]], list[Failure]]:
-    """Return every peer's seconds, turn by turn, and what could not run or took longer than --patience."""
+    """Return every peer's seconds, turn by turn, and the peers that could not run or were slower than --patience."""
     works, missing = {}, []
     for name, peer in chosen.items():
         try:
@@ -279,7 +288,7 @@ def peak_here(name: str, case: Case, device: torch.device, checkout: Path | None
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
-    # 5: the peak becomes what is resident now.
+    # Writing 5 resets the peak to the present resident size.
     reset.write_text("5")
     held = resident("VmRSS")
     peer.make(task)()
@@ -287,7 +296,7 @@ def peak_here(name: str, case: Case, device: torch.device, checkout: Path | None
 
 
 def resident(field: str) -> float:
-    """Return a figure of this process's memory in bytes, after Linux."""
+    """Return a field of /proc/self/status in bytes."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024.0 * next(int(text.split()[1]) for text in status if text.startswith(f"{field}:"))
 
@@ -308,12 +317,12 @@ def rows_of(
 ) -> list[dict[str, object]]:
     """Return one row for every peer of a case; ratios are taken turn by turn."""
     rows = []
-    for name, each in times.items():
-        taken, steps = quartiles(each), chosen[name].steps(case)
+    for name, durations in times.items():
+        taken, steps = quartiles(durations), chosen[name].steps(case)
         mine = times.get("ours")
         slower = None
         if mine is not None:
-            slower = quartiles([there / here for there, here in zip(each, mine, strict=True)]).median
+            slower = quartiles([peer_s / ours_s for peer_s, ours_s in zip(durations, mine, strict=True)]).median
         held = peaks.get(name)
         rows.append(
             {
@@ -350,7 +359,7 @@ def plot(rows: list[dict[str, object]], path: Path, heading: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
     for number, name in enumerate(names):
         mine = [row for row in rows if row["peer"] == name]
-        # Side by side, so that equal ones do not hide each other.
+        # Peers of one case stand side by side, or equal values would hide each other.
         aside = 0.5 * (number / max(1, len(names) - 1) - 0.5)
         places = [groups.index(tuple(row[key] for key in ("shape", *"TBPH"))) + aside for row in mine]
         for axis, key in zip(axes, ("ms", "rollout-steps/s"), strict=True):
@@ -361,48 +370,48 @@ def plot(rows: list[dict[str, object]], path: Path, heading: str) -> None:
         axis.set(yscale="log", title=title, xlim=(-0.5, len(groups) - 0.5))
         axis.set_xticks(range(len(groups)), labels, fontsize=7)
         axis.grid(axis="y", alpha=0.3)
-    handles, found = axes[0].get_legend_handles_labels()
-    figure.legend(handles, found, loc="outside right upper", fontsize=8)
+    handles, entries = axes[0].get_legend_handles_labels()
+    figure.legend(handles, entries, loc="outside right upper", fontsize=8)
     figure.suptitle(heading, fontsize=7)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
 
 
-def chosen_peers(found: dict[str, Peer], wanted: str | None) -> dict[str, Peer]:
+def chosen_peers(known: dict[str, Peer], wanted: str | None) -> dict[str, Peer]:
     """Return the peers whose names begin with one of a comma-separated list.
 
     Raises:
-        ValueError: nothing begins so.
+        ValueError: no peer's name begins with an entry of the list.
     """
     if wanted is None:
-        return found
-    kept = {}
+        return known
+    chosen = {}
     for start in wanted.split(","):
-        matching = {name: peer for name, peer in found.items() if name.lower().startswith(start.strip().lower())}
+        matching = {name: peer for name, peer in known.items() if name.lower().startswith(start.strip().lower())}
         if not matching:
-            raise ValueError(f"no peer begins with {start.strip()!r}: there are {'; '.join(found)}")
-        kept.update(matching)
-    return kept
+            raise ValueError(f"no peer begins with {start.strip()!r}: there are {'; '.join(known)}")
+        chosen.update(matching)
+    return chosen
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    found.add_argument("--shapes", help=f"comma-separated, of {', '.join(SHAPES)}; default: all")
-    found.add_argument("--peers", help="beginnings of names, comma-separated; default: all")
-    found.add_argument("--published", type=Path, help="a checkout of the published code")
-    found.add_argument("--repeats", type=int, default=7)
-    found.add_argument("--patience", type=float, default=30.0, help="seconds that an update may take")
-    found.add_argument("--threads", type=int, default=torch.get_num_threads())
-    found.add_argument(
+    command = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    command.add_argument("--shapes", help=f"comma-separated, of {', '.join(SHAPES)}; default: all")
+    command.add_argument("--peers", help="beginnings of names, comma-separated; default: all")
+    command.add_argument("--published", type=Path, help="a checkout of the published code")
+    command.add_argument("--repeats", type=int, default=7)
+    command.add_argument("--patience", type=float, default=30.0, help="seconds that an update may take")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command.add_argument(
         "--clock", default="wall", choices=tuple(CLOCKS), help="cpu: on a busy machine, with --threads 1 --device cpu"
     )
-    found.add_argument("--quick", action="store_true", help="one tiny shape")
-    found.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process for every figure")
-    found.add_argument("--output", type=Path, help="JSON file; default: results/compare-<machine>-<date>.json here")
-    found.add_argument("--measure", help=argparse.SUPPRESS)
-    return found
+    command.add_argument("--quick", action="store_true", help="one tiny shape")
+    command.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process for every figure")
+    command.add_argument("--output", type=Path, help="JSON file; default: results/compare-<machine>-<date>.json here")
+    command.add_argument("--measure", help=argparse.SUPPRESS)
+    return command
 
 
 def main() -> None:
@@ -423,14 +432,14 @@ def main() -> None:
         wanted = chosen_peers(peers(device, arguments.published), arguments.peers)
     except ValueError as problem:
         command.error(str(problem))
-    here = machine()
-    output = arguments.output or RESULTS / f"compare-{short_name(here)}-{here['date']}.json"
+    host = machine()
+    output = arguments.output or RESULTS / f"compare-{short_name(host)}-{host['date']}.json"
     chosen, checks, missing = usable(wanted, device)
-    heading = f"{line(here)}\n{arguments.clock} clock"
+    heading = f"{line(host)}\n{arguments.clock} clock"
     print(f"{heading}\n")
     rows: list[dict[str, object]] = []
     record: dict[str, object] = {
-        "machine": here,
+        "machine": host,
         "device": device.type,
         "threads": arguments.threads,
         "repeats": arguments.repeats,
@@ -447,11 +456,11 @@ def main() -> None:
             more = rows_of(shape, case, chosen, times, peaks)
             rows += more
             print(f"{table(more)}\n", flush=True)
-            # Rewritten after every case, so that a run that is stopped keeps what it had.
-            notes = [f"not run: {one['peer']}, {one['case'] or 'anywhere'}: {one['reason']}" for one in missing]
+            # Rewritten after every case, so that an interrupted run keeps its results.
+            notes = [not_run(failure) for failure in missing]
             write(output, record, "\n".join([heading, "", table(rows), "", *notes]))
-    for one in missing:
-        print(f"not run: {one['peer']}, {one['case'] or 'anywhere'}: {one['reason']}")
+    for failure in missing:
+        print(not_run(failure))
     try:
         plot(rows, output.with_suffix(".png"), heading)
     except ImportError:

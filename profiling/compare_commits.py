@@ -3,17 +3,17 @@
     python profiling/compare_commits.py OLD_CHECKOUT [--shapes small,wide] [--methods anp,anp-ls] [--output FILE]
 
 OLD_CHECKOUT is any folder with anpgpu/ in it, such as `git worktree add ../old COMMIT` makes. Both checkouts time the
-same update by `anpgpu.estimate_grad_`, with the settings that are given here and the rest at their own defaults. Each
-turn is three processes: old, new, old. A process runs warm-up updates, which also compile or load what Numba keeps for
-its own checkout, and then answers with the median of several updates. A turn gives two ratios:
+same update by `anpgpu.estimate_grad_`, with the settings of this file and otherwise each checkout's own defaults. Each
+turn is three processes: old, new, old. A process runs warm-up updates, in which Numba compiles or loads the cache of
+its checkout, and then reports the median of several updates. A turn gives two ratios:
 
     new / old    the new time over the geometric mean of the two old ones, so that a machine that slows down steadily
                  slows both alike
-    A/A          the second old time over the first: what the same code differs by
+    A/A          the second old time over the first: by how much the times of equal code differ
 
-A row is slower where median(new / old) - BOUND > (max(A/A) - min(A/A)) / 2, with BOUND = 1.03. Half the range is how
-far the ratios of equal code strayed in this very run, so a busy machine hides a slow-down rather than invents one; five
-ratios are too few for quartiles. The exit status is 1 if any row is slower.
+A row is slower where median(new / old) - BOUND > (max(A/A) - min(A/A)) / 2, with BOUND = 1.03. Half the range of A/A
+is the noise of this run, so that a busy machine hides a slow-down and does not invent one; five ratios are too few for
+quartiles. The exit status is 1 if any row is slower.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ NEW = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 BOUND = 1.03
 QUICK_BOUND = 2.0
-"""Updates of a millisecond say nothing about a few per cent."""
+"""Wide, since updates of a millisecond cannot be compared to a few per cent."""
 
 WARMUPS = 2
 UPDATES, LEAST_S = 5, 1.0
-"""A median is that of at least this many updates, and of as many as fit into this time."""
+"""A median is over at least this many updates, and over as many as fit into this time."""
 
 QUICK_LEAST_S = 0.05
 SIGMA, DISCOUNT = 1e-3, 0.9
 
 
 def update_of(case: Case, method: str) -> Callable[[], object]:
-    """Return one update, by nothing that an older commit lacks."""
+    """Return one update. It uses only names that older commits have too."""
     torch.manual_seed(0)
     inputs = torch.randn(case.time, case.batch, case.inputs)
     targets = torch.randn(case.time, case.batch, case.outputs)
@@ -80,7 +80,7 @@ def median_here(case: Case, method: str, least_s: float, clock: str) -> float:
 
 
 def answer(order: dict[str, object]) -> dict[str, object]:
-    """Return what a process of one checkout was asked for: its version and a check, or a time."""
+    """Return what the order asks this process for: its version and a check, or a time."""
     if "check" in order:
         return {"version": anpgpu.__version__, "check": estimate_check()._asdict()}
     taken = median_here(Case(*order["case"]), str(order["method"]), float(order["least_s"]), str(order["clock"]))
@@ -91,7 +91,7 @@ def ask(checkout: Path, threads: int, order: dict[str, object]) -> dict[str, obj
     """Return `answer` of a fresh process that imports anpgpu from a checkout.
 
     Raises:
-        RuntimeError: it failed, or found another anpgpu than the checkout's.
+        RuntimeError: the process failed, or imported another anpgpu than the checkout's.
     """
     path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, __file__, str(checkout), "--threads", str(threads), "--measure", json.dumps(order)]
@@ -121,14 +121,14 @@ def described(checkout: Path, threads: int) -> tuple[dict[str, object], Check]:
 
 
 def is_slower(ratios: list[float], same: list[float], bound: float) -> bool:
-    """Return whether the rule of this file calls new / old slower, beside the A/A ratios of the same run."""
+    """Return whether new / old is slower by the rule of this file; `same`: the A/A ratios of the same run."""
     return statistics.median(ratios) - bound > (max(same) - min(same)) / 2
 
 
 def row_of(
     shape: str, case: Case, method: str, turns: list[tuple[float, float, float]], bound: float
 ) -> dict[str, object]:
-    """Return one row: old, new and old seconds of every turn, and what they say."""
+    """Return one row of the table from the old, new and old seconds of every turn."""
     ratios = [new / (before * after) ** 0.5 for before, new, after in turns]
     same = [after / before for before, _, after in turns]
     return {
@@ -190,17 +190,17 @@ def main() -> None:
     except ValueError as problem:
         command.error(str(problem))
     descriptions, checks = zip(*(described(checkout, arguments.threads) for checkout in (old, NEW)), strict=True)
-    here = machine()
+    host = machine()
     names = [
-        f"{name}: commit {each['commit']}, anpgpu {each['version']}"
-        for name, each in zip(("old", "new"), descriptions, strict=True)
+        f"{name}: commit {version['commit']}, anpgpu {version['version']}"
+        for name, version in zip(("old", "new"), descriptions, strict=True)
     ]
-    heading = "\n".join([line(here), "; ".join(names), f"{pairs} turns, {arguments.clock} clock, bound {bound:g}"])
+    heading = "\n".join([line(host), "; ".join(names), f"{pairs} turns, {arguments.clock} clock, bound {bound:g}"])
     print(f"{heading}\n")
     rows: list[dict[str, object]] = []
     turns_of: list[list[tuple[float, float, float]]] = []
     record: dict[str, object] = {
-        "machine": here,
+        "machine": host,
         "old": descriptions[0],
         "new": descriptions[1],
         "threads": arguments.threads,
@@ -230,7 +230,7 @@ def main() -> None:
                 turns.append(tuple(taken))
             turns_of.append(turns)
             rows.append(row_of(shape, case, method, turns, bound))
-            # Rewritten after every row, so that a run that is stopped keeps what it had.
+            # Rewritten after every row, so that an interrupted run keeps its results.
             if arguments.output is not None:
                 write(arguments.output, record, f"{heading}\n\n{table(rows)}")
     print(table(rows))

@@ -1,7 +1,7 @@
-"""A peer in JAX: evolution strategies with low-rank perturbations of the weights, as EGGROLL does them.
+"""A peer in JAX: EGGROLL, evolution strategies with low-rank perturbations of the weights.
 
-Member p of a population of N runs the network with W + sigma E_p in the place of every matrix W, held for the whole
-sequence, and every bias likewise with full Gaussian noise:
+Member p of a population of N runs the whole sequence with W + sigma E_p in the place of every matrix W. Biases are
+perturbed by full Gaussian noise:
 
     E_p = A_p B_p^T / sqrt(r),  A_p (m, r) and B_p (n, r) of unit variance
     x (W + sigma E_p)^T = x W^T + sigma (x B_p) A_p^T / sqrt(r)         one product for all members, and two thin ones
@@ -26,11 +26,11 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 RANK = 1
 SIGMA = 1e-2
-"""Larger than that of the rollouts in deviation form: here two losses are subtracted in float32."""
+"""Larger than that of the rollouts: they compute the deviation itself, EGGROLL subtracts two losses in float32."""
 
 
 def obstacle(device_type: str) -> str | None:
-    """Return why this peer cannot run beside tensors on that device, or None."""
+    """Return why JAX cannot run on that kind of device, or None."""
     if importlib.util.find_spec("jax") is None:
         return "jax is not installed"
     if device_type == "cuda" and not any(map(importlib.util.find_spec, PLUGINS)):
@@ -39,7 +39,7 @@ def obstacle(device_type: str) -> str | None:
 
 
 def prepare(threads: int) -> None:
-    """Set what JAX reads when it is imported: threads as torch has them, and no memory taken in advance."""
+    """Set what JAX reads at import: torch's number of threads, and no preallocated memory."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if threads == 1:
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
@@ -61,7 +61,7 @@ class Weights(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """One population's perturbations: a pair of factors for a matrix, a vector for a bias."""
+    """A population's perturbations: a pair of factors for each matrix, a vector for each bias."""
 
     w_ih: tuple[Any, Any]
     """(N, H, r) and (N, I, r)."""
@@ -73,11 +73,11 @@ class Noise(NamedTuple):
 
 
 def weights_of(task: Task) -> Weights:
-    """Return the network's parameters as arrays; one bias, the sum of the two."""
+    """Return the network's parameters as arrays; the two recurrent biases are added."""
     rnn, readout = task.rnn, task.readout
     bias = rnn.bias_ih_l0 + rnn.bias_hh_l0
-    found = (rnn.weight_ih_l0, rnn.weight_hh_l0, bias, readout.weight, readout.bias)
-    return Weights(*(one.detach().cpu().numpy() for one in found))
+    parameters = (rnn.weight_ih_l0, rnn.weight_hh_l0, bias, readout.weight, readout.bias)
+    return Weights(*(parameter.detach().cpu().numpy() for parameter in parameters))
 
 
 def draw(key: Any, weights: Weights, members: int, rank: int, *, antithetic: bool) -> Noise:
@@ -91,8 +91,8 @@ def draw(key: Any, weights: Weights, members: int, rank: int, *, antithetic: boo
     def normal(*shape: int) -> Any:
         return jax.random.normal(next(keys), (count, *shape))
 
-    def signed(one: Any) -> Any:
-        return jnp.concatenate((one, -one)) if antithetic else one
+    def signed(draws: Any) -> Any:
+        return jnp.concatenate((draws, -draws)) if antithetic else draws
 
     def factors(matrix: Any) -> tuple[Any, Any]:
         left, right = normal(matrix.shape[0], rank), normal(matrix.shape[1], rank)
@@ -146,39 +146,41 @@ def estimate(weights: Weights, noise: Noise, inputs: Any, targets: Any, sigma: f
         left, right = factors
         return jnp.einsum("pmr,pnr->mn", share[:, None, None] * left, right) / rank**0.5
 
-    found = Weights(matrix(noise.w_ih), matrix(noise.w_hh), share @ noise.bias, matrix(noise.w_o), share @ noise.b_o)
-    return found, loss
+    gradients = Weights(
+        matrix(noise.w_ih), matrix(noise.w_hh), share @ noise.bias, matrix(noise.w_o), share @ noise.b_o
+    )
+    return gradients, loss
 
 
 def dense_estimate(weights: Weights, noise: Noise, inputs: Any, targets: Any, sigma: float) -> tuple[Weights, Any]:
-    """Return what `estimate` does, from every member's full matrices, one member after another, in float64."""
-    kept = [np.asarray(one, np.float64) for one in weights]
+    """As `estimate`, from every member's full matrices, member by member, in float64."""
+    matrices = [np.asarray(weight, np.float64) for weight in weights]
     factors = (noise.w_ih, noise.w_hh, noise.bias, noise.w_o, noise.b_o)
-    losses, every = [], []
+    losses, perturbations = [], []
     for p in range(noise.bias.shape[0]):
         moved = []
-        for one in factors:
-            if isinstance(one, tuple):
-                left, right = (np.asarray(part[p], np.float64) for part in one)
+        for factor in factors:
+            if isinstance(factor, tuple):
+                left, right = (np.asarray(side[p], np.float64) for side in factor)
                 moved.append(left @ right.T / np.sqrt(left.shape[1]))
             else:
-                moved.append(np.asarray(one[p], np.float64))
-        w_ih, w_hh, bias, w_o, b_o = (weight + sigma * noise_p for weight, noise_p in zip(kept, moved, strict=True))
+                moved.append(np.asarray(factor[p], np.float64))
+        w_ih, w_hh, bias, w_o, b_o = (weight + sigma * noise_p for weight, noise_p in zip(matrices, moved, strict=True))
         state, loss = np.zeros((inputs.shape[1], bias.shape[0])), 0.0
         for x, y in zip(np.asarray(inputs, np.float64), np.asarray(targets, np.float64), strict=True):
             state = np.tanh(x @ w_ih.T + state @ w_hh.T + bias)
             loss += np.mean((state @ w_o.T + b_o - y) ** 2) / len(inputs)
         losses.append(loss)
-        every.append(moved)
+        perturbations.append(moved)
     loss = np.array(losses)
     share = (loss - loss.mean()) / (len(loss) * sigma)
-    return Weights(*(sum(s * moved[i] for s, moved in zip(share, every, strict=True)) for i in range(5))), loss
+    return Weights(*(sum(s * moved[i] for s, moved in zip(share, perturbations, strict=True)) for i in range(5))), loss
 
 
-def worst_error(found: tuple[Weights, Any], exact: tuple[Weights, Any]) -> float:
+def worst_error(estimate: tuple[Weights, Any], exact: tuple[Weights, Any]) -> float:
     """Return the largest relative error of gradients and of the members' losses about their mean."""
-    pairs = [*zip(found[0], exact[0], strict=True)]
-    pairs.append((found[1] - np.mean(found[1]), exact[1] - np.mean(exact[1])))
+    pairs = [*zip(estimate[0], exact[0], strict=True)]
+    pairs.append((estimate[1] - np.mean(estimate[1]), exact[1] - np.mean(exact[1])))
     return max(float(np.linalg.norm(np.asarray(left) - right) / np.linalg.norm(right)) for left, right in pairs)
 
 
@@ -193,7 +195,7 @@ def error_against_dense(task: Task, *, antithetic: bool) -> float:
 
 
 def update(task: Task) -> Callable[[], object]:
-    """Return one estimate of all gradients: as many members as the task has rollouts per sample, antithetic."""
+    """Return the work of one estimate of all gradients. It has P members, antithetic where P is even."""
     import jax
 
     device = jax.devices("gpu" if task.device.type == "cuda" else "cpu")[0]
@@ -204,13 +206,16 @@ def update(task: Task) -> Callable[[], object]:
 
     @jax.jit
     def once(key: Any) -> tuple[Weights, Any, Any]:
-        here, following = jax.random.split(key)
-        return (*estimate(weights, draw(here, weights, members, RANK, antithetic=antithetic), *data, SIGMA), following)
+        current, following = jax.random.split(key)
+        return (
+            *estimate(weights, draw(current, weights, members, RANK, antithetic=antithetic), *data, SIGMA),
+            following,
+        )
 
     keys = [jax.device_put(jax.random.key(0), device)]
 
     def run() -> object:
-        found, loss, keys[0] = once(keys[0])
-        return jax.block_until_ready((found, loss))
+        gradients, loss, keys[0] = once(keys[0])
+        return jax.block_until_ready((gradients, loss))
 
     return run

@@ -1,4 +1,4 @@
-"""What a user would write instead: the baselines `time_ops.py` measures beside the kernels.
+"""What a user would write in plain PyTorch: the baselines of `time_ops.py`.
 
 The rollout in plain PyTorch is one matrix product and a few pointwise operations per step:
 
@@ -51,7 +51,7 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, T
 def whole_step(
     delta_h: Tensor, weight: Tensor, hidden: Tensor, grad: Tensor, sigma: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `pointwise` does, from the state before the step."""
+    """As `pointwise`, from the state before the step."""
     return pointwise(delta_h @ weight.t(), hidden, grad, sigma)
 
 
@@ -60,7 +60,7 @@ def rollout_by(step: Step, clean: Clean) -> Work:
     time, batch, hidden = clean.hidden.shape
     weight = clean.weight.to(clean.operand)
     state = torch.zeros(batch, clean.rollouts, hidden, dtype=clean.operand, device=weight.device)
-    kept = torch.empty(time, *state.shape, dtype=clean.operand, device=weight.device)
+    all_delta_a = torch.empty(time, *state.shape, dtype=clean.operand, device=weight.device)
     delta_loss = torch.empty(time, batch, clean.rollouts, device=weight.device)
     rows = [(clean.hidden[step].unsqueeze(1), clean.grad[step].unsqueeze(1)) for step in range(time)]
 
@@ -69,7 +69,7 @@ def rollout_by(step: Step, clean: Clean) -> Work:
         delta_h = state
         for number, (clean_h, grad) in enumerate(rows):
             delta_a, delta_h, change = step(delta_h, weight, clean_h, grad, clean.sigma)
-            kept[number].copy_(delta_a)
+            all_delta_a[number].copy_(delta_a)
             delta_loss[number].copy_(change)
 
     return run
@@ -101,7 +101,7 @@ def product_and_pointwise(fused: Callable[..., tuple[Tensor, Tensor, Tensor]]) -
 
 
 def backpropagation(time: int, batch: int, hidden: int, inputs: int, like: Tensor) -> Work:
-    """Return true BPTT by nn.RNN, which is cuDNN's on a GPU: forward, squared error, backward."""
+    """Return true BPTT by nn.RNN (on a GPU, cuDNN): forward, squared error, backward."""
     dtype = torch.bfloat16 if like.is_cuda else torch.float32
     rnn = nn.RNN(inputs, hidden, device=like.device, dtype=dtype)
     values = torch.randn(time, batch, inputs, device=like.device, dtype=dtype)
@@ -115,7 +115,7 @@ def backpropagation(time: int, batch: int, hidden: int, inputs: int, like: Tenso
 
 
 def rollouts_of(clean: Clean) -> Iterable[tuple[str, Callable[[], Work]]]:
-    """Yield the name and the maker of every rollout baseline that runs where the tensors are."""
+    """Yield the name and the maker of every rollout baseline for the device of `clean`."""
     yield "eager torch", lambda: rollout_by(whole_step, clean)
     if clean.weight.is_cuda:
         yield (

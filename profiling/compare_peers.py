@@ -1,4 +1,4 @@
-"""The peers that `compare.py` times: one ANP update, and one of true BPTT, as one would write them in PyTorch.
+"""The peers that `compare.py` times: an update of ANP and one of true BPTT, as one would write them in PyTorch.
 
 An ANP update is a clean run, P rollouts of each of B samples over T steps in deviation form, the measured squared
 error, discounted credit, the mean over rollouts, and the gradients of all weights:
@@ -8,8 +8,8 @@ error, discounted credit, the mean over rollouts, and the gradients of all weigh
     c_t = delta_loss_t + discount c_{t+1};  lam = mean_p c H delta_a / |delta_a|^2
     dW_hh = sum lam_t h_{t-1}^T;  dW_ih = sum lam_t x_t^T;  db = sum lam_t;  dW_o = sum dL/do h^T
 
-What differs between the peers is how one step is run; noise is drawn from torch's generator within the step, or given
-where results are checked. Operands are bf16 on a GPU and float32 on a CPU, as ours are. Source: arXiv:2405.08967.
+The peers differ in how they run one step. A step draws noise from torch's generator; the checks pass noise in. Operands
+are bf16 on a GPU and float32 on a CPU, as ours are. Source: arXiv:2405.08967.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIGMA = 1e-3
 DISCOUNT = 0.9
 
 LONGEST_CAPTURE = 2_000
-"""Steps that are captured in a CUDA graph: each is several nodes, and more take longer to instantiate than to run."""
+"""Most steps of a CUDA graph. Each step is several nodes; longer graphs take longer to instantiate than to run."""
 
 
 class Task(NamedTuple):
@@ -54,7 +54,7 @@ class Task(NamedTuple):
 
 
 def task_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> Task:
-    """Return random data, and a network whose states they keep in their working range; the same on every device."""
+    """Return random data and a network that they do not saturate, the same on every device."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -72,7 +72,7 @@ def task_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float32
 
 
 class Parts(NamedTuple):
-    """What a step reads besides its state, in the operands' type where it enters a product."""
+    """What a step reads besides its state; matrices are in the operands' type."""
 
     weight: Tensor
     """W_hh^T, (H, H)."""
@@ -83,7 +83,7 @@ class Parts(NamedTuple):
     error: Tensor
     """(T, B, 1, O)."""
     scale: float
-    """What each squared error weighs in the loss."""
+    """Weight of each squared error in the loss."""
 
 
 def pointwise(
@@ -103,33 +103,35 @@ def pointwise(
 def whole_step(
     delta_h: Tensor, weight: Tensor, readout: Tensor, hidden: Tensor, error: Tensor, scale: float, xi: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `pointwise` does, from the state before the step."""
+    """As `pointwise`, from the state before the step."""
     return pointwise(delta_h @ weight, readout, hidden, error, scale, xi)
 
 
 Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Rollouts = Callable[[Task, Parts, Tensor | None], tuple[Tensor, Tensor]]
-"""From noise (T, B, P, H), or None to draw it, to delta_a (T, B, P, H) and delta_loss (T, B, P)."""
+"""Takes noise (T, B, P, H), or None to draw it; returns delta_a (T, B, P, H) and delta_loss (T, B, P)."""
 
 
 def stepwise(step: Step) -> Rollouts:
-    """Return rollouts that call one function per step and write into tensors made once."""
-    rooms: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    """Return rollouts that call one function per step and reuse their output tensors."""
+    outputs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def run(task: Task, parts: Parts, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         case = task.case
         shape = (case.time, case.batch, case.rollouts, case.hidden)
-        if shape not in rooms:
-            kept = torch.empty(shape, dtype=parts.weight.dtype, device=task.device)
-            rooms[shape] = kept, torch.empty(shape[:3], dtype=parts.hidden.dtype, device=task.device)
-        delta_a, delta_loss = rooms[shape]
+        if shape not in outputs:
+            outputs[shape] = (
+                torch.empty(shape, dtype=parts.weight.dtype, device=task.device),
+                torch.empty(shape[:3], dtype=parts.hidden.dtype, device=task.device),
+            )
+        delta_a, delta_loss = outputs[shape]
         delta_h = torch.zeros(shape[1:], dtype=parts.weight.dtype, device=task.device)
         for t in range(case.time):
             xi = None if noise is None else noise[t]
-            kept, delta_h, change = step(
+            delta_a_t, delta_h, change = step(
                 delta_h, parts.weight, parts.readout, parts.hidden[t], parts.error[t], parts.scale, xi
             )
-            delta_a[t].copy_(kept)
+            delta_a[t].copy_(delta_a_t)
             delta_loss[t].copy_(change)
         return delta_a, delta_loss
 
@@ -140,12 +142,12 @@ def vectorised(task: Task, parts: Parts, noise: Tensor | None) -> tuple[Tensor, 
     """Return the rollouts of a function of one rollout, mapped over all by `torch.func.vmap`."""
     hidden, error = parts.hidden.squeeze(2), parts.error.squeeze(2)
 
-    def one(xi: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
+    def rollout(xi: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
         delta_h, activity, losses = start, [], []
         for t in range(task.case.time):
-            given = None if xi is None else xi[t]
+            xi_t = None if xi is None else xi[t]
             delta_a, delta_h, change = whole_step(
-                delta_h, parts.weight, parts.readout, hidden[t], error[t], parts.scale, given
+                delta_h, parts.weight, parts.readout, hidden[t], error[t], parts.scale, xi_t
             )
             activity.append(delta_a)
             losses.append(change)
@@ -153,7 +155,7 @@ def vectorised(task: Task, parts: Parts, noise: Tensor | None) -> tuple[Tensor, 
 
     case = task.case
     start = torch.zeros((case.rollouts, case.batch, case.hidden), dtype=parts.weight.dtype, device=task.device)
-    mapped = torch.func.vmap(one, in_dims=(None if noise is None else 2, 0), out_dims=2, randomness="different")
+    mapped = torch.func.vmap(rollout, in_dims=(None if noise is None else 2, 0), out_dims=2, randomness="different")
     return mapped(noise, start)
 
 
@@ -188,7 +190,7 @@ def anp_update(task: Task, rollouts: Rollouts, noise: Tensor | None = None) -> l
 
 
 def ours(task: Task, generator: torch.Generator | None = None, **changed: str) -> list[Tensor]:
-    """Return the gradients of `anp_update`, by `estimate_grad_`; `changed` are fields of the perturbation."""
+    """Return the gradients of `anp_update` from `estimate_grad_`; `changed` replaces fields of the perturbation."""
     task.rnn.zero_grad()
     task.readout.zero_grad()
     how = dataclasses.replace(task.rnn.perturbation, **changed)
@@ -197,7 +199,7 @@ def ours(task: Task, generator: torch.Generator | None = None, **changed: str) -
 
 
 def ours_backward(task: Task) -> list[Tensor]:
-    """Return the gradients of `anp_update` (with a linear loss), by `loss.backward()` through `anpgpu.RNN`."""
+    """Return the gradients of `anp_update`, with a linear loss, from `loss.backward()` through `anpgpu.RNN`."""
     task.rnn.zero_grad()
     task.readout.zero_grad()
     hidden, _ = task.rnn(task.inputs)
@@ -206,13 +208,13 @@ def ours_backward(task: Task) -> list[Tensor]:
 
 
 def gradients(rnn: nn.RNN, readout: nn.Linear) -> list[Tensor]:
-    """Return `.grad` in the order of `anp_update`; both biases of the network have the same."""
-    found = [rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, *readout.parameters()]
-    return [weight.grad for weight in found if weight.grad is not None]
+    """Return `.grad` in the order of `anp_update`; both recurrent biases have the same gradient."""
+    weights = [rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, *readout.parameters()]
+    return [weight.grad for weight in weights if weight.grad is not None]
 
 
 def bptt(task: Task, precision: str) -> Callable[[], list[Tensor]]:
-    """Return true BPTT by nn.RNN, cuDNN's on a GPU: its precision is "fp32", "tf32", "fp16" or "fp64"."""
+    """Return true BPTT by nn.RNN (on a GPU, cuDNN) in precision "fp32", "tf32", "fp16" or "fp64"."""
     dtype = {"fp16": torch.float16, "fp64": torch.float64}.get(precision, torch.float32)
     where = {"device": task.device, "dtype": dtype}
     rnn = nn.RNN(task.case.inputs, task.case.hidden)
@@ -221,7 +223,7 @@ def bptt(task: Task, precision: str) -> Callable[[], list[Tensor]]:
     readout.load_state_dict(task.readout.state_dict())
     rnn, readout = rnn.to(**where), readout.to(**where)
     inputs, targets = task.inputs.to(dtype), task.targets.to(dtype)
-    # Gradients of a mean over many outputs underflow in half precision, as GradScaler knows.
+    # Gradients of a mean over many outputs underflow in half precision.
     scaling = 1024.0 if precision == "fp16" else 1.0
     units = torch.backends.cudnn.rnn
 
@@ -243,7 +245,7 @@ def bptt(task: Task, precision: str) -> Callable[[], list[Tensor]]:
 
 
 def compiled(function: Step, *, cuda: bool) -> Step:
-    """Return a function compiled as well as torch does without a graph of its own."""
+    """Return a function compiled by torch at its best setting without CUDA graphs."""
     mode = "max-autotune-no-cudagraphs" if cuda else "default"
     return torch.compile(function, mode=mode, dynamic=False)
 
@@ -258,7 +260,7 @@ def product_and_pointwise(fused: Step) -> Step:
 
 
 class CaptureTooLongError(RuntimeError):
-    """A sequence that is not captured in a CUDA graph."""
+    """A sequence is too long for a CUDA graph."""
 
 
 def captured(task: Task, work: Work) -> Work:
@@ -273,14 +275,14 @@ def captured(task: Task, work: Work) -> Work:
 
 
 def anp_peers(*, cuda: bool) -> dict[str, Callable[[], Rollouts]]:
-    """Return the makers of all that run an ANP update other than ours, by name."""
-    found: dict[str, Callable[[], Rollouts]] = {
+    """Return the makers of the rollouts of every ANP peer, by name."""
+    makers: dict[str, Callable[[], Rollouts]] = {
         "eager torch": lambda: stepwise(whole_step),
         "torch.compile": lambda: stepwise(compiled(whole_step, cuda=cuda)),
         "torch.func.vmap": lambda: vectorised,
     }
     if cuda:
-        found["cuBLAS + pointwise, CUDA graph"] = lambda: stepwise(
+        makers["cuBLAS + pointwise, CUDA graph"] = lambda: stepwise(
             product_and_pointwise(compiled(pointwise, cuda=True))
         )
-    return found
+    return makers

@@ -5,8 +5,8 @@
 CHECKOUT is a checkout of the published code (on GitHub: jesusgf96/NP_RNNs); it is run, never copied. Its method
 `node_perturbation_activity` is called as its own training loop calls it: one clean and one perturbed run of B
 sequences, then T weight updates, so B T rollout-steps a call. Ours is a complete ANP update: clean run, P rollouts of
-each sample, credit, reduction, gradients of all weights, optimiser step; B P T rollout-steps. Everything takes turns in
-one process with one number of threads.
+each sample, credit, reduction, gradients of all weights, optimiser step; B P T rollout-steps. All run in turns in one
+process with the same number of threads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import anpgpu
 
 CPU = torch.device("cpu")
 GOALS = {1: 100.0, 32: 6.0}
-"""Rollout-steps per second over the published code's, by batch."""
+"""Our rollout-steps per second over the published code's, by batch."""
 
 MATMUL_GOAL = 0.6
 LEARNING_RATE = 1e-3
@@ -38,11 +38,11 @@ SIGMA = 1e-3
 
 
 def load(checkout: Path, name: str) -> types.ModuleType:
-    """Import one file of the checkout under a name that nothing else has."""
+    """Import one file of the checkout under a name of its own."""
     path = checkout / f"{name}.py"
     if not path.exists():
         sys.exit(f"{path} does not exist: the argument must be a checkout of the published code")
-    # Its utils.py saves experiments as YAML, which nothing here does.
+    # Its utils.py imports yaml only to save experiments.
     sys.modules.setdefault("yaml", types.ModuleType("yaml"))
     spec = importlib.util.spec_from_file_location(f"published_{name}", path)
     assert spec is not None
@@ -68,7 +68,7 @@ def published_update(checkout: Path, case: Case, device: torch.device = CPU) -> 
     sizes = [case.inputs, case.hidden, case.outputs]
     model = models.RNN(sizes, case.batch, utils.tanh(), utils.linear(), decor_input=False, seed=42, device=device)
     model.to(device)
-    inputs, targets = (one.to(device) for one in copy_task(case))
+    inputs, targets = (tensor.to(device) for tensor in copy_task(case))
     criterion = nn.MSELoss()
     before = copy.deepcopy(model.state_dict())
     model.node_perturbation_activity(inputs, targets, loss=criterion, lr=LEARNING_RATE, noise_std=SIGMA)
@@ -119,14 +119,14 @@ def matmuls(case: Case) -> Callable[[], object]:
 
 
 def compare(checkout: Path, case: Case, repeats: int, clock: str) -> dict[str, object]:
-    """Return what one case's measurements say; ratios are taken turn by turn, then their quartiles."""
+    """Measure one case; figures are quartiles over turns, of ratios too."""
     works = {"published": published_update(checkout, case), **our_updates(case), "matmuls": matmuls(case)}
     times = interleaved(works, repeats, CPU, clock=clock)
     steps = dict.fromkeys(works, case.rollout_steps) | {"published": case.time * case.batch}
     speed = {name: [steps[name] / taken for taken in values] for name, values in times.items()}
 
     def per_turn(values: list[float], others: list[float]) -> tuple[float, ...]:
-        return quartiles([one / other for one, other in zip(values, others, strict=True)])
+        return quartiles([value / other for value, other in zip(values, others, strict=True)])
 
     ratio = per_turn(speed["estimate_grad_"], speed["published"])
     share = per_turn(times["matmuls"], times["estimate_grad_"])

@@ -1,7 +1,6 @@
-"""Correctness gates speed: small checks that run before anything is timed, each a figure and its bound.
+"""Small checks that run before anything is timed, each a figure and its bound.
 
-They are a subset of the tests, kept here so that a speed is never printed for an estimate that is wrong on the machine
-at hand.
+They repeat a few of the tests, so that no speed is printed on a machine where the estimates are wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from anpgpu import functional
 
 
 class Check(NamedTuple):
-    """One figure and the bound it must keep."""
+    """A figure and its bound."""
 
     name: str
     figure: float
@@ -26,7 +25,7 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether the bound is kept; a NaN keeps none."""
+        """Whether the figure is within its bound; NaN never is."""
         return self.figure >= self.bound if self.at_least else self.figure <= self.bound
 
 
@@ -43,14 +42,14 @@ def estimate_check() -> Check:
     exact = torch.autograd.grad(nn.functional.mse_loss(readout(hidden), targets), list(rnn.parameters()))
     rule = anpgpu.Perturbation(method="np", rollouts=16_384, sigma=1e-4, discount=1.0)
     anpgpu.estimate_grad_(rnn, readout, inputs, targets, perturbation=rule, generator=generator)
-    found = [parameter.grad for parameter in rnn.parameters()]
-    return Check("np at discount 1 against autograd: cosine", cosine(found, exact), 0.98, True)
+    estimates = [parameter.grad for parameter in rnn.parameters()]
+    return Check("np at discount 1 against autograd: cosine", cosine(estimates, exact), 0.98, True)
 
 
 def cosine(left: list[Tensor | None], right: list[Tensor] | tuple[Tensor, ...]) -> float:
     """Return the cosine between two lists of gradients."""
-    first = torch.cat([one.flatten() for one in left if one is not None]).double().cpu()
-    second = torch.cat([one.flatten() for one in right]).double().cpu()
+    first = torch.cat([grad.flatten() for grad in left if grad is not None]).double().cpu()
+    second = torch.cat([grad.flatten() for grad in right]).double().cpu()
     return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
 
 
@@ -68,21 +67,21 @@ def rollout_check(hidden: int, device: torch.device, backend: str) -> list[Check
     found_noise = functional.noise(7, (time, batch, rollouts, hidden), sigma=sigma, device=device, backend=backend)
     options = {"rollouts": rollouts, "sigma": sigma}
     exact = functional.rollout(preact, preact.tanh(), weight, functional.LinearLoss(grad), 7, **options)
-    here = [one.float().to(device) for one in (preact, preact.tanh(), weight, grad)]
-    found = functional.rollout(*here[:3], functional.LinearLoss(here[3]), 7, **options, backend=backend)
-    # bf16 rounds operands by 2^-9 of their size, once a step.
+    tensors = [tensor.float().to(device) for tensor in (preact, preact.tanh(), weight, grad)]
+    measured = functional.rollout(*tensors[:3], functional.LinearLoss(tensors[3]), 7, **options, backend=backend)
+    # bf16 rounds operands by 2^-9 of their size in every step.
     bound = 3e-2 if device.type == "cuda" else 1e-4
     checks = [
         Check(f"H = {hidden}: noise, largest error", float((found_noise.cpu() - exact_noise).abs().max()), 1e-6, False),
-        Check(f"H = {hidden}: delta_a", relative_error(found.delta_a, exact.delta_a), bound, False),
-        Check(f"H = {hidden}: delta_loss", relative_error(found.delta_loss, exact.delta_loss), 2 * bound, False),
+        Check(f"H = {hidden}: delta_a", relative_error(measured.delta_a, exact.delta_a), bound, False),
+        Check(f"H = {hidden}: delta_loss", relative_error(measured.delta_loss, exact.delta_loss), 2 * bound, False),
     ]
-    credit = functional.returns(found.delta_loss, 0.9, backend=backend)
-    for method, delta_a in (("anp", found.delta_a), ("np", None)):
+    credit = functional.returns(measured.delta_loss, 0.9, backend=backend)
+    for method, delta_a in (("anp", measured.delta_a), ("np", None)):
         arguments = {"method": method, "units": hidden, "sigma": sigma}
         sums = functional.adjoint(credit, delta_a, 7, **arguments, backend=backend)
         expected = functional.adjoint(
-            functional.returns(found.delta_loss.double().cpu(), 0.9),
+            functional.returns(measured.delta_loss.double().cpu(), 0.9),
             None if delta_a is None else delta_a.double().cpu(),
             7,
             **arguments,
@@ -91,16 +90,16 @@ def rollout_check(hidden: int, device: torch.device, backend: str) -> list[Check
     return checks
 
 
-def relative_error(found: Tensor | None, exact: Tensor | None) -> float:
-    """Return the root mean square of the error over that of the exact values."""
-    assert found is not None
+def relative_error(measured: Tensor | None, exact: Tensor | None) -> float:
+    """Return |measured - exact| / |exact|, Euclidean norms in float64."""
+    assert measured is not None
     assert exact is not None
-    difference = found.double().cpu() - exact.double().cpu()
+    difference = measured.double().cpu() - exact.double().cpu()
     return float(difference.norm() / exact.double().cpu().norm())
 
 
 def require(checks: list[Check]) -> list[dict[str, object]]:
-    """Return the checks as records, or stop the program: no speed is printed for a result that is wrong."""
+    """Return the checks as records, or end the program if any fails."""
     failed = [check for check in checks if not check.passed]
     for check in failed:
         wanted = "at least" if check.at_least else "at most"

@@ -1,4 +1,4 @@
-"""What a figure was measured on: the line that stands with every speed, without host names or paths."""
+"""The description of the machine that stands beside every figure, without host names or paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.me
 
 
 def machine() -> dict[str, object]:
-    """Return the record of this machine, as it is now; nothing is changed to read it."""
+    """Return the record of this machine in its present state; no setting is changed."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -56,7 +56,7 @@ def commit(folder: Path) -> str | None:
 
 
 def short_name(record: dict[str, object]) -> str:
-    """Return what names a result file of this machine: the GPU's name, or "cpu"."""
+    """Return the name of this machine in result files: the GPU's name, or "cpu"."""
     gpu = record["gpu"]
     name = str(gpu["name"]) if isinstance(gpu, dict) else "cpu"
     return "-".join(name.lower().removeprefix("nvidia ").split())
@@ -69,13 +69,13 @@ def _cpu() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _output_of(command: list[str], where: Path | None = None) -> str | None:

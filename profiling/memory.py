@@ -2,9 +2,10 @@
 
     python profiling/memory.py [--output FILE]
 
-Each figure is the peak resident memory of a fresh process that runs one `estimate_grad_`, minus that of another which
-holds the same inputs, targets and outputs, and has run a tiny estimate instead (so both have imported everything and
-started their threads). On a GPU it is the peak of the caching allocator over what was held before.
+Each figure is the peak resident memory of a fresh process that runs one `estimate_grad_`, minus that of a baseline
+process with the same inputs, targets and outputs but no estimate. Both run a tiny estimate first, so that both have
+imported everything and started their threads. On a GPU the figure is the peak of the caching allocator over what was
+allocated before.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def estimate(case: Case, max_memory: int | None, tensors: tuple[torch.Tensor, to
     rule = anpgpu.Perturbation(method="anp", rollouts=case.rollouts, max_memory=max_memory)
     rnn = anpgpu.RNN(case.inputs, case.hidden, perturbation=rule).to(inputs.device)
     readout = nn.Linear(case.hidden, case.outputs, device=inputs.device)
-    found = anpgpu.estimate_grad_(rnn, readout, inputs, targets)
-    if int(found.skipped):
-        raise RuntimeError(f"{int(found.skipped)} rollouts were not finite")
+    result = anpgpu.estimate_grad_(rnn, readout, inputs, targets)
+    if int(result.skipped):
+        raise RuntimeError(f"{int(result.skipped)} rollouts were not finite")
 
 
 def tensors_of(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +49,7 @@ def tensors_of(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 
 def peak_in_this_process(case: Case, max_memory: int, device: torch.device, *, baseline: bool) -> dict[str, float]:
-    """Return the peak in bytes and the seconds of an update, or of what is taken off as the baseline."""
+    """Return the peak in bytes and the seconds of an update, or of the baseline."""
     tensors = tensors_of(case, device)
     estimate(TINY, None, tensors_of(TINY, device))
     start = time.perf_counter()
@@ -62,7 +63,7 @@ def peak_in_this_process(case: Case, max_memory: int, device: torch.device, *, b
         peak = outputs if baseline else torch.cuda.max_memory_allocated() - held
     else:
         if baseline:
-            # Held until the peak is read, as the estimate holds its outputs.
+            # Alive until the peak is read, as the outputs of an estimate are.
             outputs = torch.ones(case.time, case.batch, case.outputs)
             assert outputs.isfinite().all()
         else:
@@ -79,8 +80,8 @@ def measured(case: Case, max_memory: int, device: str, threads: int, *, baseline
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         sys.exit(f"{case} under max_memory={max_memory} failed:\n{run.stderr}")
-    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    reply: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return reply
 
 
 def row_of(case: Case, max_memory: int, device: str, threads: int) -> dict[str, object]:

@@ -9,12 +9,12 @@ Per (rollout, unit, step), on one multiprocessor and in clocks:
     issue     instructions of the same loop, over 128 lanes per clock
     memory    2 bytes of delta_a written by the rollouts and 2 read by the reduction, over the memory's speed
 
-A tile's time is its elements times the clocks of the unit that binds; tiles go over the multiprocessors in waves. At
-best all units overlap; at worst the products wait for everything else, since Triton does not overlap the matrix unit
-with the epilogue of the same warps. The reduction, the clean run's steps and the gaps between launches are added. With
-n GPUs each has P / n rollouts of every sample and the whole clean run; gradients are summed by one all-reduce.
+A tile's time is its elements times the clocks of the slowest unit; tiles run over the multiprocessors in waves. At best
+all units overlap. At worst the products overlap with nothing, since Triton does not overlap the matrix unit with the
+epilogue of the same warps. The reduction, the clean run's steps and the gaps between launches are added. With n GPUs
+each has P / n rollouts of every sample and the whole clean run; gradients are summed by one all-reduce.
 
-Sources: vendors' data sheets for the units; large products and copies reach the shares of them that were measured on
+Sources: vendors' data sheets for the units; the shares of them that large products and copies reach were measured on
 one H200; the times of a clean step and of a gap are assumed.
 """
 
@@ -38,7 +38,7 @@ COMPILED = Path(__file__).resolve().parent.parent / "tests" / "compiled.json"
 
 
 class Gpu(NamedTuple):
-    """What a data sheet says."""
+    """Figures of a data sheet."""
 
     arch: int
     """Compute capability, 10 major + minor."""
@@ -72,7 +72,7 @@ COPY_REACHED = 0.90
 SPECIAL_PER_CLOCK = 16
 LANES = 128
 GAUSSIAN = {"issued": 15, "special": 2}
-"""What an element takes besides with Gaussian noise, from the two kinds' rows of the compile table on sm_90."""
+"""What Gaussian noise adds per element: the difference of the two kinds' rows in the compile table, sm_90."""
 
 CLEAN_STEP_S = 4e-6
 LAUNCH_GAP_S = 1.5e-6
@@ -86,7 +86,7 @@ MANY = 8
 
 
 class Bounds(NamedTuple):
-    """Seconds that each unit alone would need for the rollouts of an update, and what is added to them."""
+    """Seconds that each unit alone would need for the rollouts of an update, and the seconds added to them."""
 
     tensor: float
     special: float
@@ -97,7 +97,7 @@ class Bounds(NamedTuple):
 
     @property
     def binds(self) -> str:
-        """Name of the unit that binds the rollouts."""
+        """Name of the slowest unit."""
         return max(("tensor", "special", "issue", "store"), key=lambda name: getattr(self, name))
 
     @property
@@ -112,7 +112,7 @@ class Bounds(NamedTuple):
 
 
 def launch_of(gpu: Gpu, case: Case) -> RolloutLaunch:
-    """Return the tiles that the kernels would take, for a linear loss."""
+    """Return the launch that the kernels would choose for a linear loss."""
     return rollout_launch(
         units=case.hidden,
         outputs=0,
@@ -126,10 +126,10 @@ def launch_of(gpu: Gpu, case: Case) -> RolloutLaunch:
 
 
 def in_loop(rows: dict[str, dict[str, float]], gpu: Gpu, launch: RolloutLaunch, units: int, column: str) -> float:
-    """Return what an element and step take of a column of the table, "issued" or "special".
+    """Return a column of the compile table, "issued" or "special", per element and step.
 
-    The loop of the resident kernel is a whole step. That of the stepwise kernel is one block of its product, whose
-    epilogue lies outside any loop: it counts as a step of the resident kernel.
+    One iteration of the resident kernel's loop is a whole step. One of the stepwise kernel's is a block of its product;
+    its epilogue lies outside any loop and is taken to cost a step of the resident kernel.
     """
 
     def found(*names: str) -> float:
@@ -145,20 +145,20 @@ def in_loop(rows: dict[str, dict[str, float]], gpu: Gpu, launch: RolloutLaunch, 
 def bounds(
     gpu: Gpu, case: Case, rows: dict[str, dict[str, float]], *, noise: str = "rademacher", gpus: int = 1
 ) -> Bounds:
-    """Return the model of one update on some GPUs that share its rollouts.
+    """Return the model of one update on GPUs that share its rollouts.
 
     Args:
-        gpu: each of them.
+        gpu: the kind of GPU.
         case: the whole update.
-        rows: of tests/compiled.json.
+        rows: the rows of tests/compiled.json.
         noise: "rademacher" or "gaussian".
-        gpus: how many; each has P / gpus rollouts of every sample, rounded up.
+        gpus: number of GPUs; each has P / gpus rollouts of every sample, rounded up.
     """
     case = case._replace(rollouts=-(-case.rollouts // gpus))
     launch = launch_of(gpu, case)
     across = -(-case.hidden // launch.block_units)
     if launch.form == "resident" or launch.samples:
-        # A tile has a power of two of rollouts of each of its samples.
+        # For each of its samples, a tile holds a power of two of rollouts.
         per_sample = max(1, launch.block_rows // max(launch.samples, 1))
         tiles = -(-case.batch * -(-case.rollouts // per_sample) // max(launch.samples, 1)) * across
     else:
@@ -190,7 +190,7 @@ def bounds(
 def row_of(name: str, case: Case, rows: dict[str, dict[str, float]], noise: str) -> dict[str, object]:
     """Return one row of the tables."""
     gpu = GPUS[name]
-    one, many = (bounds(gpu, case, rows, noise=noise, gpus=count) for count in (1, MANY))
+    single, many = (bounds(gpu, case, rows, noise=noise, gpus=count) for count in (1, MANY))
     reached = gpu.flops * MATRIX_REACHED
     return {
         "GPU": name,
@@ -199,54 +199,54 @@ def row_of(name: str, case: Case, rows: dict[str, dict[str, float]], noise: str)
         "P": case.rollouts,
         "H": case.hidden,
         "form": launch_of(gpu, case).form,
-        "binds": one.binds,
-        **{f"{unit} ms": 1e3 * getattr(one, unit) for unit in ("tensor", "special", "issue", "store", "added")},
-        "ms, low": 1e3 * one.low,
-        "ms, high": 1e3 * one.high,
-        "rollout-steps/s, low": case.rollout_steps / one.high,
-        "rollout-steps/s, high": case.rollout_steps / one.low,
-        "of matmul, low": case.flops / one.high / reached,
-        "of matmul, high": case.flops / one.low / reached,
+        "binds": single.binds,
+        **{f"{unit} ms": 1e3 * getattr(single, unit) for unit in ("tensor", "special", "issue", "store", "added")},
+        "ms, low": 1e3 * single.low,
+        "ms, high": 1e3 * single.high,
+        "rollout-steps/s, low": case.rollout_steps / single.high,
+        "rollout-steps/s, high": case.rollout_steps / single.low,
+        "of matmul, low": case.flops / single.high / reached,
+        "of matmul, high": case.flops / single.low / reached,
         f"{MANY} GPUs ms, low": 1e3 * many.low,
         f"{MANY} GPUs ms, high": 1e3 * many.high,
-        "speed-up, low": one.low / many.low,
-        "speed-up, high": one.high / many.high,
+        "speed-up, low": single.low / many.low,
+        "speed-up, high": single.high / many.high,
     }
 
 
-def text_of(found: list[dict[str, object]]) -> str:
+def text_of(rows: list[dict[str, object]]) -> str:
     """Return rows as three tables: units, one GPU, several."""
     shape = ("GPU", "T", "B", "P", "H")
-    names = list(found[0])[len(shape) :]
+    names = list(rows[0])[len(shape) :]
     split = names.index("added ms") + 1, names.index(f"{MANY} GPUs ms, low")
     parts = (names[: split[0]], names[split[0] : split[1]], names[split[1] :])
-    return "\n\n".join(table([{name: row[name] for name in (*shape, *part)} for row in found]) for part in parts)
+    return "\n\n".join(table([{name: row[name] for name in (*shape, *columns)} for row in rows]) for columns in parts)
 
 
 def check(record: dict[str, object], rows: dict[str, dict[str, float]]) -> list[dict[str, object]]:
     """Return the model beside the updates of a result of `compare.py` or `time_ops.py`.
 
     Raises:
-        ValueError: it was not measured on a GPU of the model, or holds no update.
+        ValueError: the result was not measured on a GPU of the model, or holds no update.
     """
     machine = record["machine"]
     assert isinstance(machine, dict)
-    here = machine["gpu"]
-    if not isinstance(here, dict):
+    measured_gpu = machine["gpu"]
+    if not isinstance(measured_gpu, dict):
         raise ValueError("the results were measured on a CPU: the model is of GPUs")
-    names = [name for name in GPUS if name in str(here["name"])]
+    names = [name for name in GPUS if name in str(measured_gpu["name"])]
     if not names:
-        raise ValueError(f"the results are from {here['name']!r}: the model has {', '.join(GPUS)}")
+        raise ValueError(f"the results are from {measured_gpu['name']!r}: the model has {', '.join(GPUS)}")
     results = record["results"]
     assert isinstance(results, list)
-    found = []
+    compared = []
     for row in results:
         kind = row.get("peer") or row.get("op")
         if kind not in {"ours", "ours, CUDA graph", "update", "update, CUDA graph"}:
             continue
         modelled = bounds(GPUS[names[0]], Case(*(row[size] for size in "TBPH")), rows)
         measured = row["ms"] / 1e3
-        found.append(
+        compared.append(
             {
                 "GPU": names[0],
                 **{size: row[size] for size in "TBPH"},
@@ -258,9 +258,9 @@ def check(record: dict[str, object], rows: dict[str, dict[str, float]]) -> list[
                 "within": "yes" if modelled.low <= measured <= modelled.high else "NO",
             }
         )
-    if not found:
+    if not compared:
         raise ValueError("the results hold no update of ours")
-    return found
+    return compared
 
 
 def main() -> None:
@@ -279,13 +279,13 @@ def main() -> None:
             parser.error(str(problem))
         print(table(compared))
         return
-    time, batch, rollouts = (int(part) for part in arguments.case.split(","))
+    time, batch, rollouts = (int(size) for size in arguments.case.split(","))
     cases = [Case(time, batch, rollouts, int(units)) for units in arguments.hidden.split(",")]
-    found = [row_of(name, case, rows, arguments.noise) for name in GPUS for case in cases]
-    text = f"{DISCLAIMER}\n{arguments.noise} noise, one update of ANP\n\n{text_of(found)}"
+    modelled = [row_of(name, case, rows, arguments.noise) for name in GPUS for case in cases]
+    text = f"{DISCLAIMER}\n{arguments.noise} noise, one update of ANP\n\n{text_of(modelled)}"
     print(text)
     if arguments.output is not None:
-        write(arguments.output, {"kind": "model", "note": DISCLAIMER, "results": found}, text)
+        write(arguments.output, {"kind": "model", "note": DISCLAIMER, "results": modelled}, text)
 
 
 if __name__ == "__main__":

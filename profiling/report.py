@@ -1,4 +1,4 @@
-"""Timing, quartiles, tables and result files: what the scripts of this folder share."""
+"""Timing, quartiles, tables and result files for the scripts of this folder."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""Processor time hardly feels other programs; it is the time taken only where one thread does the work."""
+"""Processor time hardly depends on other programs, but equals the time taken only where one thread does the work."""
 
 
 def seconds(work: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
-    """Return how long one call takes: by CUDA events on a GPU, by a clock elsewhere."""
+    """Return the seconds of one call: by CUDA events on a GPU, by a clock elsewhere."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -52,7 +52,7 @@ def interleaved(
     warmups: int = 1,
     clock: str = "wall",
 ) -> dict[str, list[float]]:
-    """Return the seconds of every call, taking turns, so that what slows the machine for a while slows all alike."""
+    """Return the seconds of every call. Works take turns, so that a slow phase of the machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(warmups + repeats):
         for name, work in works.items():
@@ -63,7 +63,7 @@ def interleaved(
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
-    """Return rows of the same keys as aligned text; None is left blank."""
+    """Return rows with the same keys as aligned text; None is blank."""
     names = list(rows[0])
     cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]

@@ -2,15 +2,15 @@
 
     python profiling/roofline.py [--hidden 128,500] [--rows 16384] [--device cpu] [--output FILE]
 
-Ceilings are measured in the same run: large matrix products in every operand type, a copy, and tanh alone (a chain of
-tanh.approx in registers on a GPU, torch.tanh in the first cache on a CPU). A kernel's three bounds are its operations
-over those; the largest binds, and its share of the measured time says how near the kernel is:
+Ceilings are measured in the same run: large matrix products in every operand type, a copy, and tanh alone (on a GPU a
+chain of tanh.approx in registers, on a CPU torch.tanh in the first-level cache). A kernel has three bounds; the largest
+binds, and its share of the measured time says how near the kernel is to it:
 
     tensor     2 H^2 per rollout and step, over the product's rate in the operands' type
     special    tanh and its division per unit, rollout and step (a CPU: tanh alone), over tanh's rate
     bandwidth  bytes of delta_a or noise written or read, and of the clean activity, over the copy's rate
 
-What none of them explains is instructions issued, barriers or launch gaps: see model.py, ncu.sh and nsys.sh.
+Time that no bound explains goes to instructions issued, barriers or launch gaps: see model.py, ncu.sh and nsys.sh.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNITS = ("tensor", "special", "bandwidth")
 
 
 class Ceilings(NamedTuple):
-    """What the machine does at best, measured."""
+    """The measured peak rates of the machine."""
 
     products: dict[str, Quartiles]
     """Floating-point operations per second by operand type."""
@@ -45,7 +45,7 @@ class Ceilings(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a kernel has to do."""
+    """The operations and bytes of one call of a kernel."""
 
     flops: float
     special: float
@@ -66,7 +66,7 @@ def product(size: int, dtype: torch.dtype, device: torch.device, *, tf32: bool) 
 
 
 def ceilings(device: torch.device, repeats: int, *, quick: bool) -> Ceilings:
-    """Measure what the machine does at best."""
+    """Measure the peak rates of the machine."""
     cuda = device.type == "cuda"
     size = 8192 if cuda else 256 if quick else 2048
     kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,9 +79,9 @@ def ceilings(device: torch.device, repeats: int, *, quick: bool) -> Ceilings:
     source, target = (torch.zeros(count, device=device) for _ in range(2))
     copied = interleaved({"copy": lambda: target.copy_(source)}, repeats, device, warmups=2)["copy"]
     values, tanh = special(device, quick=quick)
-    each = interleaved({"tanh": tanh}, repeats, device, warmups=2)["tanh"]
+    tanh_s = interleaved({"tanh": tanh}, repeats, device, warmups=2)["tanh"]
     return Ceilings(
-        flops, quartiles([8 * count / taken for taken in copied]), quartiles([values / taken for taken in each])
+        flops, quartiles([8 * count / taken for taken in copied]), quartiles([values / taken for taken in tanh_s])
     )
 
 
@@ -92,7 +92,7 @@ def special(device: torch.device, *, quick: bool) -> tuple[int, Callable[[], obj
 
         steps = 4096
         return tanh_chain(device, steps), lambda: tanh_chain(device, steps)
-    # What a core's first cache holds, once per thread.
+    # 16 KiB per thread fit into a core's first-level cache.
     values = torch.linspace(-2, 2, 4096 * torch.get_num_threads())
     result, turns = torch.empty_like(values), 20 if quick else 500
 
@@ -104,7 +104,7 @@ def special(device: torch.device, *, quick: bool) -> tuple[int, Callable[[], obj
 
 
 def work_of(kernel: str, case: Case, *, cuda: bool) -> Work:
-    """Return what a kernel has to do, wherever it runs."""
+    """Return the operations and bytes of one call of a kernel."""
     elements = case.rollout_steps * case.hidden
     operand = 2 if cuda else 4
     clean = 4 * case.time * case.batch * case.hidden
@@ -112,10 +112,10 @@ def work_of(kernel: str, case: Case, *, cuda: bool) -> Work:
         return Work(0, 0, operand * elements)
     if kernel == "adjoint":
         return Work(0, 0, operand * elements + clean)
-    each = (2 if cuda else 1) + (2 if cuda and kernel.endswith("gaussian") else 0)
+    per_element = (2 if cuda else 1) + (2 if cuda and kernel.endswith("gaussian") else 0)
     stored = 0 if kernel.endswith("not stored") else operand * elements
     # An update reads delta_a again.
-    return Work(case.flops, each * elements, stored * (2 if kernel == "update" else 1) + 3 * clean)
+    return Work(case.flops, per_element * elements, stored * (2 if kernel == "update" else 1) + 3 * clean)
 
 
 def row_of(kernel: str, case: Case, seconds: Quartiles, top: Ceilings, *, cuda: bool) -> dict[str, object]:
@@ -154,12 +154,12 @@ def measured(case: Case, device: torch.device, top: Ceilings, repeats: int) -> l
 
 def text_of(top: Ceilings) -> str:
     """Return the ceilings as text."""
-    flops = [f"{name} products {1e-12 * found.median:.3g} TFLOP/s" for name, found in top.products.items()]
+    flops = [f"{name} products {1e-12 * rate.median:.3g} TFLOP/s" for name, rate in top.products.items()]
     return ", ".join([*flops, f"copy {1e-9 * top.copy.median:.3g} GB/s", f"tanh {1e-9 * top.special.median:.3g} G/s"])
 
 
 def plot(rows: list[dict[str, object]], top: Ceilings, path: Path, heading: str) -> None:
-    """Draw the roofline with what multiplies on it, and every kernel's bounds beside its time."""
+    """Draw the roofline with the kernels that hold matrix products, and every kernel's bounds beside its time."""
     import matplotlib as mpl
     import numpy as np
 
@@ -222,14 +222,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    here = machine()
-    output = arguments.output or RESULTS / f"roofline-{short_name(here)}-{here['date']}.json"
-    record: dict[str, object] = {"machine": here, "checks": require(checks(device, "auto"))}
+    host = machine()
+    output = arguments.output or RESULTS / f"roofline-{short_name(host)}-{host['date']}.json"
+    record: dict[str, object] = {"machine": host, "checks": require(checks(device, "auto"))}
     top = ceilings(device, arguments.repeats, quick=arguments.quick)
     record["ceilings"] = top._asdict()
     rows: list[dict[str, object]] = []
     record["results"] = rows
-    heading = f"{line(here)}\n{text_of(top)}"
+    heading = f"{line(host)}\n{text_of(top)}"
     print(f"{heading}\n")
     for case in chosen_cases(arguments):
         rows += measured(case, device, top, arguments.repeats)

@@ -1,4 +1,4 @@
-"""The rate of the special-function unit: nothing but dependent tanh.approx in registers."""
+"""The rate of the special-function unit: chains of dependent tanh.approx in registers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 BLOCK = 1024
 PROGRAMS = 16
-"""On each multiprocessor, of four warps: enough to hide the latency of every one."""
+"""Programs on each multiprocessor, of four warps each: enough to hide the latency of tanh.approx."""
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def tanh_chain_kernel(
     steps,
     BLOCK: tl.constexpr,
 ):
-    """Every program takes BLOCK values through `steps` applications of tanh."""
+    """Each program applies tanh `steps` times to BLOCK values."""
     where = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = where.to(tl.float32) * 1e-6
     for _ in range(steps):

@@ -6,8 +6,8 @@
     python profiling/study.py --scaling                    against width, length and number of rollouts
     python profiling/study.py --long                       100,000 steps within a fixed memory
 
-Every finished run is one line of `runs.jsonl`, found by its complete configuration, so a study that was stopped, or
-killed, goes on where it was. Runs are made by worker processes of one thread each.
+Every finished run is one line of `runs.jsonl`, identified by its complete configuration, so that a study which was
+stopped or killed resumes where it was. Worker processes of one thread each make the runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ QUICK_MINUTES = 9.0
 
 
 class Finished:
-    """The file of finished runs; one process at a time writes to it."""
+    """The file of finished runs. Only one process may write to it at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class Finished:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
         for line in text.splitlines(keepends=True):
-            # A process killed while writing leaves a line without an end.
+            # A process that is killed while writing leaves an unfinished line.
             if line.endswith("\n"):
                 run = json.loads(line)
                 self.runs[key_of(run["task"], training.Settings(**run["settings"]))] = run
@@ -52,7 +52,7 @@ class Finished:
             path.write_text(text[: text.rfind("\n") + 1])
 
     def add(self, run: dict) -> None:
-        """Keep a run, on the disk before anything else happens."""
+        """Add a run; it is on the disk when this returns."""
         with self.path.open("a") as file:
             file.write(json.dumps(run) + "\n")
             file.flush()
@@ -61,36 +61,36 @@ class Finished:
 
 
 class Queue:
-    """Hands out runs in the order of the plan; a run waits until the ones its learning rate depends on are done."""
+    """Hands out runs in the order of the plan; a run waits for those that its learning rate is chosen from."""
 
     def __init__(self, planned: Sequence[Planned], finished: Finished, deadline: float) -> None:
-        self.waiting = [one for one in planned if self._settled(one, finished) not in finished.runs]
+        self.waiting = [run for run in planned if self._settled(run, finished) not in finished.runs]
         self.finished, self.deadline = finished, deadline
         self.changed = threading.Condition()
         self.running = 0
         self.stopped = False
 
     @staticmethod
-    def _settled(one: Planned, finished: Finished) -> str | None:
-        """Return the key of a run, None while its learning rate is open."""
-        if not one.candidates:
-            return key_of(one.task, one.settings)
-        rate = best_rate(one.candidates, finished.runs)
-        return None if rate is None else key_of(one.task, one.settings._replace(lr=rate))
+    def _settled(planned: Planned, finished: Finished) -> str | None:
+        """Return the key of a run, or None while its learning rate is not chosen."""
+        if not planned.candidates:
+            return key_of(planned.task, planned.settings)
+        rate = best_rate(planned.candidates, finished.runs)
+        return None if rate is None else key_of(planned.task, planned.settings._replace(lr=rate))
 
     def take(self) -> Planned | None:
-        """Return the next run that can be made, waiting for one; None when all are made or time is up."""
+        """Wait for the next run that can be made and return it; None when all are made or time is up."""
         with self.changed:
             while self.waiting and not self.stopped and time.monotonic() < self.deadline:
-                for one in self.waiting:
-                    if one.candidates:
-                        rate = best_rate(one.candidates, self.finished.runs)
+                for planned in self.waiting:
+                    if planned.candidates:
+                        rate = best_rate(planned.candidates, self.finished.runs)
                         if rate is None:
                             continue
-                        ready = one._replace(settings=one.settings._replace(lr=rate))
+                        ready = planned._replace(settings=planned.settings._replace(lr=rate))
                     else:
-                        ready = one
-                    self.waiting.remove(one)
+                        ready = planned
+                    self.waiting.remove(planned)
                     if key_of(*ready[:2]) in self.finished.runs:
                         break
                     self.running += 1
@@ -102,7 +102,7 @@ class Queue:
             return None
 
     def done(self, run: dict | None) -> None:
-        """Keep a run that has been made; None: it failed, and nothing more is handed out."""
+        """Add a finished run. None means that it failed: no more runs are handed out."""
         with self.changed:
             self.running -= 1
             if run is None:
@@ -113,24 +113,24 @@ class Queue:
 
 
 def work(csv_path: Path | None) -> None:
-    """Make the runs that come in on standard input, one JSON line each; the end of the input ends the process."""
-    made: dict[str, tasks.Task] = {}
+    """Make the runs that are read from standard input, one JSON line each, until the input ends."""
+    made_tasks: dict[str, tasks.Task] = {}
     for line in sys.stdin:
         name, values = json.loads(line)
-        if name not in made:
-            made[name] = tasks.by_name(csv_path)[name]()
+        if name not in made_tasks:
+            made_tasks[name] = tasks.by_name(csv_path)[name]()
         started, reason = time.process_time(), None
         try:
-            curve = training.train(made[name], training.Settings(**values), progress=False)
+            curve = training.train(made_tasks[name], training.Settings(**values), progress=False)
         except RuntimeError as error:
-            # The library raises where no rollout is finite any more; the run counts as lost.
+            # The library raises where no rollout is finite; the run counts as broken off.
             curve, reason = training.Curve([], [], [], [], []), str(error)
         run = {"task": name, "settings": values, "curve": curve._asdict(), "seconds": time.process_time() - started}
         print(json.dumps(run if reason is None else {**run, "broke_off": reason}), flush=True)
 
 
 def attend(queue: Queue, csv_path: Path | None, bar: tqdm) -> None:
-    """Run one worker process until there is nothing left to do."""
+    """Run one worker process until the queue is empty."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
     command += [] if csv_path is None else ["--csv", str(csv_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -139,14 +139,14 @@ def attend(queue: Queue, csv_path: Path | None, bar: tqdm) -> None:
     ) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        while (one := queue.take()) is not None:
+        while (planned := queue.take()) is not None:
             try:
-                worker.stdin.write(json.dumps([one.task, one.settings._asdict()]) + "\n")
+                worker.stdin.write(json.dumps([planned.task, planned.settings._asdict()]) + "\n")
                 answer = worker.stdout.readline()
             except OSError:
                 answer = ""
             queue.done(json.loads(answer) if answer.endswith("\n") else None)
-            bar.set_postfix_str(f"{one.task} {one.settings.method}")
+            bar.set_postfix_str(f"{planned.task} {planned.settings.method}")
             bar.update()
         worker.stdin.close()
 
@@ -168,10 +168,10 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
     queue = Queue(plan(grid, names, methods, seeds), finished, deadline)
     if queue.waiting:
         checks = require([estimate_check()])
-        path, here = folder / "machine.json", machine()
+        path, host = folder / "machine.json", machine()
         before = json.loads(path.read_text()).get("commits", []) if path.exists() else []
-        commits = list(dict.fromkeys([*before, here["commit"]]))
-        path.write_text(json.dumps({"machine": here, "commits": commits, "checks": checks}, indent=1) + "\n")
+        commits = list(dict.fromkeys([*before, host["commit"]]))
+        path.write_text(json.dumps({"machine": host, "commits": commits, "checks": checks}, indent=1) + "\n")
     started = time.monotonic()
     with tqdm(total=len(queue.waiting), desc="runs", unit="run") as bar:
         threads = [
@@ -209,8 +209,8 @@ def main() -> None:
         work(arguments.csv)
         return
     if arguments.scaling or arguments.long:
-        part = study_scaling if arguments.scaling else study_long
-        part.main(arguments.output or RESULTS, quick=arguments.quick)
+        measurement = study_scaling if arguments.scaling else study_long
+        measurement.main(arguments.output or RESULTS, quick=arguments.quick)
         return
     folder = arguments.output or (RESULTS if arguments.full else RESULTS / "quick")
     if not arguments.report:

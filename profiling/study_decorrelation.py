@@ -5,10 +5,10 @@
 Task: Mackey-Glass (tau = 17, reservoirpy's generator), the value 15 steps ahead from the present one, in windows of a
 training part cut into lanes; the state is carried from window to window. Two questions, both on held-out data:
 
-1. W fixed, D learns: the mean squared correlation (Pearson's) between units of what W_hh sees, D h beside h.
-2. W learns by each method, by Adam, without D and with it. The learning rate is the best of one grid for either, chosen
-   on a validation part with a seed of its own; the error is that of other seeds on a test part, over the variance of
-   the targets.
+1. W fixed, D learns: the mean squared correlation (Pearson's) between units, of D h, which W_hh sees, and of h.
+2. W learns by each method with Adam, without D and with D. Both choose their learning rate from the same grid, on a
+   validation part with a seed of its own; the error is that of other seeds on a test part, over the variance of the
+   targets.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ TUNING_SEED = 100
 AHEAD, LANES, STEPS, HIDDEN, WASHOUT = 15, 8, 50, 64, 100
 TRAIN, HELD_OUT = 10_000, 2_000
 GAIN = 0.95
+"""Gain of the initial, orthogonal W_hh: torch's default contracts so fast that all units just follow the input."""
+
 DISCOUNT, RIDGE = 0.9, 0.1
-"""Of the orthogonal W_hh at the start: torch's default contracts so fast that all units follow the input alike."""
 
 
 class Data(NamedTuple):
@@ -70,14 +71,14 @@ def network(seed: int, rule: anpgpu.Perturbation | None = None) -> tuple[anpgpu.
 
 
 def window(values: Tensor, number: int) -> slice:
-    """Return the steps of an update's window; the sequence starts again when it is used up."""
+    """Return the steps of an update's window; after the last window the sequence starts again."""
     first = number % (len(values) // STEPS) * STEPS
     return slice(first, first + STEPS)
 
 
 @torch.no_grad()
 def correlations(rnn: anpgpu.RNN, matrix: Tensor | None, inputs: Tensor) -> dict[str, float]:
-    """Return the correlation of h and of D h, and how much of the power of h is left in D h."""
+    """Return the squared correlations of h and of D h, and the power of D h over that of h."""
     hidden = rnn(inputs)[0][WASHOUT:]
     seen = hidden if matrix is None else hidden @ matrix.t()
     return {
@@ -89,7 +90,7 @@ def correlations(rnn: anpgpu.RNN, matrix: Tensor | None, inputs: Tensor) -> dict
 
 @torch.no_grad()
 def with_fixed_weights(data: Data, rate: float, seed: int, checkpoints: list[int]) -> list[dict[str, object]]:
-    """Return how the correlation falls while only D learns."""
+    """Return the correlations at the checkpoints while only D learns."""
     rnn, _ = network(seed)
     decorrelation = Decorrelation(rnn, rate=rate)
     values, rows, state = data.train[0], [], None
@@ -99,16 +100,16 @@ def with_fixed_weights(data: Data, rate: float, seed: int, checkpoints: list[int
         decorrelation.update_(inputs, state)
         state = rnn(inputs, state)[1]
         if update + 1 in checkpoints:
-            found = correlations(rnn, decorrelation.matrices["weight_hh_l0"], data.test[0])
-            lowered = found["corr^2 of h"] / found["corr^2 of D h"]
-            rows.append({"rate": rate, "seed": seed, "updates": update + 1, **found, "lowered": lowered})
+            measured = correlations(rnn, decorrelation.matrices["weight_hh_l0"], data.test[0])
+            lowered = measured["corr^2 of h"] / measured["corr^2 of D h"]
+            rows.append({"rate": rate, "seed": seed, "updates": update + 1, **measured, "lowered": lowered})
     return rows
 
 
 def train(
     data: Data, method: str, decorrelation_rate: float | None, lr: float, seed: int, options: argparse.Namespace
 ) -> dict[str, float]:
-    """Return the errors after training, and the correlations; errors are infinite where training diverged."""
+    """Return errors and correlations after training; where it diverged, infinite errors alone."""
     how = anpgpu.Perturbation(method, rollouts=options.rollouts, discount=DISCOUNT, ridge=RIDGE)
     rnn, readout = network(seed, how)
     decorrelation = None if decorrelation_rate is None else Decorrelation(rnn, readout, rate=decorrelation_rate)
@@ -142,7 +143,7 @@ def error_of(rnn: anpgpu.RNN, readout: nn.Linear, inputs: Tensor, targets: Tenso
 
 
 def rows_of_method(data: Data, method: str, options: argparse.Namespace, bar: tqdm) -> list[dict[str, object]]:
-    """Return the results of one method without decorrelation and with each rate of it."""
+    """Return the results of one method, without decorrelation and at each of its rates."""
     rows = []
     for rate in (None, *options.training_rates):
         errors = []
@@ -234,18 +235,18 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, nargs="+", default=[100, 300, 1000, 2000], help="updates of D")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    here = machine()
-    output = options.output or RESULTS / f"decorrelation-{short_name(here)}-{here['date']}.json"
-    print(line(here), flush=True)
-    record: dict[str, object] = {"machine": here, "checks": require([estimate_check()])}
+    host = machine()
+    output = options.output or RESULTS / f"decorrelation-{short_name(host)}-{host['date']}.json"
+    print(line(host), flush=True)
+    record: dict[str, object] = {"machine": host, "checks": require([estimate_check()])}
     data = load()
     jobs = [(rate, seed) for rate in options.rates for seed in range(options.seeds)]
     alone = [row for rate, seed in jobs for row in with_fixed_weights(data, rate, seed, options.checkpoints)]
     record["fixed weights"] = alone
     tqdm.write(f"\n{table(alone)}\n")
     trained: list[dict[str, object]] = []
-    each = (1 + len(options.training_rates)) * (len(LEARNING_RATES) + options.seeds)
-    with tqdm(total=len(options.methods) * each, unit="run") as bar:
+    runs_of_method = (1 + len(options.training_rates)) * (len(LEARNING_RATES) + options.seeds)
+    with tqdm(total=len(options.methods) * runs_of_method, unit="run") as bar:
         for method in options.methods:
             bar.set_description(method)
             trained += rows_of_method(data, method, options, bar)
@@ -258,7 +259,7 @@ def main() -> None:
         f"{options.updates} updates, {options.rollouts} rollouts, {options.seeds} seeds; persistence {persistence:.3g}"
     )
     print(f"{table(trained)}\n{how}\n\n{says}")
-    write(output, record, f"{line(here)}\n\nD alone, W fixed\n{table(alone)}\n\n{how}\n{table(trained)}\n\n{says}")
+    write(output, record, f"{line(host)}\n\nD alone, W fixed\n{table(alone)}\n\n{how}\n{table(trained)}\n\n{says}")
     plot(alone, trained, output.with_suffix(".png"))
     print(f"written to {output.name}")
 

@@ -3,10 +3,10 @@
     python profiling/study_defaults.py [--quick] [--output FOLDER]
 
 Tasks with short and with long delays, H from 64 to 512, P from 4 to 2 H, at the start (W_hh orthogonal times .95) and
-after some updates of BPTT, where networks spend most of their training. The figure is the cosine between one estimate
-of the recurrent network's gradient and BPTT's, mean over tasks, stages and repeats; the worst of the tasks stands
-beside it, since a default has to serve where nobody looked. The cost is processor time, in updates by "anp" with the
-same rollouts.
+after some updates of BPTT, since most of training is not the start. The figure is the cosine between one estimate of
+the recurrent network's gradient and BPTT's, mean over tasks, stages and repeats. The worst task stands beside it, since
+a default also has to serve tasks that were not studied. The cost is processor time relative to "anp" with the same
+rollouts.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ TASKS: dict[str, Callable[[], tasks.Task]] = {
     "mackey-glass-15": tasks.mackey_glass,
 }
 UPDATES = (0, 200)
-"""Updates of BPTT before the estimates are looked at."""
+"""Updates of BPTT before the estimates are measured."""
 
 BATCH, LEARNING_RATE = 4, 1e-3
 
 
 class Setting(NamedTuple):
-    """What a default would say, rollouts aside."""
+    """A candidate for the defaults, without the number of rollouts."""
 
     method: str
     discount: float
@@ -56,7 +56,7 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in the table."""
+        """The name in the table."""
         return f"{self.method} {self.discount:g}" + (f" ridge {self.ridge:g}" if self.method == "anp-ls" else "")
 
 
@@ -78,7 +78,7 @@ class Cell(NamedTuple):
 
 
 def sizes(quick: bool) -> Iterator[tuple[int, list[int]]]:
-    """Yield H and the numbers of rollouts."""
+    """Yield H and the numbers of rollouts to measure."""
     for hidden in (32,) if quick else (64, 128, 256, 512):
         yield hidden, [4, hidden] if quick else sorted({4, 16, 64, hidden, 2 * hidden} - {64 if hidden == 512 else 0})
 
@@ -110,14 +110,14 @@ def gradient(
 
 def measure(cell: Cell, rollouts: list[int], repeats: int, bar: tqdm) -> Iterator[dict[str, object]]:
     """Yield the alignment of every setting with every number of rollouts."""
-    given = network(cell)
-    truth = gradient(*given, anpgpu.Perturbation("bptt"))
+    case = network(cell)
+    truth = gradient(*case, anpgpu.Perturbation("bptt"))
     for count, setting in itertools.product(rollouts, SETTINGS):
         how = anpgpu.Perturbation(setting.method, count, discount=setting.discount, ridge=setting.ridge)
         started = time.process_time()
-        found = torch.stack([gradient(*given, how, seed) for seed in range(repeats)])
+        estimates = torch.stack([gradient(*case, how, seed) for seed in range(repeats)])
         seconds = (time.process_time() - started) / repeats
-        along = alignment(found, truth)
+        along = alignment(estimates, truth)
         yield {
             **cell._asdict(),
             "rollouts": count,
@@ -134,26 +134,26 @@ def summary(rows: list[dict], key: Callable[[dict], object]) -> dict[object, dic
     groups: dict[object, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[key(row)][row["setting"]].append(row)
-    found: dict[object, dict[str, dict[str, float]]] = {}
+    figures: dict[object, dict[str, dict[str, float]]] = {}
     for where, by_setting in groups.items():
         plain = sum(row["seconds"] for row in by_setting["anp 0.9"])
-        found[where] = {}
+        figures[where] = {}
         for name, mine in by_setting.items():
             by_task: dict[str, list[float]] = defaultdict(list)
             for row in mine:
                 by_task[row["task"]].append(row["cosine"])
             means = {task: sum(values) / len(values) for task, values in by_task.items()}
-            found[where][name] = {
+            figures[where][name] = {
                 "mean": sum(means.values()) / len(means),
                 "worst": min(means.values()),
                 "cost": sum(row["seconds"] for row in mine) / plain,
                 **means,
             }
-    return found
+    return figures
 
 
 def tables(rows: list[dict]) -> str:
-    """Return cosine by setting: over tasks, and over rollouts relative to H."""
+    """Return two tables of the cosine by setting: by task, and by P / H."""
     names = list(dict.fromkeys(row["setting"] for row in rows))
     tasks_seen = list(dict.fromkeys(row["task"] for row in rows))
     overall = summary(rows, lambda row: None)[None]
@@ -173,11 +173,11 @@ def tables(rows: list[dict]) -> str:
 
 def _by_ratio(by_ratio: dict, name: str, key: str) -> dict[str, object]:
     """Return a setting's row of a table with a column for each range of P / H."""
-    found: dict[str, object] = {"setting": name}
+    row: dict[str, object] = {"setting": name}
     for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 0.8), (0.8, 1.5), (1.5, 3)):
-        inside = [every[name][key] for ratio, every in by_ratio.items() if low < ratio <= high]
-        found[f"P/H {low:g}-{high:g}"] = sum(inside) / len(inside) if inside else None
-    return found
+        inside = [by_setting[name][key] for ratio, by_setting in by_ratio.items() if low < ratio <= high]
+        row[f"P/H {low:g}-{high:g}"] = sum(inside) / len(inside) if inside else None
+    return row
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -201,8 +201,8 @@ def plot(rows: list[dict], path: Path) -> None:
                     mine[row["rollouts"]].append(row)
             points = [
                 (
-                    1e3 * sum(one["seconds"] for one in group) / len(group),
-                    sum(one["cosine"] for one in group) / len(group),
+                    1e3 * sum(result["seconds"] for result in group) / len(group),
+                    sum(result["cosine"] for result in group) / len(group),
                 )
                 for _, group in sorted(mine.items())
             ]
@@ -215,7 +215,6 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print, write and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two tasks, one small network")
     parser.add_argument("--repeats", type=int, default=3, help="seeds of the noise")

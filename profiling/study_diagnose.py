@@ -1,12 +1,12 @@
-"""Does what `anpgpu.diagnose` recommends at the first weights train, on tasks nothing was chosen on?
+"""Do the settings that `anpgpu.diagnose` recommends at the initial weights train tasks that no default was chosen on?
 
     adding  two random numbers of a sequence are marked; their sum after the last step    mse, one per sequence
     xor     the exclusive or of the bits one and three steps ago, at every step           cross-entropy
 
-For each seed: diagnose the untrained network (torch's own initial weights), take the recommendation as it is, train
-with Adam, and train the same network on the same data by BPTT and by the library's default. The recommended setting is
-diagnosed again half way and at the end: alignment at the start need not be alignment later. Tasks: adding after
-Hochreiter and Schmidhuber 1997; xor after Elman 1990.
+For each seed: diagnose the untrained network (torch's own initial weights), train it with Adam by the recommended
+setting, and train the same network on the same data by BPTT and by the library's default. The recommended setting is
+diagnosed again half way and at the end, since alignment can change during training. Tasks: adding after Hochreiter and
+Schmidhuber 1997; xor after Elman 1990.
 
     python profiling/study_diagnose.py --output profiling/results/diagnose_blind-cpu.json
 """
@@ -36,7 +36,7 @@ METHODS = ("bptt", "recommended", "default")
 
 
 class Task(NamedTuple):
-    """How to draw a batch, and what to make of it."""
+    """How a task's batches are drawn, and how its network is trained."""
 
     draw: Callable[[torch.Generator], tuple[Tensor, Tensor]]
     """Inputs (T, B, 2) or (T, B, 1), and targets."""
@@ -49,7 +49,7 @@ class Task(NamedTuple):
 
 
 def adding(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    time = 10  # of twice the length BPTT learns nothing from these weights in as many updates
+    time = 10  # at 20 steps BPTT learns nothing from these weights within the updates of the task
     values = torch.rand(time, BATCH, generator=generator)
     first = torch.randint(time // 2, (BATCH,), generator=generator)
     second = torch.randint(time // 2, time, (BATCH,), generator=generator)
@@ -109,10 +109,10 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
     task = TASKS[name]
     rnn, readout = network(task, options.hidden, seed)
     inputs, targets = task.draw(torch.Generator().manual_seed(3000 + seed))
-    found = anpgpu.diagnose(rnn, readout, inputs, targets, task.loss, progress=not options.quiet, **options.grid)
+    diagnosis = anpgpu.diagnose(rnn, readout, inputs, targets, task.loss, progress=not options.quiet, **options.grid)
     settings = {
         "bptt": anpgpu.Perturbation("bptt"),
-        "recommended": found.recommendation,
+        "recommended": diagnosis.recommendation,
         "default": anpgpu.Perturbation(),
     }
     losses, later = {}, []
@@ -123,17 +123,17 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
     return {
         "task": name,
         "seed": seed,
-        "setting": spelled(found.recommendation),
+        "setting": spelled(diagnosis.recommendation),
         "unlearned": task.unlearned,
         **losses,
-        "cosine start": found.best.total.cosine,
+        "cosine start": diagnosis.best.total.cosine,
         "cosine half": half.current.total.cosine,
         "cosine end": end.current.total.cosine,
-        "default's start": found.current.total.cosine,
-        "advice": found.advice,
+        "default's start": diagnosis.current.total.cosine,
+        "advice": diagnosis.advice,
         "setting half": spelled(half.recommendation),
         "its cosine": half.best.total.cosine,
-        "perturbation": dataclasses.asdict(found.recommendation),
+        "perturbation": dataclasses.asdict(diagnosis.recommendation),
     }
 
 

@@ -1,8 +1,9 @@
 """The study's runs: which tasks, methods, learning rates and seeds, how long, in which order.
 
-Every method gets the same: the learning rates of `Grid.rates` are tried with seed `TUNING_SEED` on `Grid.tuning` of the
-updates, the one with the lowest validation loss is taken for the seeds of the result. The order is breadth first, seed
-by seed and decorrelation last, so that whenever the study is stopped, every task and method has got equally far.
+Every method is tuned alike: the learning rates of `Grid.rates` are tried with seed `TUNING_SEED` for a share
+`Grid.tuning` of the updates, and the rate with the lowest validation loss is used for the seeds of the result. The
+order is breadth first, seed by seed and decorrelation last, so that a study that is stopped early has the same seeds of
+every task and method.
 """
 
 from __future__ import annotations
@@ -37,30 +38,30 @@ __all__ = [
 ]
 
 TUNING_SEED = 100
-"""Shares no weights and no training data with the seeds of the results."""
+"""Seed of the tuning runs; their weights and training data are not those of the results."""
 
 SHORTER = "bptt"
-"""The method that is also run with two thirds of the updates, so that others have 1.5 times as many."""
+"""The method that also runs with two thirds of the updates: beside that run, others have 1.5 times as many."""
 
 
 class Size(NamedTuple):
-    """How long a task is trained."""
+    """Updates of a training run, and sequences per update."""
 
     updates: int
     batch: int
 
 
 class Grid(NamedTuple):
-    """What is run."""
+    """The runs of a study."""
 
     sizes: dict[str, Size]
     rates: tuple[float, ...]
     tuning: float
-    """Share of the updates that a learning rate is tried for."""
+    """Share of the updates that a tuning run makes."""
     hidden: int
     rollouts: int
     decorrelated: tuple[str, ...]
-    """Tasks that every method is also run on with decorrelation."""
+    """Tasks on which every method also runs with decorrelation."""
 
 
 SIZES = {
@@ -85,17 +86,17 @@ QUICK = Grid(
 
 
 class Planned(NamedTuple):
-    """One run that is to be made."""
+    """A run to be made."""
 
     task: str
     settings: training.Settings
-    """With a learning rate of 0 where tuning has yet to choose it."""
+    """The learning rate is 0 where tuning chooses it."""
     candidates: tuple[str, ...] = ()
-    """Keys of the runs it is chosen from."""
+    """Keys of the tuning runs from which the learning rate is chosen."""
 
 
 def key_of(task: str, settings: training.Settings) -> str:
-    """Return what a run is found by in the file of finished runs."""
+    """Return the key of a run in the file of finished runs."""
     return json.dumps([task, settings._asdict()], sort_keys=True)
 
 
@@ -136,7 +137,7 @@ def plan(grid: Grid, names: Sequence[str], methods: Sequence[str], seeds: int) -
 
 
 def best_rate(candidates: Sequence[str], done: Mapping[str, dict]) -> float | None:
-    """Return the learning rate with the lowest validation loss; None while a candidate is not done."""
+    """Return the learning rate with the lowest validation loss, or None while a candidate is not done."""
     if any(candidate not in done for candidate in candidates):
         return None
     best = min((done[candidate] for candidate in candidates), key=last_valid_loss)
@@ -149,9 +150,9 @@ def last_valid_loss(run: dict) -> float:
     return final(run, "valid")[0]
 
 
-def final(run: dict, part: str) -> tuple[float, float | None]:
+def final(run: dict, held_out: str) -> tuple[float, float | None]:
     """Return loss and accuracy on "valid" or "test" at the end of a run; an infinite loss where it broke off."""
-    scores = run["curve"][part]
+    scores = run["curve"][held_out]
     if len(scores) < training.SHARES or not math.isfinite(scores[-1][0]):
         return math.inf, None
     return scores[-1][0], scores[-1][1]

@@ -1,8 +1,8 @@
-"""How much memory does the gradient of a very long sequence take, from rollouts and from BPTT?
+"""How much memory does the gradient of a very long sequence take, by rollouts and by BPTT?
 
 Every figure is the peak resident memory of a fresh process that makes one update of a long sequence, minus that of
-another which makes one of `SHORT` steps, and minus inputs, targets and outputs, which all methods hold. BPTT's length
-is doubled until its process has no more than `LIMIT` of address space; the rollouts run under the same limit.
+another process that makes one of `SHORT` steps, minus inputs, targets and outputs, which all methods hold. BPTT's
+length is doubled until it does not fit into `LIMIT` bytes of address space; the rollouts run under the same limit.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def update(method: str, steps: int, batch: int) -> dict[str, float]:
 
 
 def measured(method: str, steps: int, batch: int) -> dict[str, float] | None:
-    """Return `update` of a fresh process; None where it ran out of memory."""
+    """Return `update` of a fresh process, or None where it ran out of memory."""
     command = [sys.executable, __file__, json.dumps([method, steps, batch])]
     run = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
     if run.returncode == 0:
-        found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-        return found
+        reply: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+        return reply
     if "DefaultCPUAllocator" in run.stderr or "MemoryError" in run.stderr or "bad_alloc" in run.stderr:
         return None
     raise RuntimeError(f"{method} of {steps} steps failed:\n{run.stderr}")
@@ -60,18 +60,18 @@ def measured(method: str, steps: int, batch: int) -> dict[str, float] | None:
 
 def row(method: str, steps: int, batch: int = 1) -> dict[str, object]:
     """Return one row of the table."""
-    found, short = measured(method, steps, batch), measured(method, SHORT, batch)
+    update_figures, short = measured(method, steps, batch), measured(method, SHORT, batch)
     assert short is not None
     held = 4 * (INPUTS + 2 * OUTPUTS) * (steps - SHORT) * batch
-    used = None if found is None else (found["bytes"] - short["bytes"] - held) / MIB
+    used = None if update_figures is None else (update_figures["bytes"] - short["bytes"] - held) / MIB
     return {
         "method": method,
         "T": steps,
         "B": batch,
         "max_memory MiB": None if method == "bptt" else MAX_MEMORY / MIB,
         "peak MiB over T = 100": used,
-        "seconds": None if found is None else found["seconds"],
-        "outcome": "out of memory" if found is None else "done",
+        "seconds": None if update_figures is None else update_figures["seconds"],
+        "outcome": "out of memory" if update_figures is None else "done",
     }
 
 
@@ -84,9 +84,9 @@ def main(folder: Path, *, quick: bool = False) -> None:
         if rows[-1]["outcome"] != "done":
             rows.append(row("anp", steps // shorter))
             break
-    here = machine()
-    text = f"{line(here)}\n\naddress space {LIMIT / MIB:.0f} MiB, H = {HIDDEN}, P = {ROLLOUTS}\n\n{table(rows)}"
-    write(folder / "long.json", {"machine": here, "limit": LIMIT, "results": rows}, text)
+    host = machine()
+    text = f"{line(host)}\n\naddress space {LIMIT / MIB:.0f} MiB, H = {HIDDEN}, P = {ROLLOUTS}\n\n{table(rows)}"
+    write(folder / "long.json", {"machine": host, "limit": LIMIT, "results": rows}, text)
     plot(rows, folder / "long.png")
     print(text)
 
@@ -98,9 +98,10 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for method in dict.fromkeys(one["method"] for one in rows):
-        mine = [one for one in rows if one["method"] == method and one["outcome"] == "done"]
-        axis.plot([one["T"] for one in mine], [one["peak MiB over T = 100"] for one in mine], marker="o", label=method)
+    for method in dict.fromkeys(record["method"] for record in rows):
+        mine = [record for record in rows if record["method"] == method and record["outcome"] == "done"]
+        lengths, peaks = ([record[column] for record in mine] for column in ("T", "peak MiB over T = 100"))
+        axis.plot(lengths, peaks, marker="o", label=method)
     axis.axhline(MAX_MEMORY / MIB, color="grey", linestyle="--", label="max_memory")
     axis.set(xlabel="T", ylabel="peak memory of an update (MiB)", xscale="log", yscale="log")
     axis.legend()

@@ -1,4 +1,4 @@
-"""Tables and plots of the study: for every task the methods beside BPTT and beside predicting without a network.
+"""Tables and plots of the study: for every task, the methods beside BPTT and beside predictions without a network.
 
 gain      memoryless loss - test loss
 share     gain / BPTT's gain
@@ -21,7 +21,7 @@ FORWARD = ("np", "wp", "anp-0", "anp", "anp-1", "anp-ls", "published-anp")
 OLDER = ("np", "wp")
 OURS = ("anp", "anp-1", "anp-ls")
 ENOUGH, POINT = 0.95, 0.01
-"""What the best forward-only method must keep of BPTT's gain, or how near it must come to its accuracy."""
+"""The best forward-only method must reach this share of BPTT's gain, or come this near to BPTT's accuracy."""
 
 
 class Row(NamedTuple):
@@ -61,14 +61,14 @@ def rows_of(runs: Sequence[dict]) -> list[Row]:
         if settings["seed"] != TUNING_SEED:
             groups.setdefault((settings["method"], settings["decorrelated"], settings["updates"]), []).append(run)
     longest = max((updates for _, _, updates in groups), default=0)
-    found = []
+    rows = []
     order = list(training.METHODS)
-    for key in sorted(groups, key=lambda one: (order.index(one[0]), one[1], -one[2])):
+    for key in sorted(groups, key=lambda group: (order.index(group[0]), group[1], -group[2])):
         (method, decorrelated, updates), mine = key, groups[key]
         name = method + " + decorrelation" * decorrelated + ", 2/3 of the updates" * (updates < longest)
         ends = [final(run, "test") for run in mine]
         times = [run["curve"]["seconds"][-1] / updates for run in mine if run["curve"]["seconds"]]
-        found.append(
+        rows.append(
             Row(
                 name,
                 method + "+d" * decorrelated,
@@ -80,39 +80,39 @@ def rows_of(runs: Sequence[dict]) -> list[Row]:
                 tuple(run["curve"] for run in mine),
             )
         )
-    return found
+    return rows
 
 
 class Findings(NamedTuple):
-    """What a task's rows come to; None where runs are missing."""
+    """The conclusions of a task; None where runs are missing."""
 
     task: str
     best: str | None = None
-    """Forward-only method of the lowest mean loss."""
+    """Forward-only method with the lowest mean loss."""
     share: float | None = None
     """Its share of BPTT's gain after as many updates."""
     share_in_more: float | None = None
-    """Its share of what BPTT gains in two thirds of the updates."""
+    """Its share of BPTT's gain in two thirds of the updates."""
     accuracy_below: float | None = None
     """How far its accuracy stays below BPTT's."""
     keeps: bool | None = None
-    """Whether that is enough."""
+    """Whether it meets `ENOUGH` or `POINT`."""
     margins: dict[str, float] | None = None
-    """For `OURS`: the better of np and wp minus it, in units of the two spreads added."""
+    """For each of `OURS`: (loss of the better of np and wp - its loss) / (sum of the two spreads)."""
 
 
 def share_of_gain(loss: float, bptt: float, memoryless: float) -> float | None:
-    """Return the share of BPTT's gain over the memoryless optimum that a loss keeps; None where there is no gain."""
+    """Return (memoryless - loss) / (memoryless - bptt), or None where BPTT is no better than the memoryless optimum."""
     return (memoryless - loss) / (memoryless - bptt) if bptt < memoryless else None
 
 
 def findings(task: str, rows: Sequence[Row], memoryless: float) -> Findings:
-    """Compute what the report says of a task."""
+    """Compute the conclusions of a task."""
     named = {row.name: row for row in rows}
     bptt, shorter = named.get(SHORTER), named.get(f"{SHORTER}, 2/3 of the updates")
     if bptt is None:
         return Findings(task)
-    # A lucky seed must not stand against the mean of several.
+    # A method with fewer seeds could win by a lucky one.
     whole = [row for row in rows if len(row.losses) >= len(bptt.losses)]
     forward = [row for row in whole if row.method.removesuffix("+d") in FORWARD]
     if not forward:
@@ -136,22 +136,22 @@ def findings(task: str, rows: Sequence[Row], memoryless: float) -> Findings:
     return Findings(task, best.name, share, more, below, keeps, margins)
 
 
-def sentence(found: Findings) -> str:
-    """Return what a task's table says, in words."""
-    if found.best is None:
+def sentence(finding: Findings) -> str:
+    """Return the conclusions of a task in words."""
+    if finding.best is None:
         return "Not enough runs yet to say anything."
-    verdict = "keeps" if found.keeps else "falls short of"
-    text = f"The best forward-only method, {found.best}, has "
-    if found.share is None:
+    verdict = "keeps" if finding.keeps else "falls short of"
+    text = f"The best forward-only method, {finding.best}, has "
+    if finding.share is None:
         text += "nothing to keep: BPTT after as many updates does not beat the memoryless optimum"
     else:
-        text += f"{found.share:.0%} of BPTT's gain over the memoryless optimum after as many updates"
-    text += "" if found.share_in_more is None else f", {found.share_in_more:.0%} of it with 1.5 times the updates"
-    if found.accuracy_below is not None:
-        points = 100 * abs(found.accuracy_below)
-        text += f"; its accuracy is {points:.1f} points {'below' if found.accuracy_below > 0 else 'above'} BPTT's"
-    text += "." if found.keeps is None else f": it {verdict} what was asked ({ENOUGH:.0%}, or 1 point)."
-    for name, margin in (found.margins or {}).items():
+        text += f"{finding.share:.0%} of BPTT's gain over the memoryless optimum after as many updates"
+    text += "" if finding.share_in_more is None else f", {finding.share_in_more:.0%} of it with 1.5 times the updates"
+    if finding.accuracy_below is not None:
+        points = 100 * abs(finding.accuracy_below)
+        text += f"; its accuracy is {points:.1f} points {'below' if finding.accuracy_below > 0 else 'above'} BPTT's"
+    text += "." if finding.keeps is None else f": it {verdict} what was asked ({ENOUGH:.0%}, or 1 point)."
+    for name, margin in (finding.margins or {}).items():
         if math.isnan(margin):
             continue
         how = "beats" if margin > 1 else "is within the spread of" if margin >= -1 else "loses to"
@@ -161,7 +161,7 @@ def sentence(found: Findings) -> str:
 
 def table(rows: Sequence[Row], baselines: dict[str, tasks.Score], memoryless: float) -> str:
     """Return one task's markdown table."""
-    accurate = any(one.accuracy is not None for one in baselines.values())
+    accurate = any(score.accuracy is not None for score in baselines.values())
     names = ["", "learning rate", "seeds", "test loss", "share of BPTT's gain", "ms an update"]
     names[4:4] = ["accuracy"] * accurate
     bptt = next((row.loss for row in rows if row.name == SHORTER), math.nan)
@@ -171,9 +171,9 @@ def table(rows: Sequence[Row], baselines: dict[str, tasks.Score], memoryless: fl
         return f"{value:.3f}" if value is not None and math.isfinite(value) else ""
 
     lines = []
-    for name, one in baselines.items():
-        cells = [f"*{name}*", "", "", f"{one.loss:.4f}", share(one.loss), ""]
-        cells[4:4] = ["" if one.accuracy is None else f"{one.accuracy:.1%}"] * accurate
+    for name, score in baselines.items():
+        cells = [f"*{name}*", "", "", f"{score.loss:.4f}", share(score.loss), ""]
+        cells[4:4] = ["" if score.accuracy is None else f"{score.accuracy:.1%}"] * accurate
         lines.append(cells)
     for row in rows:
         loss = f"{row.loss:.4f} ± {row.spread:.4f}".replace(" ± nan", "") if math.isfinite(row.loss) else "broke off"
@@ -199,15 +199,15 @@ def plot(task: tasks.Task, rows: Sequence[Row], baselines: dict[str, tasks.Score
         whole = [curve for curve in row.curves if len(curve["updates"]) == training.SHARES]
         if row.updates < longest or not whole:
             continue
-        losses = np.array([[one[0] for one in curve["test"]] for curve in whole])
+        losses = np.array([[score[0] for score in curve["test"]] for curve in whole])
         times = np.mean([curve["seconds"] for curve in whole], axis=0)
         colour, style = colours[row.method.removesuffix("+d")], "--" if row.method.endswith("+d") else "-"
         for axis, horizontal in zip(axes, (whole[0]["updates"], times), strict=True):
             axis.plot(horizontal, losses.mean(0), style, color=colour, label=row.name, linewidth=1.3)
             axis.fill_between(horizontal, losses.min(0), losses.max(0), color=colour, alpha=0.12)
-    for (name, one), style in zip(baselines.items(), (":", "-.", (0, (5, 5))), strict=False):
+    for (name, score), style in zip(baselines.items(), (":", "-.", (0, (5, 5))), strict=False):
         for axis in axes:
-            axis.axhline(one.loss, color="grey", linestyle=style, linewidth=1, label=name)
+            axis.axhline(score.loss, color="grey", linestyle=style, linewidth=1, label=name)
     axes[0].set(xlabel="updates", ylabel=f"test loss ({task.unit})", yscale="log")
     axes[1].set(xlabel="processor time of the updates (s)", xscale="log")
     axes[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -219,25 +219,25 @@ def plot(task: tasks.Task, rows: Sequence[Row], baselines: dict[str, tasks.Score
 def report(folder: Path, finished: dict[str, dict], grid: Grid, csv_path: Path | None) -> None:
     """Write study.json, study.md and one PNG a task into `folder`, from the runs that are finished."""
     known = tasks.by_name(csv_path)
-    summary, parts, found = {}, [], []
-    every: dict[str, list[Row]] = {}
+    summary, parts, all_findings = {}, [], []
+    rows_by_task: dict[str, list[Row]] = {}
     for name, size in grid.sizes.items():
         rows = rows_of([run for run in finished.values() if run["task"] == name and fits(run, grid)])
         if not rows or name not in known:
             continue
-        task, every[name] = known[name](), rows
+        task, rows_by_task[name] = known[name](), rows
         baselines = task.baselines()
         memoryless = baselines["memoryless"].loss
         plot(task, rows, baselines, folder / f"{name}.png")
-        found.append(findings(name, rows, memoryless))
+        all_findings.append(findings(name, rows, memoryless))
         parts.append(
-            f"## {name}\n\n{sentence(found[-1])}\n\nTest loss in {task.unit}; {size.updates} updates of {size.batch} "
-            f"sequences.\n\n{table(rows, baselines, memoryless)}\n\n![{name}]({name}.png)"
+            f"## {name}\n\n{sentence(all_findings[-1])}\n\nTest loss in {task.unit}; {size.updates} updates of "
+            f"{size.batch} sequences.\n\n{table(rows, baselines, memoryless)}\n\n![{name}]({name}.png)"
         )
         summary[name] = {
-            "baselines": {one: score._asdict() for one, score in baselines.items()},
+            "baselines": {baseline: score._asdict() for baseline, score in baselines.items()},
             "methods": [{**row._replace(curves=())._asdict(), "loss": row.loss, "spread": row.spread} for row in rows],
-            "findings": found[-1]._asdict(),
+            "findings": all_findings[-1]._asdict(),
         }
     machine = folder / "machine.json"
     record = json.loads(machine.read_text()) if machine.exists() else {}
@@ -255,17 +255,17 @@ def report(folder: Path, finished: dict[str, dict], grid: Grid, csv_path: Path |
         f"`{command}`: {len(finished)} runs, {spent / 60:.0f} minutes of processor time, one thread each.",
         f"{line(record['machine'])}; runs of commits {', '.join(record.get('commits', []))}" if record else "",
         conditions,
-        overview(found),
-        decorrelation_table(every),
+        overview(all_findings),
+        decorrelation_table(rows_by_task),
     ]
-    (folder / "study.md").write_text("\n\n".join([part for part in head if part] + parts) + "\n")
+    (folder / "study.md").write_text("\n\n".join([section for section in head if section] + parts) + "\n")
     text = json.dumps({**record, "processor_seconds": spent, "runs": len(finished), "tasks": summary}, indent=1)
     (folder / "study.json").write_text(text + "\n")
-    print(overview(found), decorrelation_table(every), sep="\n\n")
+    print(overview(all_findings), decorrelation_table(rows_by_task), sep="\n\n")
 
 
 def fits(run: dict, grid: Grid) -> bool:
-    """Return whether a run is one of this grid's, rather than of another size."""
+    """Return whether a run has the sizes of this grid."""
     settings = run["settings"]
     size = grid.sizes[run["task"]]
     lengths = {size.updates, round(size.updates / 1.5)}
@@ -274,7 +274,7 @@ def fits(run: dict, grid: Grid) -> bool:
 
 
 def decorrelation_table(rows: dict[str, list[Row]]) -> str:
-    """Return what decorrelation did to each method on each task where both were run; "" where that is nowhere."""
+    """Return the table of decorrelation's effect on each method and task; "" where no pair of runs exists."""
     margins: dict[str, dict[str, float]] = {}
     for task, mine in rows.items():
         named = {row.name: row for row in mine}
@@ -282,16 +282,16 @@ def decorrelation_table(rows: dict[str, list[Row]]) -> str:
             helped = named.get(f"{name} + decorrelation")
             if helped is not None:
                 margins.setdefault(name, {})[task] = (plain.loss - helped.loss) / (plain.spread + helped.spread)
-    columns = [task for task in rows if any(task in found for found in margins.values())]
+    columns = [task for task in rows if any(task in by_task for by_task in margins.values())]
     if not columns:
         return ""
     lines = [
         f"| | {' | '.join(columns)} | lower | higher |",
         "|---|" + "---:|" * (len(columns) + 2),
     ]
-    for name, found in margins.items():
-        cells = [f"{found[task]:.1f}" if task in found else "" for task in columns]
-        lower, higher = (sum(sign * margin > 1 for margin in found.values()) for sign in (1, -1))
+    for name, by_task in margins.items():
+        cells = [f"{by_task[task]:.1f}" if task in by_task else "" for task in columns]
+        lower, higher = (sum(sign * margin > 1 for margin in by_task.values()) for sign in (1, -1))
         lines.append(f"| {name} | {' | '.join(cells)} | {lower} | {higher} |")
     return (
         "What decorrelation does: the loss without it minus the loss with it, in units of the two spreads added; above "
@@ -299,7 +299,7 @@ def decorrelation_table(rows: dict[str, list[Row]]) -> str:
     )
 
 
-def overview(found: Sequence[Findings]) -> str:
+def overview(all_findings: Sequence[Findings]) -> str:
     """Return the table of all tasks."""
     lines = [
         "| task | best forward-only | share of BPTT's gain | with 1.5x the updates | enough | "
@@ -307,10 +307,11 @@ def overview(found: Sequence[Findings]) -> str:
         + " |",
         "|---|---|---:|---:|---|" + "---:|" * len(OURS),
     ]
-    for one in found:
-        shares = ["" if value is None else f"{value:.3f}" for value in (one.share, one.share_in_more)]
-        margins = [f"{(one.margins or {}).get(name, math.nan):.1f}" for name in OURS]
-        cells = [one.task, one.best or "", *shares, "" if one.keeps is None else "yes" if one.keeps else "no", *margins]
+    for finding in all_findings:
+        shares = ["" if value is None else f"{value:.3f}" for value in (finding.share, finding.share_in_more)]
+        margins = [f"{(finding.margins or {}).get(name, math.nan):.1f}" for name in OURS]
+        enough = "" if finding.keeps is None else "yes" if finding.keeps else "no"
+        cells = [finding.task, finding.best or "", *shares, enough, *margins]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     lines.append(

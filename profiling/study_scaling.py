@@ -1,4 +1,4 @@
-"""How do alignment with BPTT and the updates to a target change with width, length and number of rollouts?
+"""How do alignment with BPTT and the number of updates to a target depend on width, length and number of rollouts?
 
     alignment   cosine between an estimate of all the RNN's gradients and BPTT's, at the start of training
     updates     until the training loss, averaged over 20 updates, is below `TARGET`
@@ -28,7 +28,7 @@ SEEDS = 3
 
 
 class Shape(NamedTuple):
-    """The shape of one measurement."""
+    """The sizes of one measurement."""
 
     hidden: int = 64
     time: int = 25
@@ -50,7 +50,7 @@ UPDATE_METHODS = ("bptt", "np", "anp", "anp-ls")
 
 
 def alignment_shapes() -> dict[str, list[Shape]]:
-    """Return what is measured, by the letter of what is varied."""
+    """Return the shapes of the alignment figures, by the letter of the size that varies."""
     return {
         "H": [CENTRE._replace(hidden=hidden) for hidden in WIDTHS],
         "T": [CENTRE._replace(time=time) for time in LENGTHS],
@@ -59,7 +59,7 @@ def alignment_shapes() -> dict[str, list[Shape]]:
 
 
 def gradients(task: tasks.Task, shape: Shape, method: str, seed: int) -> list[torch.Tensor | None]:
-    """Return the estimate of one update at the start of training, of every parameter of the RNN."""
+    """Return the estimated gradient of every parameter of an untrained RNN."""
     torch.manual_seed(seed)
     rnn, readout = nn.RNN(task.inputs, shape.hidden), nn.Linear(shape.hidden, task.outputs)
     nn.init.orthogonal_(rnn.weight_hh_l0, training.GAIN)
@@ -72,16 +72,16 @@ def gradients(task: tasks.Task, shape: Shape, method: str, seed: int) -> list[to
 def alignments(shape: Shape, methods: Sequence[str]) -> dict[str, float]:
     """Return the mean cosine with BPTT's gradient over seeds."""
     task = tasks.copying(shape.time - 2 * SYMBOLS_SHOWN, length=SYMBOLS_SHOWN)
-    found = dict.fromkeys(methods, 0.0)
+    cosines = dict.fromkeys(methods, 0.0)
     for seed in range(SEEDS):
-        exact = [one for one in gradients(task, shape, "bptt", seed) if one is not None]
+        exact = [grad for grad in gradients(task, shape, "bptt", seed) if grad is not None]
         for method in methods:
-            found[method] += cosine(gradients(task, shape, method, seed), exact) / SEEDS
-    return found
+            cosines[method] += cosine(gradients(task, shape, method, seed), exact) / SEEDS
+    return cosines
 
 
 def updates_to_target(shape: Shape, method: str, seed: int = 0) -> int | None:
-    """Return after how many updates the loss of 20 updates is below `TARGET`; None: not within `MOST_UPDATES`."""
+    """Return after how many updates the mean loss of the last 20 is below `TARGET`; None: not in `MOST_UPDATES`."""
     task = tasks.copying(shape.time - 2 * SYMBOLS_SHOWN, length=SYMBOLS_SHOWN)
     torch.manual_seed(seed)
     rnn, readout = nn.RNN(task.inputs, shape.hidden), nn.Linear(shape.hidden, task.outputs)
@@ -91,9 +91,9 @@ def updates_to_target(shape: Shape, method: str, seed: int = 0) -> int | None:
     losses: list[float] = []
     for batch in task.batches(seed, BATCH):
         optimiser.zero_grad()
-        found = anpgpu.estimate_grad_(rnn, readout, batch.inputs, batch.targets, task.loss, perturbation=how)
+        estimate = anpgpu.estimate_grad_(rnn, readout, batch.inputs, batch.targets, task.loss, perturbation=how)
         optimiser.step()
-        losses.append(float(found.loss))
+        losses.append(float(estimate.loss))
         if len(losses) >= 20 and sum(losses[-20:]) / 20 < TARGET:
             return len(losses)
         if len(losses) == MOST_UPDATES:
@@ -111,13 +111,13 @@ def plot(record: dict[str, list[dict[str, object]]], path: Path) -> None:
     colours = {name: f"C{number}" for number, name in enumerate(training.METHODS)}
     for axis, (name, rows) in zip(axes.flat, record.items(), strict=True):
         letter = name.split()[-1]
-        for method in [one for one in rows[0] if one not in {"H", "T", "P"}]:
-            given = [(row[letter], row[method]) for row in rows if row[method] is not None]
-            horizontal, vertical = [one for one, _ in given], [one for _, one in given]
+        for method in [column for column in rows[0] if column not in {"H", "T", "P"}]:
+            points = [(row[letter], row[method]) for row in rows if row[method] is not None]
+            horizontal, vertical = [x for x, _ in points], [x for _, x in points]
             axis.plot(horizontal, vertical, marker="o", markersize=4, color=colours[method], label=method)
         axis.set(xlabel=letter, ylabel=name.split()[0], xscale="log", title=name)
         ticks = [row[letter] for row in rows]
-        axis.set_xticks(ticks, [str(one) for one in ticks])
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
@@ -142,10 +142,10 @@ def main(folder: Path, *, quick: bool = False) -> None:
         rows = record[f"updates against {letter}"] = []
         for shape in tqdm(shapes, desc=f"updates against {letter}"):
             rows.append({**named(shape), **{method: updates_to_target(shape, method) for method in UPDATE_METHODS}})
-    here = machine()
-    text = "\n\n".join([line(here), *(f"{name}\n\n{table(rows)}" for name, rows in record.items())])
+    host = machine()
+    text = "\n\n".join([line(host), *(f"{name}\n\n{table(rows)}" for name, rows in record.items())])
     settings = {"batch": BATCH, "seeds": SEEDS, "target": TARGET, "most_updates": MOST_UPDATES}
-    write(folder / "scaling.json", {"machine": here, **settings, "results": record}, text)
+    write(folder / "scaling.json", {"machine": host, **settings, "results": record}, text)
     plot(record, folder / "scaling.png")
     print(text)
 

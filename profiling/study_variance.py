@@ -1,18 +1,18 @@
-"""Which tricks that lower an estimate's variance pay? Alignment with BPTT at an equal number of rollouts.
+"""Which methods of variance reduction pay? Alignment with BPTT at an equal number of rollouts.
 
     python profiling/study_variance.py [--quick] [--output FILE]
 
 The network copies the symbol of five steps ago (T = 25, B = 8, H = 64, W_hh orthogonal times .9); the figure is the
-cosine between the estimate of dW_hh and BPTT's, mean over seeds, all with the same number of rollouts in all:
+cosine between the estimate of dW_hh and BPTT's, mean over seeds. All variants have the same total number of rollouts:
 
-    plain         as the library has it
+    plain         as in the library
     antithetic    rollouts in pairs, xi and -xi
-    baseline      the mean over rollouts taken off the return of each step and sample
+    baseline      the mean over rollouts is subtracted from the return of each step and sample
     half units    each rollout perturbs a random half of the units
     linear cell   the sigma -> 0 limit of the rollout, delta_h = phi'(a) delta_a, at the same sigma in the loss
-    readout       noise of its own on the outputs, of the same sigma, as the published rule has it
+    readout       independent noise on the outputs too, of the same sigma, as in the published rule
 
-The rollouts are stepped here, by hand, so that no variant needs a place in the library before it has shown its worth.
+The rollouts are stepped in this file, so that a variant needs no code in the library before it has proved useful.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tqdm import tqdm
 TIME, BATCH, HIDDEN, SYMBOLS, DELAY = 25, 8, 64, 10, 5
 VARIANTS = ("plain", "antithetic", "baseline", "half units", "linear cell", "readout")
 METHODS = {"np": 1.0, "anp": 0.9, "anp-ls": 1.0}
-"""Every method with its discount."""
+"""Discount of each method."""
 
 RIDGE = 0.1
 
@@ -52,7 +52,7 @@ class Clean(NamedTuple):
 
 
 def clean_run(seed: int) -> Clean:
-    """Run a network once, with autograd for the oracle."""
+    """Run a network once; autograd gives BPTT's gradient."""
     torch.manual_seed(seed)
     rnn, readout = nn.RNN(SYMBOLS, HIDDEN).double(), nn.Linear(HIDDEN, SYMBOLS).double()
     nn.init.orthogonal_(rnn.weight_hh_l0, 0.9)
@@ -141,15 +141,15 @@ def gradient_of(clean: Clean, method: str, variant: str, rollouts: int, sigma: f
 
 
 def measure(rollouts: int, sigma: float, method: str, seeds: int) -> dict[str, object]:
-    """Return the mean cosine of every variant, and the standard error of the widest of them."""
+    """Return the mean cosine of every variant, and the largest of their standard errors."""
     row: dict[str, object] = {"method": method, "rollouts": rollouts, "sigma": sigma}
     widest = 0.0
     for variant in VARIANTS:
         cosines = []
         for seed in range(seeds):
             clean = clean_run(seed)
-            found = gradient_of(clean, method, variant, rollouts, sigma)
-            cosines.append(float(F.cosine_similarity(found.flatten(), clean.gradient.flatten(), dim=0)))
+            estimate = gradient_of(clean, method, variant, rollouts, sigma)
+            cosines.append(float(F.cosine_similarity(estimate.flatten(), clean.gradient.flatten(), dim=0)))
         values = torch.tensor(cosines)
         row[variant] = float(values.mean())
         widest = max(widest, float(values.std()) / math.sqrt(seeds))
@@ -157,15 +157,14 @@ def measure(rollouts: int, sigma: float, method: str, seeds: int) -> dict[str, o
 
 
 def stepping_check() -> Check:
-    """Compare least squares from twice as many rollouts as units, as it is stepped here, with BPTT."""
+    """Compare this file's least squares with BPTT, at twice as many rollouts as units."""
     clean = clean_run(0)
-    found = gradient_of(clean, "anp-ls", "plain", 2 * HIDDEN, 1e-3)
-    figure = float(F.cosine_similarity(found.flatten(), clean.gradient.flatten(), dim=0))
+    estimate = gradient_of(clean, "anp-ls", "plain", 2 * HIDDEN, 1e-3)
+    figure = float(F.cosine_similarity(estimate.flatten(), clean.gradient.flatten(), dim=0))
     return Check("least squares stepped by hand against autograd: cosine", figure, 0.95, True)
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cells of the grid")
     parser.add_argument("--seeds", type=int, default=12)

@@ -1,10 +1,10 @@
-"""How fast is every op, and how far from what the hardware could do and from what a user would write instead?
+"""How fast is every op, beside the peak of the hardware and beside what a user would write in plain PyTorch?
 
     python profiling/time_ops.py [--quick] [--hidden 128,500] [--rows 16384] [--output FILE]
 
 Correctness is checked first; on wrong results nothing is timed. Operations are 2 H^2 per rollout and step, never noise;
 the ceiling is a large matrix product in the same run. Without a GPU the CPU form runs: small shapes, the torch backend.
-The result file is rewritten after every case, so a run that is stopped keeps what it had.
+The result file is rewritten after every case, so that an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -48,32 +48,34 @@ def ceiling(device: torch.device, repeats: int, *, quick: bool) -> dict[str, obj
 
 def update_check(hidden: int, device: torch.device) -> Check:
     """Compare an update on this device with the reference on the CPU, at the same seed."""
-    found = {}
+    gradients = {}
     for where in (torch.device("cpu"), device):
         torch.manual_seed(0)
         rnn, readout = anpgpu.RNN(3, hidden), nn.Linear(hidden, 2)
         inputs, targets = torch.randn(6, 2, 3), torch.randn(6, 2, 2)
         rnn, readout = rnn.to(where), readout.to(where)
         rule = anpgpu.Perturbation(method="anp", rollouts=64, sigma=SIGMA)
-        # The seed is drawn on the CPU for both, since a CUDA generator's draws are others.
+        # A CUDA generator would draw another seed, so both draw it on the CPU.
         generator = torch.Generator().manual_seed(5)
         anpgpu.estimate_grad_(rnn, readout, inputs.to(where), targets.to(where), perturbation=rule, generator=generator)
-        found[where] = [parameter.grad for parameter in rnn.parameters()]
-    reference = [gradient for gradient in found[torch.device("cpu")] if gradient is not None]
-    return Check(f"H = {hidden}: update against the reference: cosine", cosine(found[device], reference), 0.999, True)
+        gradients[where] = [parameter.grad for parameter in rnn.parameters()]
+    reference = [gradient for gradient in gradients[torch.device("cpu")] if gradient is not None]
+    return Check(
+        f"H = {hidden}: update against the reference: cosine", cosine(gradients[device], reference), 0.999, True
+    )
 
 
 def checks(device: torch.device, backend: str) -> list[Check]:
-    """Return everything that must hold before a speed is printed."""
-    found = [estimate_check()]
+    """Return the checks that must pass before anything is timed."""
+    all_checks = [estimate_check()]
     for hidden in GATE_HIDDEN[device.type]:
-        found += rollout_check(hidden, device, backend)
-        found.append(update_check(hidden, device))
-    return found
+        all_checks += rollout_check(hidden, device, backend)
+        all_checks.append(update_check(hidden, device))
+    return all_checks
 
 
 def clean_activity(case: Case, device: torch.device) -> Clean:
-    """Return random clean activity in its working range: zeros and saturated states run faster."""
+    """Return random clean activity that is neither zero nor saturated: those would run faster."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -85,7 +87,7 @@ def clean_activity(case: Case, device: torch.device) -> Clean:
 
 
 def our_ops(case: Case, clean: Clean, backend: str) -> Iterable[tuple[str, Callable[[], Work]]]:
-    """Yield the name and the maker of every op's work; tensors are made only when the op's turn comes."""
+    """Yield the name and the maker of every op's work; the maker allocates the op's tensors."""
     device = clean.weight.device
     seed = torch.tensor(7, device=device)
     options = {"rollouts": case.rollouts, "sigma": SIGMA, "backend": backend}
@@ -136,7 +138,7 @@ def update(case: Case, device: torch.device, backend: str, **rule: object) -> Wo
 
 
 def row_of(name: str, case: Case, times: Quartiles, peak: float, rollout_s: float | None) -> dict[str, object]:
-    """Return one row of the table from seconds; only what contains the recurrent products has a TFLOP/s."""
+    """Return one row of the table; only ops with the recurrent products have a TFLOP/s."""
     multiplies = name.partition(",")[0] not in {"noise", "adjoint"} and not name.startswith("BPTT")
     tflops = case.flops / times.median / 1e12 if multiplies else None
     steps = None if name.startswith("BPTT") else case.rollout_steps / times.median
@@ -150,7 +152,7 @@ def row_of(name: str, case: Case, times: Quartiles, peak: float, rollout_s: floa
 def time_case(
     case: Case, device: torch.device, backend: str, repeats: int, peak: float, *, with_baselines: bool
 ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Return the rows of one case, and what could not be run, with the reason."""
+    """Return the rows of one case, and the works that could not run, with the reason."""
     clean = clean_activity(case, device)
     works = list(our_ops(case, clean, backend))
     if with_baselines:
@@ -163,7 +165,7 @@ def time_case(
         try:
             times = quartiles(interleaved({name: make()}, repeats, device, warmups=2)[name])
         except RuntimeError as error:
-            # A graph that cannot be captured or a baseline out of memory is a result too; the other rows still count.
+            # A graph that cannot be captured, or a baseline out of memory, does not stop the other rows.
             failed.append({"op": name, "case": case._asdict(), "error": str(error).splitlines()[0]})
             continue
         finally:
@@ -193,7 +195,7 @@ def chosen_cases(device: torch.device, arguments: argparse.Namespace) -> list[Ca
 
 def numbers(text: str) -> tuple[int, ...]:
     """Return the numbers of a comma-separated list."""
-    return tuple(int(part) for part in text.split(","))
+    return tuple(int(number) for number in text.split(","))
 
 
 def main() -> None:
@@ -208,11 +210,11 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     repeats = arguments.repeats or (3 if arguments.quick else 11)
-    here = machine()
-    output = arguments.output or RESULTS / f"time_ops-{short_name(here)}-{here['date']}.json"
+    host = machine()
+    output = arguments.output or RESULTS / f"time_ops-{short_name(host)}-{host['date']}.json"
     form = "GPU form" if device.type == "cuda" else "CPU form, no GPU was found: small shapes, the torch backend"
-    print(f"{line(here)}\n{form}\n")
-    record: dict[str, object] = {"machine": here, "form": device.type, "quick": arguments.quick, "repeats": repeats}
+    print(f"{line(host)}\n{form}\n")
+    record: dict[str, object] = {"machine": host, "form": device.type, "quick": arguments.quick, "repeats": repeats}
     record["backend"] = arguments.backend
     record["checks"] = require(checks(device, arguments.backend))
     record["ceiling"] = top = ceiling(device, repeats, quick=arguments.quick)
@@ -228,10 +230,10 @@ def main() -> None:
         rows += more
         failed += missing
         print(table(more), flush=True)
-        for one in missing:
-            print(f"not run: {one['op']}: {one['error']}", flush=True)
+        for failure in missing:
+            print(f"not run: {failure['op']}: {failure['error']}", flush=True)
         print()
-        heading = f"{line(here)}\n{form}\nceiling {peak:.3g} TFLOP/s ({top['dtype']}, {top['size']}^3)"
+        heading = f"{line(host)}\n{form}\nceiling {peak:.3g} TFLOP/s ({top['dtype']}, {top['size']}^3)"
         write(output, record, f"{heading}\n\n{table(rows)}")
     print(f"ceiling {peak:.3g} TFLOP/s ({top['dtype']}, {top['size']}^3); written to {output.name}")
 

@@ -4,8 +4,8 @@
     profiling/nsys.sh ...     the same updates under Nsight Systems
     profiling/ncu.sh OP ...   the kernels of one op under Nsight Compute
 
-With --capture nothing is traced here: the updates run between cudaProfilerStart and cudaProfilerStop, warm, for a tool
-that waits for them.
+With --capture this script traces nothing: after a warm-up the updates run between cudaProfilerStart and
+cudaProfilerStop, for an outside profiler such as Nsight.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ def update_of(case: Case, device: torch.device, way: str, method: str) -> Callab
 
 
 def traced(update: Callable[[], None], device: torch.device, updates: int) -> profile:
-    """Return the profile of some updates."""
+    """Return the profile of `updates` updates."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as trace:
         for _ in range(updates):
             update()
         if device.type == "cuda":
             torch.cuda.synchronize()
-    return found
+    return trace
 
 
-def ranges_of(found: profile, updates: int) -> list[dict[str, object]]:
-    """Return one row for every range: how often per update, its time on host and device, and its share.
+def ranges_of(trace: profile, updates: int) -> list[dict[str, object]]:
+    """Return one row for every range: calls per update, time on host and device, and its share of the longest range.
 
-    Ranges nest, so shares of those inside `estimate_grad_` or `backward` add up to less than those.
+    Ranges nest: those inside `estimate_grad_` or `backward` add up to less than the range around them.
     """
-    events = {event.key.removeprefix(f"{DOMAIN}::"): event for event in found.key_averages()}
-    kept = [events[name] for name in RANGES if name in events]
-    longest = max((event.cpu_time_total for event in kept), default=0.0)
+    events = {event.key.removeprefix(f"{DOMAIN}::"): event for event in trace.key_averages()}
+    recorded = [events[name] for name in RANGES if name in events]
+    longest = max((event.cpu_time_total for event in recorded), default=0.0)
     return [
         {
             "range": event.key.removeprefix(f"{DOMAIN}::"),
@@ -79,7 +79,7 @@ def ranges_of(found: profile, updates: int) -> list[dict[str, object]]:
             "device ms": event.device_time_total / 1e3 / updates,
             "of the longest": event.cpu_time_total / longest,
         }
-        for event in kept
+        for event in recorded
     ]
 
 
@@ -87,12 +87,12 @@ def case_of(text: str) -> Case:
     """Return the case of "T,B,P,H".
 
     Raises:
-        argparse.ArgumentTypeError: it is not of that form.
+        argparse.ArgumentTypeError: the text is not of that form.
     """
     parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdigit() and int(part) for part in parts):
+    if len(parts) != 4 or not all(size.strip().isdigit() and int(size) for size in parts):
         raise argparse.ArgumentTypeError(f"a case is T,B,P,H, four positive numbers, got {text!r}")
-    return Case(*(int(part) for part in parts))
+    return Case(*(int(size) for size in parts))
 
 
 def main() -> None:
@@ -122,11 +122,11 @@ def main() -> None:
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStop()
         return
-    found = traced(update, device, arguments.updates)
+    trace = traced(update, device, arguments.updates)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    found.export_chrome_trace(str(arguments.output))
+    trace.export_chrome_trace(str(arguments.output))
     shape = f"T {case.time}, B {case.batch}, P {case.rollouts}, H {case.hidden}, {arguments.method}, {arguments.way}"
-    print(f"{line(machine())}\n{shape}\n\n{table(ranges_of(found, arguments.updates))}")
+    print(f"{line(machine())}\n{shape}\n\n{table(ranges_of(trace, arguments.updates))}")
     print(f"\nwritten to {arguments.output.name}: open it at https://ui.perfetto.dev or chrome://tracing")
 
 

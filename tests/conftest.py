@@ -1,4 +1,4 @@
-"""Makes an uninstalled checkout importable, sets hypothesis's profile and threads, and sums up what was fuzzed."""
+"""Makes an uninstalled checkout importable, sets hypothesis's profile and threads, and reports what was fuzzed."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Appended, never put first: the checkout's `kernels` and `profiling` must not shadow installed packages of those names.
+# Appended, not put first: the checkout's `kernels` and `profiling` must not shadow installed packages of those names.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)

@@ -30,7 +30,7 @@ def network(kind="one layer", *, cls=anpgpu.RNN, dtype=torch.float64, **options)
 
 
 def decorrelated(kind="one layer", *, rate=RATE, **options):
-    """A network whose every D, the readout's too, has learned for three updates: no D is symmetric any more."""
+    """Return a network whose D, the readout's too, learned for three updates, after which none is symmetric."""
     rnn, readout = network(kind, **options)
     attached = Decorrelation(rnn, readout, inputs=True, rate=rate)
     for update in range(3):
@@ -42,7 +42,7 @@ def decorrelated(kind="one layer", *, rate=RATE, **options):
 
 
 def originals(module):
-    """Parameters by the names they have without parametrizations."""
+    """Return parameters by their names without parametrizations."""
     return {
         name.removeprefix("parametrizations.").removesuffix(".original"): parameter
         for name, parameter in module.named_parameters()
@@ -50,7 +50,7 @@ def originals(module):
 
 
 def gradients_of(rnn, readout, method, through, **options):
-    """Gradients by parameter, of the same noise in every call."""
+    """Return gradients by parameter; the noise is the same in every call."""
     how = Perturbation(method, rollouts=8, sigma=1e-4, **options)
     # Not len(rnn.all_weights), which would compute a parametrized weight.
     directions = rnn.num_layers * (2 if rnn.bidirectional else 1)
@@ -62,5 +62,5 @@ def gradients_of(rnn, readout, method, through, **options):
     else:
         generator = torch.Generator().manual_seed(1)
         anpgpu.estimate_grad_(rnn, readout, inputs, targets, perturbation=how, hx=hx, generator=generator)
-    found = {name: parameter.grad for name, parameter in originals(rnn).items()}
-    return found | {f"readout.{name}": parameter.grad for name, parameter in originals(readout).items()}
+    gradients = {name: parameter.grad for name, parameter in originals(rnn).items()}
+    return gradients | {f"readout.{name}": parameter.grad for name, parameter in originals(readout).items()}

@@ -1,6 +1,6 @@
-"""What the processes of test_distributed.py run: each case by name, the results left in a file per process.
+"""What the processes of test_distributed.py run. Each process writes its results, by name of the case, to a file.
 
-A process of its own has to import this, so it holds no test.
+New processes import this file, so it holds no test.
 """
 
 import importlib.util
@@ -21,13 +21,13 @@ TIMEOUT = timedelta(seconds=60)
 METHODS = ("anp", "np", "anp-ls", "wp")
 NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
 TIGHT = runtime_memory.FIXED_BYTES + 30_000
-"""Bytes that cut time into segments."""
+"""A `max_memory`, in bytes, under which time is cut into segments."""
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def example(name):
-    """An example as a module; the folder is no package."""
+    """Import an example by its path, since the folder is no package."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -35,7 +35,7 @@ def example(name):
 
 
 def flat(parts):
-    return torch.cat([part.detach().double().flatten() for part in parts if part is not None])
+    return torch.cat([tensor.detach().double().flatten() for tensor in parts if tensor is not None])
 
 
 def leaves(*modules):
@@ -48,12 +48,12 @@ def data(dtype=torch.float64):
 
 
 def backward(how, *, dtype=torch.float64, packed=False, **options):
-    """Everything a backward pass gives, as one vector."""
+    """Return all results of a backward pass as one vector."""
     torch.manual_seed(2)
     rnn = anpgpu.RNN(I, H, perturbation=how, dtype=dtype, **options)
     inputs = data(dtype)[0].requires_grad_(how.method != "wp" and not packed)
-    given = nn.utils.rnn.pack_padded_sequence(inputs, [5, 2, 4, 1, 5], enforce_sorted=False) if packed else inputs
-    outputs, h_n = rnn(given)
+    sequences = nn.utils.rnn.pack_padded_sequence(inputs, [5, 2, 4, 1, 5], enforce_sorted=False) if packed else inputs
+    outputs, h_n = rnn(sequences)
     ((outputs.data if packed else outputs).sin().sum() + h_n.square().sum()).backward()
     seen = rnn.last_estimate
     return flat([*(leaf.grad for leaf in leaves(rnn)), inputs.grad, seen.split_half, seen.skipped])
@@ -64,53 +64,53 @@ def absolute(outputs, targets):
 
 
 class SometimesLost:
-    """A loss that is not finite where the first output of the last step rose; the first call is the clean one."""
+    """A loss that is not finite where a rollout raises the first output of the last step; the first call is clean."""
 
     def __call__(self, outputs, targets):
-        each = (outputs - targets).square().sum(-1)
-        if each.shape[2] == 1:
+        losses = (outputs - targets).square().sum(-1)
+        if losses.shape[2] == 1:
             self.clean = outputs[-1, ..., 0]
-            return each
-        return torch.where(outputs[-1, ..., 0] > self.clean + 1e-4, math.nan, each)
+            return losses
+        return torch.where(outputs[-1, ..., 0] > self.clean + 1e-4, math.nan, losses)
 
 
 def estimate(how, loss="mse", **options):
-    """Everything `estimate_grad_` finds, as one vector."""
+    """Return all results of `estimate_grad_` as one vector."""
     torch.manual_seed(2)
     rnn = nn.RNN(I, H, dtype=torch.float64, **options)
     head = nn.Linear(H * (1 + rnn.bidirectional), O, dtype=torch.float64)
     inputs, targets = data()
     hx = torch.zeros(len(rnn.all_weights), B, H, dtype=torch.float64).requires_grad_(how.method != "wp")
     seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how, hx=hx)
-    found = [leaf.grad for leaf in leaves(rnn, head)]
-    return flat([*found, hx.grad, seen.loss, seen.outputs, seen.h_n, seen.split_half, seen.skipped])
+    grads = [leaf.grad for leaf in leaves(rnn, head)]
+    return flat([*grads, hx.grad, seen.loss, seen.outputs, seen.h_n, seen.split_half, seen.skipped])
 
 
 def updates(shard):
-    """One update by every method, network and way of calling: name to vector."""
-    found = {}
+    """Make one update by every method, network and way of calling; return name to vector."""
+    vectors = {}
     for method in METHODS:
         how = Perturbation(method, rollouts=P, sigma=1e-3, shard_rollouts=shard)
         for name, network in NETWORKS.items():
-            found[f"backward {method} {name}"] = backward(how, **network)
-            found[f"estimate {method} {name}"] = estimate(how, **network)
+            vectors[f"backward {method} {name}"] = backward(how, **network)
+            vectors[f"estimate {method} {name}"] = estimate(how, **network)
             if method != "wp":
-                found[f"dropout {method} {name}"] = estimate(how, dropout=0.5, **{"num_layers": 2, **network})
-        found[f"callable {method}"] = estimate(how, absolute, num_layers=2)
-        found[f"lost rollouts {method}"] = estimate(how, SometimesLost())
-        found[f"packed {method}"] = backward(how, packed=True, num_layers=2, bidirectional=True, dropout=0.5)
-        found[f"float32 {method}"] = backward(how, dtype=torch.float32)
+                vectors[f"dropout {method} {name}"] = estimate(how, dropout=0.5, **{"num_layers": 2, **network})
+        vectors[f"callable {method}"] = estimate(how, absolute, num_layers=2)
+        vectors[f"lost rollouts {method}"] = estimate(how, SometimesLost())
+        vectors[f"packed {method}"] = backward(how, packed=True, num_layers=2, bidirectional=True, dropout=0.5)
+        vectors[f"float32 {method}"] = backward(how, dtype=torch.float32)
         tight = Perturbation(method, rollouts=P, sigma=1e-3, shard_rollouts=shard, max_memory=TIGHT)
-        found[f"segments {method}"] = torch.cat((backward(tight, num_layers=2), estimate(tight, num_layers=2)))
+        vectors[f"segments {method}"] = torch.cat((backward(tight, num_layers=2), estimate(tight, num_layers=2)))
     many = Perturbation("np", rollouts=P, sigma=1e-3, shard_rollouts=shard, readout="perturbed", noise="gaussian")
-    found["perturbed readout"] = estimate(many)
+    vectors["perturbed readout"] = estimate(many)
     few = Perturbation("anp-ls", rollouts=2, shard_rollouts=shard)
-    found["fewer rollouts than processes"] = estimate(few)
-    return found
+    vectors["fewer rollouts than processes"] = estimate(few)
+    return vectors
 
 
 def train(shard, rank):
-    """Some steps with a seed of the process's own; the weights after them."""
+    """Train some steps from this process's own seed; return the weights."""
     torch.manual_seed(4)
     rnn, head = anpgpu.RNN(I, H, perturbation=Perturbation(rollouts=P, shard_rollouts=shard)), nn.Linear(H, O)
     optimiser = torch.optim.SGD(leaves(rnn, head), lr=0.1)
@@ -124,7 +124,7 @@ def train(shard, rank):
 
 
 def generators(shard):
-    """The generator's state after an update and, by the same, after the draw it may make."""
+    """Return whether an update advances the generator by exactly one draw."""
     torch.manual_seed(0)
     rnn = anpgpu.RNN(I, H, perturbation=Perturbation(rollouts=P, shard_rollouts=shard))
     torch.manual_seed(5)
@@ -144,7 +144,7 @@ def error_of(call):
 
 
 def errors(rank):
-    """What goes wrong, in words."""
+    """Return the error messages by case."""
     how = Perturbation("anp", P, shard_rollouts=True)
     torch.manual_seed(0)
     rnn, head = anpgpu.RNN(I, H, perturbation=how), nn.Linear(H, O)
@@ -193,7 +193,7 @@ def errors(rank):
 
 
 class Tagger(nn.Module):
-    """A model as DistributedDataParallel takes it."""
+    """A model for DistributedDataParallel."""
 
     def __init__(self, how):
         super().__init__()
@@ -205,8 +205,8 @@ class Tagger(nn.Module):
 
 
 def samples_sharded(rank, count, wrap=DistributedDataParallel):
-    """Gradients where every process has samples of its own: all call the same manual_seed, all inputs are alike."""
-    found = {}
+    """Return the gradients where every process has its own samples. Seeds and inputs are equal in all processes."""
+    gradients = {}
     for method in (*METHODS, "bptt"):
         torch.manual_seed(6)
         model = Tagger(Perturbation(method, rollouts=P, ridge=1.0))
@@ -214,8 +214,8 @@ def samples_sharded(rank, count, wrap=DistributedDataParallel):
         torch.manual_seed(7)
         targets = torch.full((T, 2, O), 1.0 + rank % count, dtype=torch.float64)
         (wrapped(torch.ones(T, 2, I)) - targets).square().mean().backward()
-        found[method] = flat(leaf.grad for leaf in model.parameters())
-    return found
+        gradients[method] = flat(leaf.grad for leaf in model.parameters())
+    return gradients
 
 
 def process(rank, count, folder):
@@ -225,7 +225,7 @@ def process(rank, count, folder):
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count, timeout=TIMEOUT
     )
     try:
-        found = {
+        report = {
             "updates": updates(True),
             "train": train(True, rank),
             "generators": generators(True),
@@ -233,20 +233,20 @@ def process(rank, count, folder):
             "ddp": samples_sharded(rank, count),
             "example": {share: example("ddp").train(share, 3, batch=12) for share in ("samples", "rollouts")},
         }
-        torch.save(found, f"{folder}/{rank}.pt")
+        torch.save(report, f"{folder}/{rank}.pt")
     finally:
         distributed.destroy_process_group()
 
 
 def run(count, folder):
-    """Run `count` processes to their end, or to the first that fails; return what each found."""
+    """Run `count` processes until all end or one fails; return the report of each."""
     context = multiprocessing.start_processes(
         process, args=(count, str(folder)), nprocs=count, join=False, start_method="spawn"
     )
-    # Returns False while some process still runs, and raises what one raised.
+    # `join` returns False while a process still runs, and raises the error of one that failed.
     for _ in range(180):
         if context.join(timeout=1):
             return [torch.load(f"{folder}/{rank}.pt") for rank in range(count)]
-    for one in context.processes:
-        one.kill()
+    for worker in context.processes:
+        worker.kill()
     raise TimeoutError(f"{count} processes did not finish")

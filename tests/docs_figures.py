@@ -7,9 +7,9 @@ A table of figures stands below a comment that names a function and the result f
 
     <!-- figures: scaling from profiling/results/study/scaling.json -->
 
-The function, one of docs_tables.py, takes what the files hold, in that order, and returns the table's rows as they must
-stand on the page. Below `<!-- figures printed by their commands -->` stand figures without a result file; below
-`<!-- no figures -->` a table whose numbers are no measurements.
+The function, of docs_tables.py, takes the contents of the files in that order and returns the rows of the table.
+`<!-- figures printed by their commands -->` stands above figures without a result file, `<!-- no figures -->` above a
+table whose numbers are no measurements.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ CITED = re.compile(r"figures: (\w+) from (\S+(?:, \S+)*)")
 COMMENT = re.compile(r"<!-- (.*) -->")
 SEPARATOR = re.compile(r"\|(?::?-+:?\|)+")
 NUMBER = re.compile(rf"(?<![\w.])[-{MINUS}+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-"""A number that is no part of a name such as fp32 or sm_90."""
+"""A number that is not part of a name such as fp32 or sm_90."""
 
 
 class Table(NamedTuple):
     """A table of a page."""
 
     line: int
-    """Of its header, counted from 0."""
+    """Line of its header, counted from 0."""
     comment: str
-    """What the HTML comment above it says; "" without one."""
+    """The text of the HTML comment above it; "" without one."""
     header: list[str]
     rows: Rows
 
 
 def cells(line: str) -> list[str]:
-    """Return the cells of a table's line; bold type counts as plain."""
+    """Return the cells of a table's line, without bold type."""
     return [cell.strip().replace("**", "") for cell in line.strip().strip("|").split("|")]
 
 
@@ -80,7 +80,7 @@ def numbers(table: Table) -> list[tuple[int, int]]:
 
 
 def read(name: str) -> Any:
-    """Return what a result file holds: JSON, or the lines of a text file."""
+    """Return the contents of a result file: JSON, or the lines of a text file."""
     text = (ROOT / name).read_text(encoding="utf-8")
     return json.loads(text) if name.endswith(".json") else text.splitlines()
 
@@ -89,7 +89,7 @@ def expected(comment: str) -> Rows:
     """Return the rows that a comment's function makes of its result files.
 
     Raises:
-        ValueError: the comment is not of this form, or names no such function.
+        ValueError: the comment is not of this form, or names a function that does not exist.
     """
     cited = CITED.fullmatch(comment)
     if cited is None or cited[1] not in TABLES:
@@ -98,7 +98,7 @@ def expected(comment: str) -> Rows:
 
 
 def differences(table: Table, rows: Rows) -> list[str]:
-    """Return, in words, every cell of a published table that is not the expected one."""
+    """Return a message for every cell of a published table that differs from the expected one."""
     wrong = []
     if len(table.rows) != len(rows):
         wrong.append(f"{len(table.rows)} rows instead of {len(rows)}")
@@ -106,9 +106,9 @@ def differences(table: Table, rows: Rows) -> list[str]:
         if len(published) != len(right):
             wrong.append(f"{published} has {len(published)} cells instead of {len(right)}")
         wrong += [
-            f"{published[0]}: {one!r} instead of {other!r}"
-            for one, other in zip(published, right, strict=False)
-            if one != other
+            f"{published[0]}: {cell!r} instead of {right_cell!r}"
+            for cell, right_cell in zip(published, right, strict=False)
+            if cell != right_cell
         ]
     return wrong
 
@@ -125,10 +125,12 @@ def main() -> None:
             rows = expected(table.comment)
             if not differences(table, rows):
                 continue
-            made = [f"| {' | '.join(row)} |" for row in rows]
-            sys.stdout.write("\n".join([f"{page.relative_to(ROOT)}:{table.line + 1}: {table.comment}", *made, ""]))
+            table_lines = [f"| {' | '.join(row)} |" for row in rows]
+            sys.stdout.write(
+                "\n".join([f"{page.relative_to(ROOT)}:{table.line + 1}: {table.comment}", *table_lines, ""])
+            )
             first = table.line + 2
-            lines[first : first + len(table.rows)] = made
+            lines[first : first + len(table.rows)] = table_lines
         if write:
             page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""One function for each published table of figures: from result files to the rows on the page; see docs_figures.py.
+"""A function for each published table of figures, from result files to the rows on the page; see docs_figures.py.
 
-Labels of rows are here, too, so that a function gives the whole table. Numbers are rounded here and nowhere else.
+Functions also hold the labels of rows, so that they give whole tables. Numbers are rounded only in this file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Rows = list[list[str]]
 
 MINUS = "\N{MINUS SIGN}"
 ABSENT = "\N{EN DASH}"
-"""In a cell whose figure was not measured."""
+"""A cell whose figure was not measured."""
 
 
 def significant(value: float | str, digits: int = 3) -> str:
@@ -69,7 +69,7 @@ def peers_h200(lines: Sequence[str]) -> Rows:
 
 
 def published_h200(lines: Sequence[str]) -> Rows:
-    """The published code on a GPU, and rollout-steps of ours for one of its."""
+    """The published code on a GPU: its time, and our rollout-steps per second over its."""
     records = _records(lines, "peer")
     ours = {(record["peer"], record["B"]): record for record in records if (record["T"], record["H"]) == ("210", "500")}
 
@@ -96,8 +96,8 @@ def long_h200(lines: Sequence[str]) -> Rows:
 
 
 def tests_h200(lines: Sequence[str]) -> Rows:
-    """How many tests passed on a GPU, none failed, and the seconds they took."""
-    # Where any failed, pytest's summary begins with those.
+    """The number of tests that passed on a GPU where none failed, and their seconds."""
+    # Where a test fails, pytest's summary begins with the failures.
     ((passed, seconds),) = re.findall(r"^(\d+) passed, \d+ warnings? in ([\d.]+)s", "\n".join(lines), re.MULTILINE)
     return [[passed, significant(seconds)]]
 
@@ -133,7 +133,7 @@ def study_losses(study: dict) -> Rows:
 
 
 def study_margins(study: dict) -> Rows:
-    """What predicts without a network, how far ahead of np and wp a method is, and what an update costs."""
+    """Losses without a network, each method's margin over np and wp, and the cost of an update."""
     rows = []
     for task, methods in _methods(study):
         baselines = study["tasks"][task]["baselines"]
@@ -152,7 +152,7 @@ def study_margins(study: dict) -> Rows:
 
 
 def study_shortfall(study: dict) -> Rows:
-    """What anp-ls and the truncated rules keep of BPTT's gain: shares, by task."""
+    """The shares of BPTT's gain that anp-ls and the truncated rules keep, by task."""
     names = ("anp-ls", "bptt-1", "anp-0", "published-anp")
     rows = []
     for task, methods in _methods(study):
@@ -173,10 +173,10 @@ def study_decorrelation(study: dict) -> Rows:
     return [
         [
             f"`{name}`",
-            *(signed(margin) for margin in found),
-            *(str(sum(sign * margin > 1 for margin in found)) for sign in (1, -1)),
+            *(signed(margin) for margin in by_task),
+            *(str(sum(sign * margin > 1 for margin in by_task)) for sign in (1, -1)),
         ]
-        for name, found in margins.items()
+        for name, by_task in margins.items()
     ]
 
 
@@ -204,7 +204,7 @@ def long_cpu(result: dict) -> Rows:
 
 
 def memory(result: dict) -> Rows:
-    """What an update takes of its `max_memory`."""
+    """The memory of an update, over its `max_memory`."""
     return [
         [
             ", ".join(str(row[name]) for name in "TBPH"),
@@ -245,7 +245,7 @@ CPU_PEERS = (
 
 
 def compare_cpu(result: dict) -> Rows:
-    """One update on a CPU: ours in milliseconds, and the time of others over it."""
+    """One update on a CPU: ours in milliseconds, and the time of the peers over ours."""
     shapes: dict[str, dict[str, dict]] = defaultdict(dict)
     for row in result["results"]:
         shapes[", ".join(str(row[name]) for name in "TBPH")][row["peer"]] = row
@@ -261,12 +261,12 @@ def compare_cpu(result: dict) -> Rows:
 
 def digits_pixels(result: dict) -> Rows:
     """Test accuracy after the last epoch: mean, lowest and highest of the seeds."""
-    found: dict[str, list[float]] = defaultdict(list)
+    accuracies: dict[str, list[float]] = defaultdict(list)
     for run in result["results"]:
-        found[run["method"]].append(run["accuracy"][-1])
+        accuracies[run["method"]].append(run["accuracy"][-1])
     return [
         [f"`{method}`", str(len(values)), percent(fmean(values), 1), percent(min(values), 1), percent(max(values), 1)]
-        for method, values in found.items()
+        for method, values in accuracies.items()
     ]
 
 
@@ -303,7 +303,7 @@ def defaults(result: dict) -> Rows:
 
 
 def variance(result: dict) -> Rows:
-    """Cosine of one estimate with BPTT's gradient, plain and with each trick, at 64 rollouts."""
+    """Cosine of one estimate with BPTT's gradient, by method of variance reduction, at 64 rollouts."""
     tricks = ("plain", "baseline", "antithetic", "half units", "readout", "+-")
     return [
         [f"`{row['method']}`", without_zero(significant(row["sigma"], 1)), *(decimals(row[name]) for name in tricks)]
@@ -331,18 +331,18 @@ def diagnosed(result: dict) -> Rows:
 
 
 def decorrelation_fixed(result: dict) -> Rows:
-    """How far the squared correlation falls while W does not change: lowest and highest of the seeds."""
-    found: dict[tuple[float, int], list[float]] = defaultdict(list)
+    """The factor by which the squared correlation falls while W is fixed: lowest and highest of the seeds."""
+    lowered: dict[tuple[float, int], list[float]] = defaultdict(list)
     for row in result["fixed weights"]:
-        found[row["rate"], row["updates"]].append(row["lowered"])
+        lowered[row["rate"], row["updates"]].append(row["lowered"])
     return [
         [without_zero(significant(rate, 1)), f"{updates:,}", significant(min(values)), significant(max(values))]
-        for (rate, updates), values in found.items()
+        for (rate, updates), values in lowered.items()
     ]
 
 
 def decorrelation_trained(result: dict) -> Rows:
-    """Test error with and without D, and how far it lowers the squared correlation while W learns."""
+    """Test error with and without D, and the factor by which D lowers the squared correlation while W learns."""
     rows: dict[str, dict[bool, dict]] = defaultdict(dict)
     for row in result["trained"]:
         rows[row["method"]][row["D rate"] != "none"] = row
@@ -351,11 +351,11 @@ def decorrelation_trained(result: dict) -> Rows:
             f"`{method}`",
             *(
                 f"{significant(row['test error'])} ({significant(row['lowest'])} to {significant(row['highest'])})"
-                for row in (found[False], found[True])
+                for row in (entries[False], entries[True])
             ),
-            significant(found[True]["corr^2 of h"] / found[True]["corr^2 of D h"]),
+            significant(entries[True]["corr^2 of h"] / entries[True]["corr^2 of D h"]),
         ]
-        for method, found in rows.items()
+        for method, entries in rows.items()
     ]
 
 
@@ -388,16 +388,16 @@ def _records(lines: Sequence[str], kind: str) -> list[dict[str, str]]:
 
 
 def _methods(study: dict) -> Iterator[tuple[str, dict[str, dict]]]:
-    for task, found in study["tasks"].items():
-        yield task, {row["name"]: row for row in found["methods"]}
+    for task, results in study["tasks"].items():
+        yield task, {row["name"]: row for row in results["methods"]}
 
 
 def _cosines(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
     """Return the mean cosine by setting and task."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    cosines: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        found[row["setting"]][row["task"]].append(row["cosine"])
-    return {setting: {task: fmean(values) for task, values in tasks.items()} for setting, tasks in found.items()}
+        cosines[row["setting"]][row["task"]].append(row["cosine"])
+    return {setting: {task: fmean(values) for task, values in tasks.items()} for setting, tasks in cosines.items()}
 
 
 def _cost(rows: Sequence[dict], setting: str, ratio: float) -> float:

@@ -1,4 +1,4 @@
-"""What the fuzz tests draw from, and how they judge: odd tensors, wrong values, time limits, messages."""
+"""Inputs and checks of the fuzz tests: odd tensors, wrong values, time limits, error messages."""
 
 import contextlib
 import math
@@ -12,16 +12,16 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 LEGS = [60, pytest.param(2000, marks=pytest.mark.slow)]
-"""Inputs per function: in every run, and as promised in the thorough one."""
+"""Inputs per function, in every run and in the thorough one."""
 
 TRIED: Counter[str] = Counter()
-"""Inputs each function was tried on so far, for the summary that conftest.py writes."""
+"""Number of inputs so far, by function, for the summary that conftest.py writes."""
 
 REFUSED: Counter[str] = Counter()
-"""How many of them it refused."""
+"""Number of refused inputs so far, by function."""
 
 CPU_SECONDS = 20
-"""An input that takes longer hangs; the slowest takes tenths of a second. CPU time, so that a busy machine is none."""
+"""A call that takes longer hangs; the slowest takes tenths of a second. It is CPU time, to allow for a busy machine."""
 
 LAYOUTS = ("contiguous", "contiguous", "transposed", "sliced", "expanded", "offset")
 CONTENTS = ("moderate",) * 6 + ("zeros", "denormal", "huge", "nan", "inf", "-inf")
@@ -38,8 +38,8 @@ def laid_out(values, layout):
         return values.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == "sliced":
         room = values.new_zeros([2 * size for size in values.shape])
-        part = room[tuple(slice(None, None, 2) for _ in values.shape)]
-        return part.copy_(values)
+        view = room[tuple(slice(None, None, 2) for _ in values.shape)]
+        return view.copy_(values)
     if layout == "expanded":
         return values[:1].expand(values.shape)
     if layout == "offset":
@@ -48,7 +48,7 @@ def laid_out(values, layout):
 
 
 def filled(shape, dtype, content, seed):
-    """Values of one kind; the wild ones sit in the first sample, which is the second dimension's first index."""
+    """Values of one kind; wild ones are in the first sample only, index 0 of the second dimension."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if content == "zeros":
         values = torch.zeros_like(values)
@@ -66,7 +66,7 @@ def filled(shape, dtype, content, seed):
 
 @st.composite
 def tensor(draw, shape, dtype, content="moderate"):
-    """A tensor of that shape and type, in some layout."""
+    """A tensor of the shape and type, in any layout."""
     values = filled(shape, dtype, content, draw(st.integers(0, 99)))
     return laid_out(values, draw(st.sampled_from(LAYOUTS)))
 
@@ -91,11 +91,11 @@ WRONG = st.one_of(
     st.sampled_from([np.float64(0.5), np.float32(0.5), np.int64(2), np.zeros(3), np.zeros((3, 2, 4), np.float32)]),
     wrong_tensor(),
 )
-"""What an argument should not be, or seldom."""
+"""Values that are wrong for most arguments."""
 
 
 class Call(NamedTuple):
-    """One input of one function."""
+    """An input of a function."""
 
     arguments: dict[str, Any]
     spoiled: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class Call(NamedTuple):
 
 @st.composite
 def spoilt(draw, arguments, always=False):
-    """The arguments, one of them replaced in one call of three; and which one."""
+    """The arguments, of which one call in three has one replaced, and the name of the replaced one."""
     if not (always or draw(st.sampled_from([False, False, True]))):
         return arguments, ()
     name = draw(st.sampled_from(sorted(arguments)))
@@ -114,7 +114,7 @@ def spoilt(draw, arguments, always=False):
 
 
 def reference_of(value):
-    """The same value in plain form: contiguous float64, no view of anything."""
+    """The value as a contiguous float64 tensor that is no view."""
     if isinstance(value, torch.Tensor):
         return (
             value.detach()
@@ -127,18 +127,18 @@ def reference_of(value):
 
 
 def quotes(message, value):
-    """Whether a message tells what the value was: itself, its type, shape, type of elements or device."""
+    """Whether a message quotes the value, its type, shape, dtype or device."""
     told = [type(value).__name__, str(value), repr(value)[:30]]
     if isinstance(value, torch.Tensor):
         told += [str(tuple(value.shape)), str(list(value.shape)), str(value.dtype), str(value.device), value.layout]
         told += [f"{value.dim()}D", f"{value.dim()}-D", f"got {value.dim()}"]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return any(quotes(message, one) for one in value)
+        return any(quotes(message, element) for element in value)
     if isinstance(value, (list, tuple)):
         told += [f"({len(value)},)", *map(repr, value)]
     if isinstance(value, (np.generic, np.ndarray)):
         told += [str(value.shape), str(value.dtype)]
-    return any(str(one) in message for one in told)
+    return any(str(text) in message for text in told)
 
 
 @contextlib.contextmanager
@@ -158,7 +158,7 @@ def no_hang():
 
 
 def fuzz(name, calls, check, inputs):
-    """Check a function on as many calls; return how many there were."""
+    """Check a function on `inputs` calls; return how many there were."""
     before = TRIED[name]
 
     @settings(max_examples=inputs, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -171,9 +171,9 @@ def fuzz(name, calls, check, inputs):
 
 
 def tried(name, function, call, *, errors=(ValueError, TypeError), quoting=True, excuse=None):
-    """The function's answer to a call, or None where it refused a spoiled one and said why.
+    """The function's result, or None where it refused a spoiled call with a message that tells why.
 
-    A message that holds `excuse` is a reason to refuse any call.
+    With `excuse` in its message it may refuse any call.
     """
     TRIED[name] += 1
     where = torch.autocast("cpu", dtype=torch.bfloat16) if call.autocast else contextlib.nullcontext()
@@ -191,9 +191,9 @@ def tried(name, function, call, *, errors=(ValueError, TypeError), quoting=True,
 
 
 def told(call):
-    """What a message may be about: the value that was put in; where it is a tensor, also those it does not go with."""
+    """The values that a message may quote: the replaced one and, where it is a tensor, those it does not fit."""
     put_in = [call.arguments[name] for name in call.spoiled]
-    return list(call.arguments.values()) if any(isinstance(one, torch.Tensor) for one in put_in) else put_in
+    return list(call.arguments.values()) if any(isinstance(value, torch.Tensor) for value in put_in) else put_in
 
 
 def plain(call):
@@ -201,14 +201,14 @@ def plain(call):
     return {name: reference_of(value) for name, value in call.arguments.items()}
 
 
-def assert_right(found, expected, wide):
+def assert_right(values, expected, wide):
     """Equal to the float64 reference to `wide` roundings of the result's type, relative to the largest value."""
-    assert found.shape == expected.shape
-    if not found.numel():
+    assert values.shape == expected.shape
+    if not values.numel():
         return
-    limits = torch.finfo(found.dtype)
+    limits = torch.finfo(values.dtype)
     scale = float(expected.abs().max())
     if scale < limits.max / 1e4:
-        assert bool(found.isfinite().all())
-        error = float((found.double() - expected.double()).abs().max())
+        assert bool(values.isfinite().all())
+        error = float((values.double() - expected.double()).abs().max())
         assert error <= wide * limits.eps * scale + 1e6 * limits.tiny, f"off by {error}, values up to {scale}"

@@ -1,9 +1,9 @@
-"""Where a source compares a name: read from its syntax tree, for test_names.py.
+"""Finds where a source compares a name, from its syntax tree, for test_names.py.
 
 A comparison is ==, !=, is, in and their negations with a name on one side; a `case`; a look-up in a dict that is keyed
 by names, or of one name; a test of a name's beginning, end or place in a list. Names may stand in displays, in
-constants of the module (or of another, which `constants` tells), in class attributes and in the loops over them. What a
-function is called with, a default, a docstring or an annotation compares nothing.
+constants of the module or of another (see `constants`), in class attributes and in the loops over them. Arguments of a
+call, defaults, docstrings and annotations are no comparisons.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 IMPORTS = {"torch", "triton", "numba", "cupy"}
-"""Names of packages, too."""
+"""Names that are also packages."""
 OF_PACKAGES = (
     *("sys.modules", "__module__", "__name__", "find_spec", "import_module", "os.environ"),
     *("split('.')", "partition('.')", "device.type"),
 )
-"""What a package's or a device's name is compared with."""
+"""Expressions that hold the name of a package or a device."""
 SEPARATORS = "-_"
 CONTAINERS = {"set", "frozenset", "tuple", "list", "sorted", "dict", "MappingProxyType"}
 SAME_NAMES = {"keys", "items", "copy", "union"}
-"""Methods that give what they are called on, as far as names go."""
+"""Methods whose result holds the same names as their object."""
 ENDS = {"startswith", "endswith", "removeprefix", "removesuffix"}
 LOOKUPS = {"get", "pop", "setdefault", "__getitem__", "__contains__"}
 PLACES = {"index", "count", "find", "isdisjoint", "issubset", "issuperset", "intersection", "difference"}
@@ -40,7 +40,7 @@ class Finding(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What an expression holds."""
+    """The names that an expression holds."""
 
     names: frozenset[str]
     mapping: bool = False
@@ -56,7 +56,7 @@ Constants = Mapping[tuple[str, str], Held]
 
 
 def pieces_of(names: Collection[str]) -> dict[str, str]:
-    """Return names, and their parts between separators, as what a beginning or an end is compared with."""
+    """Return names by each of their parts between separators, with which beginnings and ends are compared."""
     pieces = {}
     for name in sorted(names, key=len, reverse=True):
         cuts = [place for place, letter in enumerate(name) if letter in SEPARATORS]
@@ -84,7 +84,7 @@ class Reader(ast.NodeVisitor):
             self._bind(statement, self.env, strings=True)
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
-                # A string in a class is a field's default.
+                # In a class, a string is the default of a field.
                 for statement in node.body:
                     self._bind(statement, self.attributes, strings=False)
 
@@ -149,8 +149,8 @@ class Reader(ast.NodeVisitor):
         return self._all(node.values)
 
     def _held_by_joinedstr(self, node: ast.JoinedStr) -> Held:
-        parts = [part.value for part in node.values if isinstance(part, ast.Constant)]
-        return Held(frozenset(self.pieces[part] for part in parts if part in self.pieces))
+        parts = [piece.value for piece in node.values if isinstance(piece, ast.Constant)]
+        return Held(frozenset(self.pieces[piece] for piece in parts if piece in self.pieces))
 
     def _held_by_name(self, node: ast.Name) -> Held:
         return self.env.get(node.id, NOTHING)
@@ -191,7 +191,7 @@ class Reader(ast.NodeVisitor):
 
     @contextlib.contextmanager
     def _loops(self, loops: Collection[ast.comprehension | ast.For]) -> Iterator[None]:
-        """Let the variables of loops over names hold them."""
+        """Note that the variables of loops over names hold names."""
         before = dict(self.env)
         for loop in loops:
             self._bind_loop(loop.target, loop.iter)
@@ -217,7 +217,7 @@ class Reader(ast.NodeVisitor):
                 self.env[variable.id] = Held(column.names)
 
     def note(self, node: ast.AST, names: Collection[str]) -> None:
-        """Keep a finding."""
+        """Add a comparison."""
         if names:
             self.findings.append(Finding(node.lineno, tuple(sorted(names)), ast.unparse(node)))
 
@@ -264,7 +264,7 @@ class Reader(ast.NodeVisitor):
             cut = any(mark in text for mark in CUTS)
             inside = isinstance(node.ops[0], ast.In | ast.NotIn) and isinstance(node.left, ast.Constant)
             if cut or inside:
-                # A piece of a name is looked for in a name, or compared with a piece of one.
+                # Pieces are searched in names, or compared with other pieces.
                 literals = {side.value for side in sides if isinstance(side, ast.Constant)}
                 names |= {self.pieces[piece] for piece in literals & set(self.pieces)}
             if any(mark in text for mark in OF_PACKAGES):
@@ -273,7 +273,7 @@ class Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        # What two sets share, or do not, is a comparison of their members.
+        # Intersections and differences of sets compare their members.
         if isinstance(node.op, ast.BitAnd | ast.BitXor | ast.Sub):
             self.note(node, self.holds(node).names)
         self.generic_visit(node)

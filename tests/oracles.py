@@ -1,6 +1,6 @@
-"""Brute-force forms of the design's equations, written from the page and not from the package: one loop per sum.
+"""Brute-force forms of the design's equations, written from the design and not from the package: one loop per sum.
 
-Python integers and float64 only. Slow and obvious.
+They use Python integers and float64 only.
 """
 
 import functools
@@ -46,7 +46,7 @@ def unit_noise(seed, unit, kind, *, purpose=0, layer=0, time=0, rollout=0, sampl
 
 @functools.lru_cache(maxsize=64)
 def noise_block(seed, shape, kind, *, time=0, rollout=0, sample=0, **fields):
-    """Unit-variance noise, (T, B, P, H) float64, element by element; made once per block, not to be written to."""
+    """Unit-variance noise, (T, B, P, H) float64, element by element. Cached per block: do not write to it."""
     block = np.empty(shape)
     for t, b, p, u in np.ndindex(*shape):
         block[t, b, p, u] = unit_noise(seed, u, kind, time=time + t, rollout=rollout + p, sample=sample + b, **fields)
@@ -68,9 +68,9 @@ def clean_run(drive, weight_hh, h_0, nonlinearity="tanh"):
 
 
 def perturbed_run(drive, weight_hh, h_0, noise, nonlinearity="tanh"):
-    """The same network with noise (T, B, P, H) in its pre-activations: pre-activations and states, (T, B, P, H).
+    """As `clean_run`, with noise (T, B, P, H) in the pre-activations: pre-activations and states, (T, B, P, H).
 
-    `h_0` is (B, P, H): a rollout may begin somewhere else.
+    `h_0` is (B, P, H): a rollout may begin from a perturbed state.
     """
     preacts, states = [], []
     state = h_0
@@ -91,7 +91,7 @@ def discounted(delta_loss, discount):
 
 
 def one_step_adjoint(grad, preact, nonlinearity="tanh"):
-    """dL/da_t when nothing is carried from step to step: g_t phi'(a_t), (T, B, H)."""
+    """dL/da_t with the gradient through time truncated: g_t phi'(a_t), (T, B, H)."""
     slope = 1 - torch.tanh(preact) ** 2 if nonlinearity == "tanh" else (preact > 0).to(preact.dtype)
     return grad * slope
 

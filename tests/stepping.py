@@ -1,4 +1,4 @@
-"""A small model, one training step of it, and what torch warns of while it is compiled, exported or differentiated."""
+"""A small model, its training step, and torch's warnings while the model is compiled, exported or differentiated."""
 
 import torch
 from tolerances import assert_close
@@ -7,7 +7,7 @@ from torch import nn
 import anpgpu
 from anpgpu import Perturbation
 
-# Of the compiler's use of autograd functions, torch.func's of TorchScript, and of nn.RNN's list of weights.
+# Warnings of the compiler about autograd functions, of torch.func about TorchScript, and about nn.RNN's weight list.
 WARNINGS = (
     "ignore:.*should not be instantiated:DeprecationWarning",
     "ignore:.*torch.jit.*:DeprecationWarning",
@@ -43,12 +43,12 @@ def inputs_of(time=T, batch=B):
 
 
 def outputs_of(call):
-    found = call[0] if isinstance(call, tuple) else call
-    return found.data if isinstance(found, nn.utils.rnn.PackedSequence) else found
+    outputs = call[0] if isinstance(call, tuple) else call
+    return outputs.data if isinstance(outputs, nn.utils.rnn.PackedSequence) else outputs
 
 
 def step(module, inputs, run=None, seed=7):
-    """Loss and gradients of one backward pass from a seed, through `run` if it is not the module itself."""
+    """Loss and gradients of one backward pass from a seed, through `run`, by default the module."""
     module.zero_grad()
     torch.manual_seed(seed)
     loss = outputs_of((module if run is None else run)(inputs)).float().square().mean()
@@ -57,13 +57,15 @@ def step(module, inputs, run=None, seed=7):
 
 
 def same(first, second):
-    return len(first) == len(second) and all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        torch.equal(left, right) for left, right in zip(first, second, strict=True)
+    )
 
 
 def assert_all_close(first, second, name):
     assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert_close(one, other, name)
+    for left, right in zip(first, second, strict=True):
+        assert_close(left, right, name)
 
 
 def compiled(module, backend="eager"):

@@ -61,7 +61,7 @@ def adjoint_by_loops(credit, delta_a, xi, sigma, method):
                     estimate[t, b] += credit[t, b, p] * xi[t, b, p] / sigma**2 / rollouts
                 elif credit[t, b, p] != 0:
                     moved = delta_a[t, b, p]
-                    square = sum(float(one) ** 2 for one in moved)
+                    square = sum(float(value) ** 2 for value in moved)
                     estimate[t, b] += credit[t, b, p] * units * moved / square / rollouts
     return estimate
 
@@ -77,12 +77,12 @@ def test_adjoint_is_the_loop(shape, noise, method, dtype):
     xi = sigma * noise_block(SEED, shape, noise, **first)
     expected = adjoint_by_loops(credit, delta_a, xi, sigma, method)
     activity = {"anp": delta_a.to(dtype), "np": None}[method]
-    found = adjoint(
+    sums = adjoint(
         credit.to(dtype), activity, SEED, method=method, units=shape[3], sigma=sigma, noise=noise,
         counters=Counters(**first),
     )  # fmt: skip
-    assert found.dtype == dtype
-    assert_close(found, expected, "float64" if dtype == torch.float64 else "float32")
+    assert sums.dtype == dtype
+    assert_close(sums, expected, "float64" if dtype == torch.float64 else "float32")
 
 
 def test_two_units_by_hand():
@@ -93,8 +93,8 @@ def test_two_units_by_hand():
     assert adjoint(credit, delta_a, SEED).flatten().tolist() == pytest.approx([0.6, 0.3], rel=1e-6)
     signs = noise_block(SEED, (1, 1, 2, 2), "rademacher")[0, 0]
     expected = (5 * signs[0] - signs[1]) / (2 * 0.5)
-    found = adjoint(credit, None, SEED, method="np", units=2, sigma=0.5)
-    assert found.flatten().tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    sums = adjoint(credit, None, SEED, method="np", units=2, sigma=0.5)
+    assert sums.flatten().tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["np", "anp"])
@@ -136,14 +136,14 @@ def test_a_rollout_that_did_not_move_adds_nothing():
 @pytest.mark.parametrize("sigma", [1e-30, 1e-18, 1e-6, 1.0, 1e6, 1e18])
 @pytest.mark.parametrize("method", ["np", "anp"])
 def test_squares_neither_underflow_nor_overflow(method, sigma):
-    # Credit in proportion to sigma, as a loss difference is: the estimate does not depend on sigma.
+    # Credit is proportional to sigma, as loss differences are, so that the estimate does not depend on sigma.
     credit, unit = draw(3, 2, 4), draw(3, 2, 4, 6)
-    found = adjoint(
+    sums = adjoint(
         (sigma * credit).float(), (sigma * unit).float() if method == "anp" else None, SEED, method=method, units=6,
         sigma=sigma,
     )  # fmt: skip
     xi = noise_block(SEED, (3, 2, 4, 6), "rademacher")
-    assert_close(found, adjoint_by_loops(credit, unit, xi, 1.0, method), "float32")
+    assert_close(sums, adjoint_by_loops(credit, unit, xi, 1.0, method), "float32")
 
 
 def network(time, batch, units):
@@ -158,10 +158,12 @@ def network(time, batch, units):
 
 
 def estimate(seed, rollouts, method, discount, sigma=1e-4, samples=1):
-    preact, hidden, weight_hh, grad = (one if one.dim() == 2 else one[:, :samples] for one in network(6, samples, 8))
-    found = rollout(preact, hidden, weight_hh, LinearLoss(grad), seed, rollouts=rollouts, sigma=sigma)
-    credit = returns(found.delta_loss, discount)
-    activity = found.delta_a if method == "anp" else None
+    preact, hidden, weight_hh, grad = (
+        tensor if tensor.dim() == 2 else tensor[:, :samples] for tensor in network(6, samples, 8)
+    )
+    run = rollout(preact, hidden, weight_hh, LinearLoss(grad), seed, rollouts=rollouts, sigma=sigma)
+    credit = returns(run.delta_loss, discount)
+    activity = run.delta_a if method == "anp" else None
     return adjoint(credit, activity, seed, method=method, units=8, sigma=sigma)
 
 
@@ -178,11 +180,11 @@ def test_error_of_node_perturbation_falls_like_one_over_root_p():
 
 
 def test_without_discount_the_estimate_is_the_one_step_gradient():
-    # The published credit: however many rollouts, what later steps lose is not seen.
+    # The published credit leaves out later losses, whatever the number of rollouts.
     preact, _, weight_hh, grad = network(6, 1, 8)
-    found = estimate(3, 32768, "np", 0.0)
+    estimated = estimate(3, 32768, "np", 0.0)
     one_step = one_step_adjoint(grad, preact)
-    assert float((found - one_step).norm() / one_step.norm()) < 0.05
+    assert float((estimated - one_step).norm() / one_step.norm()) < 0.05
     truth = true_adjoint(grad, preact, weight_hh)
     assert float((one_step - truth).norm() / truth.norm()) > 0.2
 
@@ -190,8 +192,8 @@ def test_without_discount_the_estimate_is_the_one_step_gradient():
 def test_activity_based_estimate_points_along_the_gradient():
     preact, _, weight_hh, grad = network(6, 1, 8)
     truth = true_adjoint(grad, preact, weight_hh)
-    found = estimate(5, 8192, "anp", 1.0)
-    assert float(torch.nn.functional.cosine_similarity(found.flatten(), truth.flatten(), dim=0)) > 0.9
+    estimated = estimate(5, 8192, "anp", 1.0)
+    assert float(torch.nn.functional.cosine_similarity(estimated.flatten(), truth.flatten(), dim=0)) > 0.9
 
 
 @pytest.mark.parametrize("backend", ["", "_numba", "_cupy", "_triton"])

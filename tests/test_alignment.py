@@ -1,4 +1,4 @@
-"""Cosine, limit and agreement of estimates whose expectation and scatter are chosen."""
+"""Cosine, limit and agreement of estimates with a known expectation and scatter."""
 
 import math
 
@@ -17,26 +17,26 @@ def drawn(expected, scatter, count, seed=0):
 
 
 def test_alignment_of_two_by_hand():
-    found = alignment(torch.tensor([[3.0, 4.0], [4.0, 3.0]]), torch.tensor([2.0, 0.0]))
-    assert found.cosine == pytest.approx((0.6 + 0.8) / 2)
-    assert found.ratio == pytest.approx(5 / 2)
-    assert found.agreement == pytest.approx(24 / 25)
+    result = alignment(torch.tensor([[3.0, 4.0], [4.0, 3.0]]), torch.tensor([2.0, 0.0]))
+    assert result.cosine == pytest.approx((0.6 + 0.8) / 2)
+    assert result.ratio == pytest.approx(5 / 2)
+    assert result.agreement == pytest.approx(24 / 25)
     # <(3.5, 3.5), (2, 0)> / (sqrt(24) 2)
-    assert found.limit == pytest.approx(7 / (math.sqrt(24) * 2))
+    assert result.limit == pytest.approx(7 / (math.sqrt(24) * 2))
 
 
 def test_limit_sees_through_variance_and_not_through_bias():
-    # Expected estimate 3 along the gradient and 4 across: cosine .6 however often one looks, and scatter of norm 5.
+    # The expected estimate is 3 along the gradient and 4 across, so the limit is .6; the scatter has norm 5.
     truth, expected = 2 * AXES[0], 3 * AXES[0] + 4 * AXES[1]
     many = [alignment(drawn(expected, 0.5, 4, seed), truth) for seed in range(300)]
-    # U is unbiased, |m|^2 = 25; its square root, in the limit, nearly so.
-    assert sum(one.limit for one in many) / 300 == pytest.approx(0.6, abs=0.01)
-    assert sum(one.cosine for one in many) / 300 == pytest.approx(0.6 * math.sqrt(25 / 50), abs=0.01)
-    assert sum(one.agreement for one in many) / 300 == pytest.approx(25 / 50, abs=0.01)
-    # The jackknife's error is of the size of the spread.
-    spread = torch.tensor([one.limit for one in many]).std()
-    assert sum(one.limit_error for one in many) / 300 == pytest.approx(float(spread), rel=0.5)
-    # The cosine of the plain mean of four is less, for it holds a quarter of the scatter's variance.
+    # The estimate of |m|^2 = 25 is unbiased; its square root, which the limit uses, is nearly unbiased.
+    assert sum(result.limit for result in many) / 300 == pytest.approx(0.6, abs=0.01)
+    assert sum(result.cosine for result in many) / 300 == pytest.approx(0.6 * math.sqrt(25 / 50), abs=0.01)
+    assert sum(result.agreement for result in many) / 300 == pytest.approx(25 / 50, abs=0.01)
+    # The jackknife error has the size of the spread.
+    spread = torch.tensor([result.limit for result in many]).std()
+    assert sum(result.limit_error for result in many) / 300 == pytest.approx(float(spread), rel=0.5)
+    # The cosine of the mean of four estimates is lower, since the mean has a quarter of the scatter's variance.
     assert 3 / math.sqrt(25 + 25 / 4) < 0.54
 
 
@@ -54,12 +54,12 @@ def test_bias_and_variance_are_not_mistaken_for_each_other():
 def test_alignment_has_a_sign_and_no_scale():
     truth = AXES[0]
     estimates = drawn(truth, 0.05, 4)
-    one, other = alignment(estimates, truth), alignment(-3 * estimates, truth)
-    assert other.cosine == pytest.approx(-one.cosine)
-    assert other.limit == pytest.approx(-one.limit)
-    assert other.agreement == pytest.approx(one.agreement)
-    assert other.ratio == pytest.approx(3 * one.ratio)
-    assert one.cosine > 0.8
+    plain, scaled = alignment(estimates, truth), alignment(-3 * estimates, truth)
+    assert scaled.cosine == pytest.approx(-plain.cosine)
+    assert scaled.limit == pytest.approx(-plain.limit)
+    assert scaled.agreement == pytest.approx(plain.agreement)
+    assert scaled.ratio == pytest.approx(3 * plain.ratio)
+    assert plain.cosine > 0.8
 
 
 def test_doubling_rollouts_is_predicted():

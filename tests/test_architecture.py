@@ -1,4 +1,4 @@
-"""The rooms of the package, read from its source: who may import whom, and what every file keeps to."""
+"""The structure of the package, read from its source: which file may import which, and the rules for every file."""
 
 import ast
 import re
@@ -33,12 +33,12 @@ ORDER = (
     ("registry", "_version"),
     ("kernels",),
 )
-"""Folders and faces from top to bottom. A file imports from its own line and from those below."""
+"""Folders and top-level files, from top to bottom. A file imports only from its own line and those below."""
 
 OPS = ("noise", "rollout", "adjoint")
-"""What every backend has."""
+"""Ops that every backend has."""
 STEMS = (*OPS, "cell", "loss", "least_squares")
-"""What may have a file for each backend, and has one for torch."""
+"""Stems that have a file for torch and may have one for each other backend."""
 ALONE = {
     *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba"),
     *("rollout_resident_triton", "rollout_stepwise_triton", "rollout_fused_triton"),
@@ -51,7 +51,7 @@ def parsed(path):
 
 
 def imports(path):
-    """Every imported module, absolute or with its leading dots, wherever in the file it is imported."""
+    """Return every module imported anywhere in the file, absolute or with its leading dots."""
     names = set()
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
@@ -96,7 +96,7 @@ def imported_modules(source, module, is_package, modules):
 
 
 def room_of(module):
-    """Return a module's folder or face."""
+    """Return a module's folder or top-level file."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
@@ -178,7 +178,7 @@ def test_what_is_imported_exists(graph):
 
 
 def test_imports_run_one_way(graph):
-    # A topological order exists: no file reaches itself.
+    # A topological order exists only where no imports form a cycle.
     done = set()
 
     def visit(name, above):
@@ -203,7 +203,7 @@ def test_imports_stay_in_the_room_or_go_down(module, graph):
 
 
 def test_foundations_stand_alone(graph):
-    # Pure data and plain functions: nothing of the package but the tables and the kernels is below them.
+    # These hold pure data and plain functions; they may import only the tables and the kernels.
     below = {
         "anpgpu.registry": set(),
         "anpgpu.checks": {"anpgpu.registry"},
@@ -218,7 +218,7 @@ def test_foundations_stand_alone(graph):
 
 
 def siblings(path):
-    """The files of kernels/ that a file there imports, by stem."""
+    """Return the stems of the files of kernels/ that one of them imports."""
     return {name[1:] for name in imports(path) if name.startswith(".") and name != "."}
 
 
@@ -228,7 +228,7 @@ def test_kernels_import_neither_the_package_nor_anything_above(path):
     assert not any(name.split(".")[0] in {"anpgpu", "kernels"} for name in names)
     assert not any(name.startswith("..") for name in names)
     assert siblings(path) <= {kernel.stem for kernel in KERNEL_FILES}
-    # The reference is below every kernel, and one backend does not lean on another.
+    # Kernels import the reference and files of their own backend only.
     backend = path.stem.rpartition("_")[2] if path.stem.endswith(BACKENDS) else ""
     for name in siblings(path):
         other = name.rpartition("_")[2] if name.endswith(BACKENDS) else ""
@@ -245,7 +245,7 @@ def test_only_a_backends_own_files_need_it(path):
 
 @pytest.mark.parametrize("module", sorted(module for module in FILE_OF if room_of(module) != "kernels"))
 def test_only_dispatch_knows_the_backends(module, graph):
-    # Everything else asks it for an implementation; the reference's types are for all.
+    # Other files ask dispatch for an implementation; only the reference's types are imported everywhere.
     assert [name for name in graph[module] if name.endswith(BACKENDS)] == []
     if module != "anpgpu.runtime.dispatch":
         names = {name.split(".")[0] for name in imports(FILE_OF[module])}
@@ -261,7 +261,7 @@ def functions(path):
 
 
 def signature(node):
-    """Names, kinds, defaults and annotations, as written."""
+    """Return names, kinds, defaults and annotations as written."""
     return ast.unparse(node.args), ast.unparse(node.returns) if node.returns else ""
 
 
@@ -311,7 +311,7 @@ def test_no_file_is_long_or_imports_the_bare_kernels(path):
 
 
 def asserting_helpers(tree):
-    """Functions of the file that assert, raise or call what does, to any depth."""
+    """Return the functions of the file that assert or raise, directly or through a call of any depth."""
     bodies = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     helpers = {name for name, node in bodies.items() if asserts(node, set())}
     while True:
@@ -356,7 +356,7 @@ def test_no_test_swallows_an_assertion(path):
 
 
 def own_statements(function):
-    """The statements of a function without those of functions inside it."""
+    """Return the statements of a function without those of nested functions."""
     stack = list(function.body)
     while stack:
         node = stack.pop()

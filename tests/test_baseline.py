@@ -1,4 +1,4 @@
-"""The mean return of the other rollouts, taken off: by hand, in blocks, and where it pays."""
+"""The baseline, the mean return of the other rollouts: by hand, in blocks, and where it pays."""
 
 import pytest
 import torch
@@ -46,8 +46,8 @@ def test_each_return_loses_the_mean_of_the_others(method, max_memory):
     share = HIDDEN * moved / (moved**2).sum(-1, keepdim=True) if method == "anp" else noise / SIGMA**2
     adjoint = ((credit - others).unsqueeze(-1) * share).mean(2)
     perturbation = anpgpu.Perturbation(method, ROLLOUTS, SIGMA, discount=GAMMA, baseline=True, max_memory=max_memory)
-    found = gradient(perturbation)
-    torch.testing.assert_close(found, torch.einsum("tbi,tbj->ij", adjoint, previous))
+    estimated = gradient(perturbation)
+    torch.testing.assert_close(estimated, torch.einsum("tbi,tbj->ij", adjoint, previous))
 
 
 def test_least_squares_takes_the_mean_off_before_it_regresses():
@@ -69,7 +69,7 @@ def test_least_squares_takes_the_mean_off_before_it_regresses():
     )
 
 
-# A regression loses one of its 32 equations, which the others feel a little.
+# The baseline takes one of 32 equations from the regression, so that "anp-ls" changes more.
 @pytest.mark.parametrize(("method", "change"), [("np", 0.01), ("anp", 0.01), ("anp-ls", 0.06)])
 def test_it_pays_where_the_noise_is_large_and_changes_little_where_it_is_small(method, change):
     torch.manual_seed(0)
@@ -80,12 +80,12 @@ def test_it_pays_where_the_noise_is_large_and_changes_little_where_it_is_small(m
     def alignment(sigma, baseline):
         torch.manual_seed(1)
         rule = anpgpu.Perturbation(method, 32, sigma, discount=0.9, ridge=0.1, baseline=baseline)
-        found = []
+        cosines = []
         for _ in range(20):
             rnn.zero_grad()
             anpgpu.estimate_grad_(rnn, readout, inputs, targets, perturbation=rule)
-            found.append(torch.cosine_similarity(rnn.weight_hh_l0.grad.flatten(), truth, dim=0))
-        return float(torch.stack(found).mean())
+            cosines.append(torch.cosine_similarity(rnn.weight_hh_l0.grad.flatten(), truth, dim=0))
+        return float(torch.stack(cosines).mean())
 
     nn.functional.mse_loss(readout(rnn(inputs)[0]), targets).backward()
     truth = rnn.weight_hh_l0.grad.flatten()

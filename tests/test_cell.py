@@ -1,4 +1,4 @@
-"""Cells as the kernels see them: the forms of each backend, and what runs where one has none."""
+"""Cells: their forms on each backend, and the error or fallback on a backend without one."""
 
 import importlib
 
@@ -18,7 +18,7 @@ def draw(*shape):
 
 
 class LeakyDeviation:
-    """h_t = h_{t-1} / 2 + a_t: the deviation needs that of the state before."""
+    """h_t = h_{t-1} / 2 + a_t, whose deviation depends on that of the state before."""
 
     def __init__(self, preact, rows):
         self.seen = []
@@ -41,7 +41,7 @@ def test_a_cell_tells_its_backends():
     assert TANH.backends() == RELU.backends() == ("torch", "numba", "triton", "cupy")
     assert LEAKY.backends() == ("torch",)
     assert TANH.on("torch") is TanhDeviation
-    # Branch 0 is a form.
+    # A form may be 0, which is false.
     assert TANH.on("numba") == 0
     with pytest.raises(ValueError, match="cell 'tanh' has no form on backend 'jax', only on torch, numba"):
         TANH.on("jax")

@@ -1,4 +1,4 @@
-"""The peers make the same update as ours, a wrong one is never timed, and the scripts write what they say."""
+"""The peers make the same update as ours, a wrong peer is never timed, and the scripts write their result files."""
 
 import importlib
 import importlib.util
@@ -55,34 +55,34 @@ def run(script, monkeypatch, capsys):
 
 
 def run_shell(name, *arguments, path):
-    """Run a shell script with some folder in front of PATH."""
+    """Run a shell script with a folder in front of PATH."""
     env = {**os.environ, "PATH": os.pathsep.join([str(path), os.environ["PATH"]]), "PYTHON": sys.executable}
     command = ["bash", str(SCRIPTS / name), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
 
 
-def relative_error(found, exact):
-    assert [one.shape for one in found] == [one.shape for one in exact]
-    return max(float((left - right).norm() / right.norm()) for left, right in zip(found, exact, strict=True))
+def relative_error(grads, exact):
+    assert [grad.shape for grad in grads] == [grad.shape for grad in exact]
+    return max(float((left - right).norm() / right.norm()) for left, right in zip(grads, exact, strict=True))
 
 
 def exact_update(peers, task, seed=3):
-    """Our gradients, and the noise they come from, in the task's own type."""
+    """Our gradients, and the noise they come from, in the task's type."""
     case = task.case
-    found = [one.clone() for one in peers.ours(task, torch.Generator().manual_seed(seed))]
+    grads = [grad.clone() for grad in peers.ours(task, torch.Generator().manual_seed(seed))]
     key = new_seed(CPU, torch.Generator().manual_seed(seed))
     shape = (case.time, case.batch, case.rollouts, case.hidden)
-    return found, functional.noise(key, shape, sigma=peers.SIGMA, dtype=task.inputs.dtype)
+    return grads, functional.noise(key, shape, sigma=peers.SIGMA, dtype=task.inputs.dtype)
 
 
 @pytest.mark.parametrize("name", ["eager torch", "torch.func.vmap"])
 def test_a_peer_gives_our_gradients_from_the_same_noise(script, name):
-    # In float64 the two agree to rounding: the same work to the last term, written twice.
+    # In float64 the two agree to rounding: they compute the same terms.
     peers, cases = script("compare_peers"), script("cases")
     task = peers.task_of(cases.Case(7, 3, 6, 9, inputs=4, outputs=2), CPU, torch.float64)
     exact, noise = exact_update(peers, task)
-    found = peers.anp_update(task, peers.anp_peers(cuda=False)[name](), noise)
-    assert relative_error(found, exact) < 1e-12
+    grads = peers.anp_update(task, peers.anp_peers(cuda=False)[name](), noise)
+    assert relative_error(grads, exact) < 1e-12
 
 
 def test_a_peer_draws_its_own_noise_of_the_same_size(script):
@@ -93,7 +93,7 @@ def test_a_peer_draws_its_own_noise_of_the_same_size(script):
         torch.manual_seed(0)
         first = peers.anp_update(task, rollouts)
         second = peers.anp_update(task, rollouts)
-        ours = [one.clone() for one in peers.ours(task)]
+        ours = [grad.clone() for grad in peers.ours(task)]
         assert not torch.equal(first[1], second[1])
         # 4,096 rollouts of 6 units: two independent estimates agree to about 1 / sqrt(4096 / 6).
         assert relative_error(first[:3], ours[:3]) < 0.25
@@ -103,7 +103,7 @@ def test_a_peer_draws_its_own_noise_of_the_same_size(script):
 def test_the_baseline_is_true_backpropagation(script):
     peers, cases = script("compare_peers"), script("cases")
     task = peers.task_of(cases.Case(6, 2, 4, 5, inputs=3, outputs=2), CPU, torch.float64)
-    found = peers.bptt(task, "fp64")()
+    grads = peers.bptt(task, "fp64")()
     rnn, readout = task.rnn, task.readout
     hidden, outputs = torch.zeros(2, 5, dtype=torch.float64), []
     for x in task.inputs:
@@ -112,7 +112,7 @@ def test_the_baseline_is_true_backpropagation(script):
         outputs.append(hidden @ readout.weight.T + readout.bias)
     loss = (torch.stack(outputs) - task.targets).square().mean()
     weights = [rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, readout.weight, readout.bias]
-    assert relative_error(found, torch.autograd.grad(loss, weights)) < 1e-12
+    assert relative_error(grads, torch.autograd.grad(loss, weights)) < 1e-12
 
 
 def test_the_gate_refuses_a_wrong_peer(script, run, monkeypatch, tmp_path, capsys):
@@ -150,8 +150,8 @@ def test_compare_writes_equal_work_and_its_ratios(run, tmp_path):
         steps = row["T"] * row["B"] * row["P"]
         assert row["rollout-steps/s"] == pytest.approx(steps / row["ms"] * 1e3)
         assert row["GFLOP/s"] == pytest.approx(2 * row["H"] ** 2 * row["rollout-steps/s"] / 1e9)
-    # What could not run is told with its reason; nothing disappears.
-    missing = {one["peer"]: one["reason"] for one in record["not_run"]}
+    # A peer that could not run is listed with the reason.
+    missing = {failure["peer"]: failure["reason"] for failure in record["not_run"]}
     installed = importlib.util.find_spec("jax") is not None
     assert missing == ({} if installed else {"EGGROLL, JAX": "jax is not installed"})
     assert ("EGGROLL, JAX" in rows) == installed
@@ -182,8 +182,8 @@ def test_ratios_are_of_time_and_of_steps(script):
 
 def test_compare_measures_peak_memory(script):
     compare, cases = script("compare"), script("cases")
-    # delta_a alone is 64 MiB in float32; the eager peer writes it once and holds a step or two beside it. It needs a
-    # process of its own: what another test freed, and malloc kept, would be resident before and not count.
+    # delta_a alone is 64 MiB in float32; the eager peer writes it once and holds a step or two beside it. A process of
+    # its own is needed: memory that other tests freed, but malloc kept, would be resident already and not count.
     case = cases.Case(time=64, batch=2, rollouts=512, hidden=256)
     peak = compare.peak("eager torch", case, compare.parser().parse_args(["--device", "cpu", "--threads", "1"]))
     assert 64 << 20 <= peak <= 96 << 20
@@ -213,8 +213,8 @@ def test_low_rank_evolution_matches_dense_members_or_says_what_is_missing(script
 
 
 def test_dense_members_estimate_the_gradient(script):
-    # The dense form is what the low-rank one is compared with; it in turn is compared with backpropagation. 2,000
-    # members for 57 parameters: an error of about sqrt(57 / 2000) = .17 of the norm.
+    # The dense form, the reference of the low-rank form, is itself compared with backpropagation. 2,000 members for
+    # 57 parameters leave an error of about sqrt(57 / 2000) = .17 of the norm.
     eggroll, peers, cases = script("compare_eggroll"), script("compare_peers"), script("cases")
     task = peers.task_of(cases.Case(3, 2, 4, 5, inputs=3, outputs=2), CPU, torch.float64)
     weights = eggroll.weights_of(task)
@@ -230,9 +230,9 @@ def test_dense_members_estimate_the_gradient(script):
         factors(weights.w_o),
         random.normal(size=(2000, 2)),
     )
-    found, _ = eggroll.dense_estimate(weights, noise, task.inputs.numpy(), task.targets.numpy(), 1e-3)
-    exact = np.concatenate([one.numpy().ravel() for one in peers.bptt(task, "fp64")()])
-    estimate = np.concatenate([np.ravel(one) for one in found])
+    gradients, _ = eggroll.dense_estimate(weights, noise, task.inputs.numpy(), task.targets.numpy(), 1e-3)
+    exact = np.concatenate([gradient.numpy().ravel() for gradient in peers.bptt(task, "fp64")()])
+    estimate = np.concatenate([np.ravel(gradient) for gradient in gradients])
     assert np.linalg.norm(estimate - exact) < 0.35 * np.linalg.norm(exact)
 
 
@@ -242,31 +242,31 @@ def test_model_by_hand(script):
         "sm_90:resident-256-bf16-loss-stored": {"issued": 12.0, "special": 1.5},
         "sm_90:step-512-bf16": {"issued": 1.0, "special": 0.0},
     }
-    found = model.bounds(model.GPUS["H200"], cases.Case(100, 128, 128, 512), rows)
+    bounds = model.bounds(model.GPUS["H200"], cases.Case(100, 128, 128, 512), rows)
     # 16,384 rows of 512 units in tiles of 128 x 256: 256 tiles, two waves on 132 multiprocessors; 100 steps.
     clocks = 100 * 2 * 128 * 256 / 1.83e9
-    assert found.tensor == pytest.approx(clocks * 1024 / (4096 * 0.79))
-    assert found.special == pytest.approx(clocks * 1.5 / 16)
+    assert bounds.tensor == pytest.approx(clocks * 1024 / (4096 * 0.79))
+    assert bounds.special == pytest.approx(clocks * 1.5 / 16)
     # Eight blocks of 64 units in the product, and the resident kernel's step as the epilogue.
-    assert found.issue == pytest.approx(clocks * (12 + 8 * 1.0) / 128)
-    assert found.store == pytest.approx(2 * 100 * 16384 * 512 / (4.8e12 * 0.9))
-    assert found.added == pytest.approx(found.store + 100 * (4e-6 + 1.5e-6))
-    assert found.binds == "tensor"
-    assert found.low == pytest.approx(found.tensor + found.added)
-    assert found.high == pytest.approx(found.tensor + max(found.special, found.issue, found.store) + found.added)
+    assert bounds.issue == pytest.approx(clocks * (12 + 8 * 1.0) / 128)
+    assert bounds.store == pytest.approx(2 * 100 * 16384 * 512 / (4.8e12 * 0.9))
+    assert bounds.added == pytest.approx(bounds.store + 100 * (4e-6 + 1.5e-6))
+    assert bounds.binds == "tensor"
+    assert bounds.low == pytest.approx(bounds.tensor + bounds.added)
+    assert bounds.high == pytest.approx(bounds.tensor + max(bounds.special, bounds.issue, bounds.store) + bounds.added)
 
 
 def test_model_of_several_gpus_shares_rollouts_but_not_the_clean_run(script):
     model, cases = script("model"), script("cases")
     rows = json.loads((ROOT / "tests" / "compiled.json").read_text())["rows"]
     case = cases.Case(100, 128, 128, 2048)
-    one, eight = (model.bounds(model.GPUS["H200"], case, rows, gpus=count) for count in (1, 8))
+    single, eight = (model.bounds(model.GPUS["H200"], case, rows, gpus=count) for count in (1, 8))
     clean = 100 * (4e-6 + 1.5e-6)
     gradients = 4 * (2048**2 + 2048 * 11)
     reduced = 20e-6 + 2 * 7 / 8 * gradients / 450e9
-    assert eight.store == pytest.approx(one.store / 8)
-    assert eight.added == pytest.approx(one.store / 8 + clean + reduced)
-    assert 1 < one.low / eight.low < 8
+    assert eight.store == pytest.approx(single.store / 8)
+    assert eight.added == pytest.approx(single.store / 8 + clean + reduced)
+    assert 1 < single.low / eight.low < 8
 
 
 def test_model_has_a_row_for_every_gpu_and_says_what_it_is(run):
@@ -281,10 +281,10 @@ def test_model_is_checked_against_a_measurement(script):
     row = {"T": 100, "B": 128, "P": 128, "H": 512, "peer": "ours", "ms": 2.3}
     other = {**row, "peer": "eager torch", "ms": 9.0}
     record = {"machine": {"gpu": {"name": "NVIDIA H200"}}, "results": [row, other]}
-    (found,) = model.check(record, rows)
-    assert found["GPU"] == "H200"
-    assert found["measured / low"] == pytest.approx(2.3 / found["model low"])
-    assert found["within"] == "yes"
+    (comparison,) = model.check(record, rows)
+    assert comparison["GPU"] == "H200"
+    assert comparison["measured / low"] == pytest.approx(2.3 / comparison["model low"])
+    assert comparison["within"] == "yes"
     (slow,) = model.check({**record, "results": [{**row, "ms": 23.0}]}, rows)
     assert slow["within"] == "NO"
     with pytest.raises(ValueError, match="measured on a CPU"):
@@ -340,16 +340,16 @@ def test_nsight_is_asked_for_our_ranges_alone(tmp_path, tool):
     first = "rollout" if tool == "ncu" else "name"
     done = run_shell(f"{tool}.sh", first, "--case", "4,1,4,8", path=tmp_path)
     assert done.returncode == 0, done.stderr
-    given = log.read_text().splitlines()
-    assert given[given.index("--case") + 1] == "4,1,4,8"
-    assert "--capture" in given
-    assert str(SCRIPTS / "trace.py") in given
+    words = log.read_text().splitlines()
+    assert words[words.index("--case") + 1] == "4,1,4,8"
+    assert "--capture" in words
+    assert str(SCRIPTS / "trace.py") in words
     if tool == "nsys":
-        assert {"--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--output=name"} <= set(given)
+        assert {"--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--output=name"} <= set(words)
     else:
-        domain, _, name = given[given.index("--nvtx-include") + 1].rstrip("/").partition("@")
+        domain, _, name = words[words.index("--nvtx-include") + 1].rstrip("/").partition("@")
         assert (domain, name) == (ranges.DOMAIN, "rollout")
-        assert given[given.index("--clock-control") + 1] == "none"
+        assert words[words.index("--clock-control") + 1] == "none"
 
 
 def test_a_missing_tool_is_named(tmp_path):

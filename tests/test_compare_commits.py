@@ -1,4 +1,4 @@
-"""Two checkouts are timed in turns: equal code passes, slower code fails, and the noise of the run is allowed for."""
+"""Two checkouts are timed in turns: equal code passes, slower code fails, and the bound allows for the run's noise."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "profiling"
 ORDER = {"case": [3, 1, 2, 4], "method": "anp", "least_s": 0.0, "clock": "wall"}
 
-# Autograd passes the check of an estimate, so this is an anpgpu of another version.
+# A stand-in for another version of anpgpu: it uses autograd, which passes the check of the estimate.
 STAND_IN = """
 from torch import nn
 
@@ -40,7 +40,7 @@ def estimate_grad_(rnn, readout, inputs, targets, *, perturbation=None, generato
 
 @pytest.fixture
 def script(monkeypatch):
-    """The script as a module, with its neighbours on the path; it leaves this process's threads alone."""
+    """The script as a module, with its folder on the path, which does not change this process's threads."""
     monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -70,7 +70,7 @@ def checkout(tmp_path):
 
 
 def taking(old, new, times):
-    """Stand in for the processes: each answers with the next of its checkout's times."""
+    """Stand in for the processes: each returns the next of its checkout's times."""
     waiting = {old: iter(times[0]), new: iter(times[1])}
 
     def ask(path, _threads, order):
@@ -83,7 +83,7 @@ def taking(old, new, times):
 
 
 def test_the_same_code_twice_is_not_slower(script, run, monkeypatch, tmp_path):
-    # In this process instead of fresh ones, which take seconds each; nothing else is left out.
+    # Measured in this process, since a fresh one takes seconds.
     monkeypatch.setattr(script, "ask", lambda _path, _threads, order: script.answer(order))
     output = tmp_path / "commits.json"
     printed = run(ROOT, "--quick", "--pairs", 3, "--bound", 10, "--output", output)
@@ -110,7 +110,7 @@ def test_slower_code_fails(script, run, monkeypatch, checkout, tmp_path):
     output = tmp_path / "commits.json"
     with pytest.raises(SystemExit, match="slower: quick anp") as stopped:
         run(checkout, "--quick", "--methods", "anp", "--bound", script.BOUND, "--output", output)
-    # Text as the status makes it 1.
+    # sys.exit with text has exit status 1.
     assert isinstance(stopped.value.code, str)
     (row,) = json.loads(output.read_text())["results"]
     assert row["verdict"] == "SLOWER"

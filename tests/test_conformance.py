@@ -1,5 +1,6 @@
-"""`anpgpu.RNN` beside `torch.nn.RNN`: the same outputs, gradients and types of error, whatever the two are given."""
+"""`anpgpu.RNN` beside `torch.nn.RNN`: the same outputs, gradients and types of error for all arguments."""
 
+import itertools
 import os
 import warnings
 from typing import NamedTuple
@@ -20,7 +21,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 class Case(NamedTuple):
-    """One construction and one call."""
+    """The arguments of a constructor and a call."""
 
     num_layers: int = 1
     bidirectional: bool = False
@@ -119,12 +120,12 @@ def assert_same_layout(outputs, expected):
     assert type(outputs) is type(expected)
     if isinstance(outputs, PackedSequence):
         for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
-            one, other = getattr(outputs, name), getattr(expected, name)
-            assert (one is None and other is None) or torch.equal(one, other)
-    one, other = flat(outputs), flat(expected)
-    assert (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-    # A view that works on torch's outputs works on these.
-    assert one.stride() == other.stride() or not one.numel()
+            ours, torchs = getattr(outputs, name), getattr(expected, name)
+            assert (ours is None and torchs is None) or torch.equal(ours, torchs)
+    ours, torchs = flat(outputs), flat(expected)
+    assert (ours.shape, ours.dtype, ours.device) == (torchs.shape, torchs.dtype, torchs.device)
+    # Equal strides, so that a view that works on torch's outputs works on ours.
+    assert ours.stride() == torchs.stride() or not ours.numel()
 
 
 @settings(max_examples=1500 if THOROUGH else 200)
@@ -139,47 +140,47 @@ def test_outputs_and_draws_are_those_of_torch(case):
         rnn.perturbation = Perturbation("np", rollouts=3)
     inputs, hx = case.arguments()
     others = case.arguments()
-    found = call(rnn, inputs, hx)
+    results = call(rnn, inputs, hx)
     drawn = torch.get_rng_state()
     expected = call(twin, *others)
     learns = flat(expected[0]).requires_grad and case.method != "bptt"
     if learns:
-        # After what torch draws, for dropout, one number.
+        # Our seed, one number, is drawn after torch's dropout masks.
         torch.empty((), dtype=torch.int64).random_(-(2**63), None)
     masked = case.training and case.dropout == 0.5 and case.num_layers > 1
-    for one, other in zip(found, expected, strict=True):
-        assert_same_layout(one, other)
+    for ours, torchs in zip(results, expected, strict=True):
+        assert_same_layout(ours, torchs)
         if masked and case.packed and learns:
-            # Masks are drawn for the padding too: the same distribution, other numbers.
-            assert bool(flat(one).isfinite().all())
+            # Our masks cover the padding too: they have the same distribution, but other values.
+            assert bool(flat(ours).isfinite().all())
         else:
-            # Products depend on where their operands lie in memory: nn.RNN itself repeats only to rounding.
-            assert_close(flat(one), flat(other), case.dtype)
+            # Products round by the place of their operands in memory: even nn.RNN repeats only to rounding.
+            assert_close(flat(ours), flat(torchs), case.dtype)
             assert (case.packed and learns) or torch.equal(drawn, torch.get_rng_state())
     if flat(expected[0]).requires_grad:
-        for one, state in (found, expected):
-            (flat(one).float().sum() + state.float().square().sum()).backward()
-        for one, other in gradients(rnn, twin, (inputs, others[0]), (hx, others[1])):
-            assert_same_form(one, other, case.dtype if case.method == "bptt" else None)
+        for outputs, h_n in (results, expected):
+            (flat(outputs).float().sum() + h_n.float().square().sum()).backward()
+        for ours, torchs in gradients(rnn, twin, (inputs, others[0]), (hx, others[1])):
+            assert_same_form(ours, torchs, case.dtype if case.method == "bptt" else None)
 
 
-def assert_same_form(found, wanted, tolerance):
-    """Both gradients are missing, or both there with the same shape and type, and equal within a tolerance's name."""
-    assert (found is None) == (wanted is None)
-    if found is not None:
-        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-        assert bool(found.isfinite().all())
+def assert_same_form(ours, torchs, tolerance):
+    """Both gradients are None, or both have the same shape and type and agree within the named tolerance."""
+    assert (ours is None) == (torchs is None)
+    if ours is not None:
+        assert (ours.shape, ours.dtype) == (torchs.shape, torchs.dtype)
+        assert bool(ours.isfinite().all())
         if tolerance is not None:
-            assert_close(found, wanted, tolerance)
+            assert_close(ours, torchs, tolerance)
 
 
 def gradients(rnn, twin, *pairs):
-    """What both modules left in .grad of parameters, and of the leaves among some tensors."""
-    found = [(one.grad, other.grad) for one, other in zip(rnn.parameters(), twin.parameters(), strict=True)]
-    for one, other in pairs:
-        if isinstance(one, torch.Tensor) and one.is_leaf:
-            found.append((one.grad, other.grad))
-    return found
+    """Pairs of .grad of both modules' parameters, and of those of the `pairs` that are leaves."""
+    grads = [(ours.grad, torchs.grad) for ours, torchs in zip(rnn.parameters(), twin.parameters(), strict=True)]
+    for ours, torchs in pairs:
+        if isinstance(ours, torch.Tensor) and ours.is_leaf:
+            grads.append((ours.grad, torchs.grad))
+    return grads
 
 
 @settings(max_examples=500 if THOROUGH else 40)
@@ -187,12 +188,12 @@ def gradients(rnn, twin, *pairs):
 @example(Case(num_layers=2, bidirectional=True, form="packed, unsorted", hx="with gradient", input_needs_grad=True))
 @example(Case(num_layers=2, batch_first=True, dropout=0.5, hx="with gradient", input_needs_grad=True))
 def test_gradients_are_those_of_torch_where_rollouts_suffice(case):
-    # Least squares with more rollouts than units and next to no ridge is exact to first order in sigma, for every
-    # form of input. Masks that torch draws for another number of elements are left out.
+    # Least squares with more rollouts than units and almost no ridge is exact to first order in sigma, for every form
+    # of input. Dropout of packed sequences is left out, since torch draws masks for another number of elements.
     if case.packed and case.num_layers > 1:
         case = case._replace(dropout=0.0)
     how = Perturbation("anp-ls", rollouts=40, sigma=1e-7, noise="gaussian", discount=1.0, ridge=1e-10)
-    # Without biases a silent relu layer puts the next one exactly at its kink, which has no gradient.
+    # Without biases a silent relu layer puts the next layer exactly at the kink, which has no gradient.
     case = case._replace(dtype="float64", frozen=False, bias=case.bias or case.nonlinearity == "relu")
     rnn, twin = case.modules(how)
     first, second = case.arguments(), case.arguments()
@@ -201,13 +202,13 @@ def test_gradients_are_those_of_torch_where_rollouts_suffice(case):
         ramp = torch.linspace(-1, 1, flat(outputs).numel(), dtype=torch.float64).view(flat(outputs).shape)
         (flat(outputs) * ramp).sum().add(h_n.square().sum()).backward()
     pairs = gradients(rnn, twin, *zip(first, second, strict=True))
-    assert all((one is None) == (other is None) for one, other in pairs)
-    # All of them together, and beside a 1: a unit that is silent throughout has a gradient of 0.
-    one, other = (
+    assert all((ours is None) == (torchs is None) for ours, torchs in pairs)
+    # All gradients in one vector with a 1, because a relative error needs a norm and silent units have gradient 0.
+    ours, torchs = (
         torch.cat([torch.ones(1), *(pair[side].flatten() for pair in pairs if pair[side] is not None)])
         for side in (0, 1)
     )
-    assert_close(one, other, "least_squares")
+    assert_close(ours, torchs, "least_squares")
 
 
 def without_a_step(inputs, case):
@@ -304,18 +305,18 @@ def test_errors_are_those_of_torch(case, fault, grad):
             MODULE_FAULTS[name](module)
         with torch.set_grad_enabled(grad):
             results.append(outcome(module, inputs, hx))
-    found, expected = results
-    if case.form == "packed, unsorted" and where == "hx" and isinstance(expected, type):
-        # torch looks the samples' order up in hx before it looks what hx is.
-        assert isinstance(found, type)
-    elif isinstance(expected, type):
-        assert found is expected
-    elif isinstance(found, type):
-        # Where sizes are 1 or sequences packed, torch goes on with mixed devices, types and shapes; we need not.
-        assert found is RuntimeError
+    ours, torchs = results
+    if case.form == "packed, unsorted" and where == "hx" and isinstance(torchs, type):
+        # torch reorders the samples of hx before it checks hx, so that its type of error differs.
+        assert isinstance(ours, type)
+    elif isinstance(torchs, type):
+        assert ours is torchs
+    elif isinstance(ours, type):
+        # Where sizes are 1 or sequences packed, torch accepts some mixed devices, types and shapes; we need not.
+        assert ours is RuntimeError
     else:
-        for one, other in zip(found, expected, strict=True):
-            assert_same_layout(one, other)
+        for result, torchs_result in zip(ours, torchs, strict=True):
+            assert_same_layout(result, torchs_result)
 
 
 def outcome(module, inputs, hx):
@@ -373,13 +374,13 @@ def test_hx_of_too_many_samples_raises_where_torch_takes_some_of_them():
     ],
 )
 def test_constructor_takes_and_refuses_what_torchs_does(args, options):
-    found, expected = (constructed(kind, args, options) for kind in (anpgpu.RNN, nn.RNN))
-    if isinstance(expected, type):
-        assert found is expected
+    ours, torchs = (constructed(kind, args, options) for kind in (anpgpu.RNN, nn.RNN))
+    if isinstance(torchs, type):
+        assert ours is torchs
     else:
-        assert repr(found) == repr(expected)
-        assert [(name, one.shape, one.dtype) for name, one in found.named_parameters()] == [
-            (name, one.shape, one.dtype) for name, one in expected.named_parameters()
+        assert repr(ours) == repr(torchs)
+        assert [(name, parameter.shape, parameter.dtype) for name, parameter in ours.named_parameters()] == [
+            (name, parameter.shape, parameter.dtype) for name, parameter in torchs.named_parameters()
         ]
 
 
@@ -399,10 +400,10 @@ def test_flatten_parameters_and_all_weights_are_torchs(form):
     before = flat(rnn(inputs)[0])
     assert rnn.flatten_parameters() is None
     assert_close(flat(rnn(inputs)[0]), before, case.dtype)
-    assert [[one.shape for one in layer] for layer in rnn.all_weights] == [
-        [one.shape for one in layer] for layer in twin.all_weights
+    assert [[weight.shape for weight in layer] for layer in rnn.all_weights] == [
+        [weight.shape for weight in layer] for layer in twin.all_weights
     ]
     assert all(
-        one is other
-        for one, other in zip((one for layer in rnn.all_weights for one in layer), rnn.parameters(), strict=True)
+        weight is parameter
+        for weight, parameter in zip(itertools.chain(*rnn.all_weights), rnn.parameters(), strict=True)
     )

@@ -1,4 +1,4 @@
-"""Parameters of `anpgpu.RNN` tied, replaced, computed, moved and saved; and padding, which counts for nothing."""
+"""Parameters of `anpgpu.RNN` tied, replaced, computed, moved and saved; padding has no effect."""
 
 import copy
 import io
@@ -23,7 +23,8 @@ def step(module, inputs, seed=3):
     module.zero_grad()
     torch.manual_seed(seed)
     module(inputs)[0].square().sum().backward()
-    return {name: None if one.grad is None else one.grad.clone() for name, one in module.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {name: None if grad is None else grad.clone() for name, grad in grads.items()}
 
 
 def assert_same(first, second):
@@ -49,10 +50,10 @@ INPUTS = torch.linspace(-1, 1, 4 * 2 * 3, dtype=torch.float64).sin().view(4, 2, 
 
 def assert_same_gradients(rnn, twin):
     assert_close(rnn(INPUTS)[0], twin(INPUTS)[0], "float64")
-    found, expected = step(rnn, INPUTS), step(twin, INPUTS)
-    assert found.keys() == expected.keys()
-    for name in found:
-        assert_close(found[name], expected[name], "least_squares")
+    ours, expected = step(rnn, INPUTS), step(twin, INPUTS)
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        assert_close(ours[name], expected[name], "least_squares")
 
 
 def test_a_tied_parameter_gets_the_sum_of_its_gradients():
@@ -74,8 +75,8 @@ def test_a_parameter_of_two_networks_gets_the_sum_of_its_gradients():
         def forward(self, inputs):
             return self.second(self.first(inputs)[0])
 
-    (one, expected_one), (two, expected_two) = pair(3, 4), pair(4, 4)
-    rnn, twin = Twice(one, two), Twice(expected_one, expected_two)
+    (lower, expected_lower), (upper, expected_upper) = pair(3, 4), pair(4, 4)
+    rnn, twin = Twice(lower, upper), Twice(expected_lower, expected_upper)
     assert len(list(rnn.parameters())) == 7
     assert_same_gradients(rnn, twin)
 
@@ -95,9 +96,9 @@ def test_a_reassigned_parameter_is_the_one_that_counts():
 
 
 def test_a_weight_computed_by_the_model_passes_its_gradient_on():
-    # Weight dropping and hypernetworks put a plain tensor in a parameter's place before every call.
+    # Weight dropping and hypernetworks replace a parameter by a plain tensor before every call.
     rnn, twin = pair(3, 4)
-    found = []
+    grads = []
     for module in (rnn, twin):
         raw = module.weight_hh_l0
         del module.weight_hh_l0
@@ -105,8 +106,8 @@ def test_a_weight_computed_by_the_model_passes_its_gradient_on():
         module.weight_hh_l0 = module.raw * 0.5
         torch.manual_seed(1)
         module(INPUTS)[0].square().sum().backward()
-        found.append(module.raw.grad)
-    assert_close(found[0], found[1], "least_squares")
+        grads.append(module.raw.grad)
+    assert_close(grads[0], grads[1], "least_squares")
 
 
 PARAMETRIZATIONS = {
@@ -123,11 +124,11 @@ def test_parametrized_weights_learn(kind, name):
     for module in (rnn, twin):
         torch.manual_seed(2)
         PARAMETRIZATIONS[kind](module, name)
-        # Every look at a weight under spectral_norm is a power iteration, while it trains.
+        # In training mode, each access to a weight under spectral_norm makes a power iteration.
         module.eval()
     assert list(rnn.state_dict()) == list(twin.state_dict())
     assert_same_gradients(rnn, twin)
-    # Swapped in and out, the parametrization stays.
+    # The parametrization survives swap_ and unswap_.
     assert anpgpu.unswap_(rnn) == 1
     assert_same(step(rnn, INPUTS), step(twin, INPUTS))
     assert anpgpu.swap_(rnn, EXACT) == 1
@@ -156,17 +157,17 @@ def test_a_parametrized_network_trains():
 
 def test_functional_call_estimates_for_the_parameters_it_is_given():
     rnn, twin = pair(3, 4, num_layers=2)
-    found = []
+    results = []
     for module in (rnn, twin):
-        given = {name: (0.7 * one.detach()).requires_grad_() for name, one in module.named_parameters()}
+        replaced = {name: (0.7 * parameter.detach()).requires_grad_() for name, parameter in module.named_parameters()}
         torch.manual_seed(1)
-        outputs, _ = torch.func.functional_call(module, given, (INPUTS,))
+        outputs, _ = torch.func.functional_call(module, replaced, (INPUTS,))
         outputs.square().sum().backward()
-        assert all(one.grad is None for one in module.parameters())
-        found.append((outputs, given))
-    assert_close(found[0][0], found[1][0], "float64")
-    for name in found[0][1]:
-        assert_close(found[0][1][name].grad, found[1][1][name].grad, "least_squares")
+        assert all(parameter.grad is None for parameter in module.parameters())
+        results.append((outputs, replaced))
+    assert_close(results[0][0], results[1][0], "float64")
+    for name in results[0][1]:
+        assert_close(results[0][1][name].grad, results[1][1][name].grad, "least_squares")
 
 
 def test_a_module_from_the_meta_device_is_an_ordinary_one():
@@ -197,7 +198,7 @@ def test_a_move_to_another_type_moves_everything(dtype):
     assert torch.equal(moved(inputs)[0], fresh(inputs)[0])
     assert_same(step(moved, inputs), step(fresh, inputs))
     back = moved.to(torch.float64)
-    assert all(one.dtype == torch.float64 for one in step(back, INPUTS).values())
+    assert all(grad.dtype == torch.float64 for grad in step(back, INPUTS).values())
 
 
 def test_saved_modules_come_back_whole():
@@ -215,7 +216,7 @@ def test_saved_modules_come_back_whole():
         assert not other.training
         assert not other.weight_hh_l0.requires_grad
         assert other.perturbation == EXACT
-        other.register_forward_hook(lambda *given: hooked.append(type(given[0])))
+        other.register_forward_hook(lambda *arguments: hooked.append(type(arguments[0])))
         assert_close(other(INPUTS)[0], twin(INPUTS)[0], "float64")
     assert hooked == [anpgpu.RNN] * 3
 
@@ -223,19 +224,20 @@ def test_saved_modules_come_back_whole():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("filler", [7.0, -1e4])
 def test_what_a_packed_sequence_is_padded_with_changes_nothing(monkeypatch, method, filler):
-    # Inside, samples are padded to one length. No loss, norm, product or update may see with what.
+    # Samples are padded to one length inside. The padding must not reach any loss, norm, product or update.
     rnn = anpgpu.RNN(3, 4, 2, bidirectional=True, perturbation=Perturbation(method, rollouts=5))
     packed = pack_padded_sequence(torch.randn(6, 3, 3), [2, 6, 3], enforce_sorted=False)
 
-    def found():
+    def results():
         rnn.zero_grad()
         torch.manual_seed(2)
         outputs, h_n = rnn(packed)
         (outputs.data.square().sum() + h_n.sum()).backward()
         estimate = rnn.last_estimate
-        return [outputs.data, h_n, estimate.skipped, estimate.split_half, *(one.grad for one in rnn.parameters())]
+        grads = [parameter.grad for parameter in rnn.parameters()]
+        return [outputs.data, h_n, estimate.skipped, estimate.split_half, *grads]
 
-    expected = found()
+    expected = results()
     pad = torch._VF._pad_packed_sequence
     padded_with = []
 
@@ -245,7 +247,7 @@ def test_what_a_packed_sequence_is_padded_with_changes_nothing(monkeypatch, meth
 
     monkeypatch.setattr(torch._VF, "_pad_packed_sequence", filled, raising=False)
     assert float(pad_packed_sequence(packed)[0][5, 0, 0]) == filler
-    assert all(torch.equal(one, other) for one, other in zip(found(), expected, strict=True))
+    assert all(torch.equal(tensor, other) for tensor, other in zip(results(), expected, strict=True))
     assert len(padded_with) > 1
 
 
@@ -276,8 +278,8 @@ def test_padding_of_inputs_and_targets_contributes_nothing(method, bidirectional
             rnn, head, inputs, targets, loss, perturbation=Perturbation(method, rollouts=5, readout=readout),
             lengths=lengths, generator=torch.Generator().manual_seed(1),
         )  # fmt: skip
-        grads = [one.grad for module in (rnn, head) for one in module.parameters()]
+        grads = [parameter.grad for module in (rnn, head) for parameter in module.parameters()]
         results.append([*grads, seen.loss, seen.outputs, seen.h_n, seen.skipped, seen.split_half])
     assert bool(results[0][0].isfinite().all())
     for other in results[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+        assert all(torch.equal(tensor, other_tensor) for tensor, other_tensor in zip(results[0], other, strict=True))

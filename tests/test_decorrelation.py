@@ -1,6 +1,6 @@
-"""Decorrelation: the rule and its gradients against the equations written out, and what a user does with it.
+"""Decorrelation: the rule and its gradients against the equations written out, and its use in training.
 
-The oracles run step by step and sample by sample, with D x in place of x, and know nothing of W D.
+The oracles run step by step and sample by sample on D x; they never form W D.
 """
 
 import copy
@@ -36,7 +36,7 @@ LENGTHS = [4, 6, 1]
 
 
 class Seen:
-    """What every weight of a network sees in place of x: one list of (activity, decorrelated activity) per weight."""
+    """The inputs of every weight of a network: a list of (x, D x) per weight."""
 
     def __init__(self, rnn, matrices, weights, inputs, hx, lengths):
         self.by_name = {name: [[] for _ in range(len(inputs))] for name in weights if name.startswith("weight")}
@@ -47,7 +47,7 @@ class Seen:
             length = lengths[sample]
             values = list(inputs[:length, sample])
             for layer in range(rnn.num_layers):
-                each = []
+                outputs = []
                 for side, suffix in enumerate(sides):
                     h = hx[layer * len(sides) + side, sample]
                     states = []
@@ -60,8 +60,8 @@ class Seen:
                             a = a + weights.get(name.replace("weight", "bias"), 0)
                         h = phi(a)
                         states.append(h)
-                    each.append(states[::-1] if side else states)
-                values = [torch.cat(states) for states in zip(*each, strict=True)]
+                    outputs.append(states[::-1] if side else states)
+                values = [torch.cat(states) for states in zip(*outputs, strict=True)]
             self.outputs.append(values)
 
 
@@ -88,20 +88,20 @@ def test_every_matrix_follows_the_rule(kind, lengths, average):
     inputs, hx = draw(T, B, I), draw(len(rnn.all_weights), B, H)
     before = {name: matrix.clone() for name, matrix in attached.matrices.items()}
     seen = Seen(rnn, before, detached(rnn), inputs, hx, lengths or [T] * B)
-    seen.by_name["readout"] = [[one[t] for one in seen.outputs if t < len(one)] for t in range(T)]
+    seen.by_name["readout"] = [[outputs[t] for outputs in seen.outputs if t < len(outputs)] for t in range(T)]
     attached.update_(inputs, hx, lengths)
     assert attached.matrices.keys() == seen.by_name.keys()
     for name, matrix in attached.matrices.items():
         expected = before[name]
         steps = seen.by_name[name]
-        for activities in [[one for step in steps for one in step]] if average else steps:
+        for activities in [[activity for step in steps for activity in step]] if average else steps:
             expected = rule(expected, activities, RATE)
         assert_close(matrix - before[name], expected - before[name], "float64")
         assert not torch.equal(matrix, before[name])
 
 
 def test_one_step_by_hand():
-    # One unit pair, one sample: h_0 = (1, 2) sees no step before the first, so mean x^ x^T = ((1, 2), (2, 4)).
+    # Two units, one sample, one step: W_hh sees h_0 = (1, 2) alone, so mean x^ x^T = ((1, 2), (2, 4)).
     rnn = nn.RNN(1, 2)
     attached = Decorrelation(rnn, rate=0.25)
     attached.update_(torch.zeros(1, 1, 1), torch.tensor([[[1.0, 2.0]]]))
@@ -157,7 +157,7 @@ def test_exact_gradients_are_those_of_the_equations(kind, through):
     weights = {name: parameter.detach().requires_grad_() for name, parameter in originals(rnn).items()}
     head = {name: parameter.detach().requires_grad_() for name, parameter in originals(readout).items()}
     seen = Seen(rnn, attached.matrices, weights, inputs, hx, [T] * B)
-    hidden = torch.stack([torch.stack(one) for one in seen.outputs], dim=1)
+    hidden = torch.stack([torch.stack(states) for states in seen.outputs], dim=1)
     outputs = hidden @ attached.matrices["readout"].t() @ head["weight"].t() + head["bias"]
     wanted = [*weights.values(), *head.values(), inputs, hx]
     expected = torch.autograd.grad((outputs - targets).square().mean(), wanted)
@@ -166,9 +166,9 @@ def test_exact_gradients_are_those_of_the_equations(kind, through):
         assert_close(estimate.outputs, outputs, "float64")
     else:
         nn.functional.mse_loss(readout(rnn(inputs, hx)[0]), targets).backward()
-    found = [*(originals(rnn)[name] for name in weights), *(originals(readout)[name] for name in head), inputs, hx]
-    for one, exact in zip(found, expected, strict=True):
-        assert_close(one.grad, exact, "float64")
+    leaves = [*(originals(rnn)[name] for name in weights), *(originals(readout)[name] for name in head), inputs, hx]
+    for leaf, exact in zip(leaves, expected, strict=True):
+        assert_close(leaf.grad, exact, "float64")
 
 
 @pytest.mark.parametrize("through", ["backward", "estimate_grad_"])
@@ -177,26 +177,26 @@ def test_exact_gradients_are_those_of_the_equations(kind, through):
 def test_every_methods_estimate_is_multiplied_by_the_transposed_matrix(kind, method, through):
     rnn, readout, attached = decorrelated(kind)
     matrices = {name: matrix.clone() for name, matrix in attached.matrices.items()}
-    found = gradients_of(rnn, readout, method, through)
+    estimated = gradients_of(rnn, readout, method, through)
     attached.fold_()
     rnn.zero_grad()
     readout.zero_grad()
     plain = gradients_of(rnn, readout, method, through)
-    assert found.keys() == plain.keys()
+    assert estimated.keys() == plain.keys()
     for name, gradient in plain.items():
         matrix = matrices.get("readout" if name == "readout.weight" else name)
-        assert_close(found[name], gradient if matrix is None else gradient @ matrix.t(), "float64")
+        assert_close(estimated[name], gradient if matrix is None else gradient @ matrix.t(), "float64")
         assert gradient.abs().max() > 0
 
 
 def test_least_squares_reproduces_the_equations():
-    # With more rollouts than units the adjoint is that of BPTT, so this is exact without any shared code.
+    # With more rollouts than units the adjoint is BPTT's, so that the oracle shares no code with the estimator.
     rnn, readout, attached = decorrelated()
-    found = gradients_of(rnn, readout, "anp-ls", "backward", ridge=1e-9, discount=1.0)
+    estimated = gradients_of(rnn, readout, "anp-ls", "backward", ridge=1e-9, discount=1.0)
     rnn.zero_grad()
     exact = gradients_of(rnn, readout, "bptt", "backward")
     for name in ("weight_hh_l0", "weight_ih_l0"):
-        assert torch.cosine_similarity(found[name].flatten(), exact[name].flatten(), 0) > 0.9999
+        assert torch.cosine_similarity(estimated[name].flatten(), exact[name].flatten(), 0) > 0.9999
     assert len(attached.matrices) == 3
 
 
@@ -210,7 +210,7 @@ def test_folding_leaves_a_plain_network(kind, cls):
     attached.fold_()
     assert type(rnn) is cls
     plain, _ = network(kind, cls=nn.RNN)
-    # Same names in the same order: an optimiser's state fits, too.
+    # Names and order are the same, so that an optimiser's state fits too.
     assert list(rnn.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in rnn.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert all(parameter is before[name] for name, parameter in rnn.named_parameters())
@@ -236,7 +236,7 @@ def test_a_copy_can_be_folded_while_the_original_goes_on():
     assert type(other) is anpgpu.RNN
     assert_close(other(inputs)[0], expected, "float64")
     attached.update_(inputs)
-    # Right after an update a copy needs nothing else.
+    # Right after an update, a copy of the state is complete.
     copied = copy.deepcopy(rnn)
     assert torch.equal(copied(inputs)[0], rnn(inputs)[0])
     assert not torch.equal(rnn(inputs)[0], expected)
@@ -353,7 +353,7 @@ def test_an_unstable_step_raises_and_changes_nothing(inputs):
     with pytest.raises(RuntimeError, match=r"rate=0.1 times .* has norm (\d|inf|nan).* for weight_ih_l0"):
         attached.update_(inputs.float())
     assert all(torch.equal(value, state[name]) for name, value in rnn.state_dict().items())
-    # A network that sees sensible inputs goes on.
+    # The network still learns from finite inputs.
     attached.update_(draw(T, B, I).float())
     assert all(matrix.isfinite().all() for matrix in attached.matrices.values())
 
@@ -462,17 +462,17 @@ def test_squared_correlation():
     assert float(squared_correlation(activity)) == pytest.approx(np.mean(others**2))
     rows = activity.flatten(0, 1).numpy()
     moments = rows.T @ rows / np.sqrt(np.outer((rows**2).sum(0), (rows**2).sum(0)))
-    found = squared_correlation(activity, centred=False)
-    assert float(found) == pytest.approx(np.mean(moments[~np.eye(H, dtype=bool)] ** 2))
-    # A unit that does not vary correlates with none.
+    correlation = squared_correlation(activity, centred=False)
+    assert float(correlation) == pytest.approx(np.mean(moments[~np.eye(H, dtype=bool)] ** 2))
+    # A constant unit has correlation 0 with all others.
     still = torch.cat((activity, torch.zeros(7, 9, 1)), dim=-1)
     assert float(squared_correlation(still)) == pytest.approx(np.mean(others**2))
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_correlation_falls_tenfold_on_mackey_glass(seed):
-    # What W_hh sees, on held-out data, while W stays as it is. The rule shrinks the activity, too, which a correlation
-    # does not notice. profiling/study_decorrelation.py is the complete measurement.
+    # The input of W_hh on held-out data, with W fixed. The rule also shrinks the activity, to which a correlation is
+    # blind. profiling/study_decorrelation.py is the complete measurement.
     from reservoirpy.datasets import mackey_glass
 
     units, lanes, steps, updates = 64, 8, 50, 1000

@@ -1,4 +1,4 @@
-"""`diagnose`: its figures against autograd, what it recommends and says, what it must leave alone."""
+"""`diagnose`: its figures against autograd, its recommendation and advice, and the state that it must not change."""
 
 import builtins
 import copy
@@ -22,7 +22,7 @@ SMALL = {"rollouts": (2, 8), "discounts": (0, 1), "sigmas": (1e-3,), "repeats": 
 
 
 def case(seed=0, **options):
-    """A float64 network, a readout, inputs and targets whose loss depends on what was many steps ago."""
+    """A float64 network, a readout, inputs and targets whose loss depends on inputs of many steps ago."""
     torch.manual_seed(seed)
     rnn = nn.RNN(INPUTS, HIDDEN, **options).double()
     readout = nn.Linear(HIDDEN * (2 if options.get("bidirectional") else 1), 2).double()
@@ -39,8 +39,8 @@ def by_autograd(rnn, readout, inputs, targets):
 def test_rows_are_cosines_to_torchs_own_gradient():
     rnn, readout, inputs, targets = case()
     exact = by_autograd(rnn, readout, inputs, targets)
-    found = diagnose(rnn, readout, inputs, targets, seed=3, **SMALL)
-    (row,) = [row for row in found.rows if row.perturbation == Perturbation("np", 8, discount=1)]
+    diagnosis = diagnose(rnn, readout, inputs, targets, seed=3, **SMALL)
+    (row,) = [row for row in diagnosis.rows if row.perturbation == Perturbation("np", 8, discount=1)]
     seeds = torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(3)).tolist()
     cosines, ratios, halves, hidden = [], [], [], []
     for seed in seeds:
@@ -53,8 +53,8 @@ def test_rows_are_cosines_to_torchs_own_gradient():
             perturbation=Perturbation("np", 8, discount=1.0),
             generator=torch.Generator().manual_seed(seed),
         )
-        flat = torch.cat([one.grad.flatten() for one in rnn.parameters()])
-        truth = torch.cat([one.flatten() for one in exact.values()])
+        flat = torch.cat([parameter.grad.flatten() for parameter in rnn.parameters()])
+        truth = torch.cat([grad.flatten() for grad in exact.values()])
         cosines.append(F.cosine_similarity(flat, truth, dim=0))
         ratios.append(flat.norm() / truth.norm())
         halves.append(estimate.split_half)
@@ -70,7 +70,7 @@ def test_rows_are_cosines_to_torchs_own_gradient():
 def test_bias_of_a_small_discount_and_of_a_large_sigma_shows():
     rnn, readout, inputs, targets = case()
     how = Perturbation("np", 512)
-    found = diagnose(
+    diagnosis = diagnose(
         rnn,
         readout,
         inputs,
@@ -82,7 +82,7 @@ def test_bias_of_a_small_discount_and_of_a_large_sigma_shows():
         sigmas=(1e-3, 3.0),
         progress=False,
     )
-    by = {(row.perturbation.discount, row.perturbation.sigma): row for row in found.rows}
+    by = {(row.perturbation.discount, row.perturbation.sigma): row for row in diagnosis.rows}
     exact, truncated = by[1, 1e-3], by[0, 1e-3]
     assert exact.total.limit > 0.99
     assert exact.total.ratio == pytest.approx(1, abs=0.2)
@@ -91,7 +91,7 @@ def test_bias_of_a_small_discount_and_of_a_large_sigma_shows():
     assert truncated.total.agreement > exact.total.agreement
     assert truncated.parts["weight_hh"].limit < 0.97
     assert by[1, 3.0].total.limit < 0.9
-    assert found.recommendation == Perturbation("np", 512, discount=1)
+    assert diagnosis.recommendation == Perturbation("np", 512, discount=1)
     large = diagnose(
         rnn,
         readout,
@@ -112,7 +112,7 @@ def test_bias_of_a_small_discount_and_of_a_large_sigma_shows():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_least_squares_is_recommended_where_it_is_exact(layers):
     rnn, readout, inputs, targets = case(num_layers=layers)
-    found = diagnose(
+    diagnosis = diagnose(
         rnn,
         readout,
         inputs,
@@ -123,25 +123,25 @@ def test_least_squares_is_recommended_where_it_is_exact(layers):
         sigmas=(1e-5,),
         progress=False,
     )
-    assert found.recommendation == Perturbation("anp-ls", 16, 1e-5, discount=1, ridge=1e-6)
-    assert found.best.total.cosine > 0.999
-    assert found.learning_rate_scale == pytest.approx(1, abs=0.02)
-    assert "little is missing" in found.advice
+    assert diagnosis.recommendation == Perturbation("anp-ls", 16, 1e-5, discount=1, ridge=1e-6)
+    assert diagnosis.best.total.cosine > 0.999
+    assert diagnosis.learning_rate_scale == pytest.approx(1, abs=0.02)
+    assert "little is missing" in diagnosis.advice
 
 
 def test_a_sigma_that_is_as_good_as_any_is_kept():
     how = Perturbation("anp-ls", 16, 1e-5, discount=1, ridge=1e-6)
     grid = SMALL | {"sigmas": (1e-7, 1e-6, 1e-5, 1e-4), "rollouts": (16,), "methods": ("anp-ls",)}
-    found = diagnose(*case(), perturbation=how, **grid)
-    assert found.recommendation == how
-    assert found.best is found.current
+    diagnosis = diagnose(*case(), perturbation=how, **grid)
+    assert diagnosis.recommendation == how
+    assert diagnosis.best is diagnosis.current
 
 
 def test_the_callers_world_stays_as_it_was():
     torch.manual_seed(0)
     rnn = anpgpu.RNN(INPUTS, HIDDEN, num_layers=2, dropout=0.5)
-    for one in rnn.parameters():
-        one.grad = torch.randn_like(one)
+    for parameter in rnn.parameters():
+        parameter.grad = torch.randn_like(parameter)
     rnn.weight_hh_l0.requires_grad_(False)
     inputs = torch.randn(TIME, BATCH, INPUTS, requires_grad=True)
     hx = torch.randn(2, BATCH, HIDDEN, requires_grad=True)
@@ -150,19 +150,19 @@ def test_the_callers_world_stays_as_it_was():
         torch.rand(3)
         return outputs.square().mean(-1)
 
-    before = {name: (one.detach().clone(), one.grad.clone()) for name, one in rnn.named_parameters()}
+    before = {name: (parameter.detach().clone(), parameter.grad.clone()) for name, parameter in rnn.named_parameters()}
     noise = torch.get_rng_state()
-    found = diagnose(rnn, None, inputs, None, loss, hx=hx, **SMALL)
-    assert found.unseen is None
+    diagnosis = diagnose(rnn, None, inputs, None, loss, hx=hx, **SMALL)
+    assert diagnosis.unseen is None
     assert torch.equal(torch.get_rng_state(), noise)
     assert rnn.training
     assert rnn.dropout == 0.5
     assert inputs.grad is None
     assert hx.grad is None
     assert rnn.last_estimate is None
-    for name, one in rnn.named_parameters():
-        assert torch.equal(one.detach(), before[name][0]), name
-        assert torch.equal(one.grad, before[name][1]), name
+    for name, parameter in rnn.named_parameters():
+        assert torch.equal(parameter.detach(), before[name][0]), name
+        assert torch.equal(parameter.grad, before[name][1]), name
 
 
 def test_a_readout_of_ones_own_keeps_its_mode_and_buffers():
@@ -175,16 +175,16 @@ def test_a_readout_of_ones_own_keeps_its_mode_and_buffers():
         return outputs.square().mean(-1).view(TIME, BATCH, -1)
 
     rnn, noise = nn.RNN(INPUTS, HIDDEN), torch.get_rng_state()
-    found = diagnose(rnn, readout, inputs, None, loss, **SMALL)
-    assert found.unseen is None
+    diagnosis = diagnose(rnn, readout, inputs, None, loss, **SMALL)
+    assert diagnosis.unseen is None
     assert readout.training
     assert readout[2].training
     assert all(torch.equal(value, readout.state_dict()[name]) for name, value in before.items())
     assert torch.equal(torch.get_rng_state(), noise)
 
 
-def figures(found):
-    return [(row.perturbation, row.total.cosine, row.total.limit, row.split_half) for row in found.rows]
+def figures(diagnosis):
+    return [(row.perturbation, row.total.cosine, row.total.limit, row.split_half) for row in diagnosis.rows]
 
 
 def test_equal_seeds_give_equal_results_whatever_torchs_generator():
@@ -222,17 +222,17 @@ def test_a_loss_without_gradient_shows_variance_only():
     def errors(outputs, targets):
         return outputs.argmax(-1) != targets
 
-    found = diagnose(
+    diagnosis = diagnose(
         rnn, readout, inputs, labels, errors, rollouts=(8, 64), sigmas=(1e-6, 0.1), discounts=(0, 1), progress=False
     )
-    assert "differentiable" in found.unseen
-    assert all(math.isnan(row.total.cosine) and math.isnan(row.total.limit) for row in found.rows)
-    # The smallest noise changes no class: no estimate, and no recommendation of it.
-    assert found.recommendation.sigma > 1e-6
-    assert found.recommendation.discount == 1
-    assert found.best.total.agreement > 0
-    assert "bias cannot be seen" in found.advice
-    assert "There is none here" in found.table()
+    assert "differentiable" in diagnosis.unseen
+    assert all(math.isnan(row.total.cosine) and math.isnan(row.total.limit) for row in diagnosis.rows)
+    # The smallest noise changes no class: it gives no estimate and must not be recommended.
+    assert diagnosis.recommendation.sigma > 1e-6
+    assert diagnosis.recommendation.discount == 1
+    assert diagnosis.best.total.agreement > 0
+    assert "bias cannot be seen" in diagnosis.advice
+    assert "There is none here" in diagnosis.table()
 
     def through_numpy(outputs, targets):
         return torch.from_numpy(abs(outputs.numpy()).mean(-1))
@@ -243,7 +243,7 @@ def test_a_loss_without_gradient_shows_variance_only():
 def test_a_smooth_callable_is_compared_with_its_gradient():
     rnn, readout, inputs, targets = case()
     steps = targets.expand(TIME, BATCH, 2)
-    own = diagnose(rnn, readout, inputs, steps, lambda outputs, given: (outputs - given).square().mean(-1), **SMALL)
+    own = diagnose(rnn, readout, inputs, steps, lambda outputs, wanted: (outputs - wanted).square().mean(-1), **SMALL)
     named = diagnose(rnn, readout, inputs, steps, "mse", **SMALL)
     assert own.unseen is None
     assert own.best.total.cosine == pytest.approx(named.best.total.cosine, abs=1e-3)
@@ -254,12 +254,12 @@ def test_a_setting_that_fails_is_a_row_without_figures():
     rnn, readout = nn.RNN(INPUTS, HIDDEN, nonlinearity="relu"), nn.Linear(HIDDEN, 2)
     inputs, targets = torch.randn(TIME, BATCH, INPUTS), torch.randn(BATCH, 2)
     grid = SMALL | {"sigmas": (1e-3, 1e30)}
-    found = diagnose(rnn, readout, inputs, targets, **grid)
-    failed = [row for row in found.rows if row.perturbation.sigma == 1e30]
+    diagnosis = diagnose(rnn, readout, inputs, targets, **grid)
+    failed = [row for row in diagnosis.rows if row.perturbation.sigma == 1e30]
     assert failed
     assert all(row.error and math.isnan(row.total.cosine) for row in failed)
-    assert found.recommendation.sigma == 1e-3
-    assert found.table()
+    assert diagnosis.recommendation.sigma == 1e-3
+    assert diagnosis.table()
     with pytest.raises(RuntimeError, match="no setting of the grid"):
         diagnose(rnn, readout, inputs, targets, perturbation=Perturbation(sigma=1e30), **SMALL | {"sigmas": (1e30,)})
 
@@ -277,7 +277,7 @@ def test_the_cheapest_within_tolerance_is_recommended_and_the_larger_discount():
     assert cheapest((dear, truncated, cheap), 0.0, None) is dear
     least = row("anp-ls", rollouts=16, cosine=0.87)
     assert cheapest((least, cheap), 0.05, None) is cheap
-    # Without a true gradient what looks best is what has no credit for the future.
+    # Without a true gradient bias is not seen, so that the setting without credit for the future looks best.
     assert (
         cheapest((row(discount=0, agreement=0.9), row(agreement=0.4)), 0.05, "no gradient").perturbation.discount == 1
     )
@@ -329,30 +329,30 @@ def test_advice_warns_of_a_small_discount():
 
 def test_cost_counts_what_least_squares_adds():
     assert cost_of(Perturbation("anp", 32), 64) == cost_of(Perturbation("np", 32), 64) == 32
-    # P = H: the Gram products cost what the rollouts do, the factor a sixth of it.
+    # P = H: the Gram products cost as much as the rollouts, the factorisation a sixth of that.
     assert cost_of(Perturbation("anp-ls", 64), 64) == pytest.approx(64 * (2 + 1 / 6))
     assert cost_of(Perturbation("anp-ls", 16), 64) < 2 * cost_of(Perturbation("anp", 16), 64)
 
 
 def test_the_table_has_every_row_and_marks_two():
-    found = diagnose(*case(), **SMALL)
-    lines = found.table().splitlines()
-    body = lines[1 : 1 + len(found.rows)]
+    diagnosis = diagnose(*case(), **SMALL)
+    lines = diagnosis.table().splitlines()
+    body = lines[1 : 1 + len(diagnosis.rows)]
     assert lines[0].split()[:4] == ["method", "rollouts", "discount", "sigma"]
-    assert all(line.split()[0] == one.perturbation.method for line, one in zip(body, found.rows, strict=True))
-    assert [line for line in body if "<" in line] == [body[found.rows.index(found.best)]]
-    assert [line for line in body if "*" in line] == [body[found.rows.index(found.current)]]
-    assert lines[-1] == found.advice
-    assert found.current.perturbation == Perturbation()
-    settings = [one.perturbation for one in found.rows]
-    # The default has its own row beside those of the grid, and stands at a discount of 1 and another.
+    assert all(line.split()[0] == entry.perturbation.method for line, entry in zip(body, diagnosis.rows, strict=True))
+    assert [line for line in body if "<" in line] == [body[diagnosis.rows.index(diagnosis.best)]]
+    assert [line for line in body if "*" in line] == [body[diagnosis.rows.index(diagnosis.current)]]
+    assert lines[-1] == diagnosis.advice
+    assert diagnosis.current.perturbation == Perturbation()
+    settings = [entry.perturbation for entry in diagnosis.rows]
+    # The default has a row of its own beside the grid's, which have a discount of 1 and another.
     assert len(set(settings)) == len(settings) == 1 + 1 + 12
 
 
 def test_wp_has_no_discount_and_bptt_is_no_candidate():
     rnn, readout, inputs, targets = case()
-    found = diagnose(rnn, readout, inputs, targets, **SMALL | {"methods": ("wp",)})
-    assert sum(one.perturbation.method == "wp" for one in found.rows) == 2
+    diagnosis = diagnose(rnn, readout, inputs, targets, **SMALL | {"methods": ("wp",)})
+    assert sum(entry.perturbation.method == "wp" for entry in diagnosis.rows) == 2
     swapped = anpgpu.RNN(INPUTS, HIDDEN, perturbation=Perturbation("bptt", 3)).double()
     assert diagnose(swapped, readout, inputs, targets, **SMALL).current.perturbation == Perturbation(rollouts=3)
 
@@ -360,21 +360,21 @@ def test_wp_has_no_discount_and_bptt_is_no_candidate():
 def test_the_plot_is_a_png_with_a_panel_per_method(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    found = diagnose(*case(), **SMALL)
+    diagnosis = diagnose(*case(), **SMALL)
     panels = []
     original = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (panels.append(self.axes), original(self, *a, **k))[1])
-    found.plot(tmp_path / "one.png")
+    diagnosis.plot(tmp_path / "one.png")
     assert (tmp_path / "one.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     titles = [axis.get_title() for axis in panels[0]]
     assert set(titles) >= {"anp", "anp-ls", "np"}
     texts = {text.get_text() for text in panels[0][titles.index("anp-ls")].texts}
-    expected = {f"{one.total.cosine:.2f}" for one in found.rows if one.perturbation.method == "anp-ls"}
+    expected = {f"{entry.total.cosine:.2f}" for entry in diagnosis.rows if entry.perturbation.method == "anp-ls"}
     assert texts == expected
 
 
 def test_a_missing_matplotlib_is_named(tmp_path, monkeypatch):
-    found = diagnose(*case(), **SMALL)
+    diagnosis = diagnose(*case(), **SMALL)
     original = builtins.__import__
 
     def without(name, *arguments, **options):
@@ -384,7 +384,7 @@ def test_a_missing_matplotlib_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"anpgpu\[plot\]"):
-        found.plot(tmp_path / "one.png")
+        diagnosis.plot(tmp_path / "one.png")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_bad_arguments_are_quoted(error, match, change):
 
 
 def exclusive_or(generator):
-    """Bits, (12, 16, 1), and as classes the exclusive or of those one and two steps ago."""
+    """Return bits, (12, 16, 1), and as classes the exclusive or of the bits one and two steps ago."""
     bits = torch.randint(2, (12, 16), generator=generator)
     targets = torch.full(bits.shape, -100)
     targets[2:] = bits[1:-1] ^ bits[:-2]
@@ -438,8 +438,10 @@ def test_the_recommendation_at_the_first_weights_trains(seed):
     for _ in range(400):
         optimiser.zero_grad()
         inputs, targets = exclusive_or(data)
-        found = anpgpu.estimate_grad_(rnn, readout, inputs, targets, "cross_entropy", perturbation=how, generator=noise)
+        estimate = anpgpu.estimate_grad_(
+            rnn, readout, inputs, targets, "cross_entropy", perturbation=how, generator=noise
+        )
         optimiser.step()
-        losses.append(float(found.loss))
+        losses.append(float(estimate.loss))
     assert losses[0] > 0.6
     assert sum(losses[-20:]) / 20 < 0.1, f"{how}: {losses[::40]}"

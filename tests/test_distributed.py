@@ -1,4 +1,4 @@
-"""Several real processes over gloo: shared rollouts are the update of one process; shared samples have other noise."""
+"""Processes over gloo: shared rollouts give the update of one process; divided samples have independent noise."""
 
 import os
 import subprocess
@@ -18,8 +18,8 @@ COUNTS = [pytest.param(2, id="2 processes"), pytest.param(3, id="3 processes", m
 
 
 @pytest.fixture(scope="module", params=COUNTS)
-def found(request, tmp_path_factory):
-    """What each process found. P = 7 rollouts and B = 5 samples divide by neither number of them."""
+def reports(request, tmp_path_factory):
+    """The report of each process. Neither number of processes divides P = 7 rollouts or B = 5 samples."""
     return cases.run(request.param, tmp_path_factory.mktemp("processes"))
 
 
@@ -29,32 +29,32 @@ def alone():
     return cases.updates(False)
 
 
-def test_shared_rollouts_make_the_update_of_one_process(found, alone):
+def test_shared_rollouts_make_the_update_of_one_process(reports, alone):
     for name, expected in alone.items():
         assert bool(expected.isfinite().all()), name
-        error = relative_error(found[0]["updates"][name], expected)
+        error = relative_error(reports[0]["updates"][name], expected)
         assert error <= TOLERANCES["float32_long" if "float32" in name else "float64"].bound, f"{name}: {error:.2g}"
-    assert alone.keys() == found[0]["updates"].keys()
-    # The last number is the count of lost rollouts: some were, and each process counts those of all.
+    assert alone.keys() == reports[0]["updates"].keys()
+    # The last number counts the lost rollouts of all processes; some were lost.
     assert all(float(alone[f"lost rollouts {method}"][-1]) > 0 for method in METHODS)
 
 
-def test_all_processes_have_the_same_gradients_bitwise(found):
-    for other in found[1:]:
-        assert all(torch.equal(other["updates"][name], one) for name, one in found[0]["updates"].items())
+def test_all_processes_have_the_same_gradients_bitwise(reports):
+    for other in reports[1:]:
+        assert all(torch.equal(other["updates"][name], expected) for name, expected in reports[0]["updates"].items())
 
 
-def test_processes_seeded_differently_train_as_the_first_would_alone(found):
-    # The seed of an update is the first process's.
+def test_processes_seeded_differently_train_as_the_first_would_alone(reports):
+    # All processes use the first one's seed of an update.
     expected = cases.train(False, 0)
-    for one in found:
-        assert_close(one["train"], expected, "float32_long")
-        assert torch.equal(one["train"], found[0]["train"])
+    for report in reports:
+        assert_close(report["train"], expected, "float32_long")
+        assert torch.equal(report["train"], reports[0]["train"])
     assert relative_error(cases.train(False, 1), expected) > TOLERANCES["float32_long"].bound
 
 
-def test_sharing_draws_one_number_too(found):
-    assert all(one["generators"] for one in found)
+def test_sharing_draws_one_number_too(reports):
+    assert all(report["generators"] for report in reports)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_sharing_draws_one_number_too(found):
         ("nothing_finite", "every rollout of sample 0, 1, 2, 3, 4 is not finite"),
     ],
 )
-def test_mistakes_are_errors_in_every_process(found, case, words):
-    for one in found:
-        assert words.replace("N", str(len(found))) in one["errors"][case]
+def test_mistakes_are_errors_in_every_process(reports, case, words):
+    for report in reports:
+        assert words.replace("N", str(len(reports))) in report["errors"][case]
 
 
 def unwrapped(monkeypatch, rank, count):
@@ -82,17 +82,17 @@ def unwrapped(monkeypatch, rank, count):
         return cases.samples_sharded(rank, count, wrap=lambda model: model)
 
 
-def test_data_parallel_averages_the_estimates_of_all_processes(monkeypatch, found):
-    count = len(found)
-    each = [unwrapped(monkeypatch, rank, count) for rank in range(count)]
+def test_data_parallel_averages_the_estimates_of_all_processes(monkeypatch, reports):
+    count = len(reports)
+    of_ranks = [unwrapped(monkeypatch, rank, count) for rank in range(count)]
     for method in (*METHODS, "bptt"):
-        mean = torch.stack([one[method] for one in each]).mean(0)
-        for one in found:
-            assert_close(one["ddp"][method], mean, "float64")
+        mean = torch.stack([gradients[method] for gradients in of_ranks]).mean(0)
+        for report in reports:
+            assert_close(report["ddp"][method], mean, "float64")
 
 
 def test_processes_with_the_same_seed_draw_other_noise(monkeypatch):
-    # Two ranks, the same seed, samples, targets and weights: only the rank in the noise's counter differs.
+    # Two ranks with the same seed, samples, targets and weights differ only by the rank in the noise's counter.
     for method in METHODS:
         first, second = (unwrapped(monkeypatch, rank, 1)[method] for rank in (0, 1))
         assert relative_error(first, second) > 0.01
@@ -101,13 +101,13 @@ def test_processes_with_the_same_seed_draw_other_noise(monkeypatch):
 
 
 @pytest.mark.parametrize("share", ["samples", "rollouts"])
-def test_the_example_trains_alike_in_every_process(found, share):
-    losses = found[0]["example"][share]
+def test_the_example_trains_alike_in_every_process(reports, share):
+    losses = reports[0]["example"][share]
     assert len(losses) == 3
-    assert all(one["example"][share] == losses for one in found)
-    # The first loss is the untrained model's, on the same batch; then the noise differs.
-    assert losses[0] == pytest.approx(found[0]["example"]["samples"][0])
-    assert losses[2] != found[0]["example"]["rollouts" if share == "samples" else "samples"][2]
+    assert all(report["example"][share] == losses for report in reports)
+    # The first loss, of the untrained model, is on the same batch; later losses depend on the noise.
+    assert losses[0] == pytest.approx(reports[0]["example"]["samples"][0])
+    assert losses[2] != reports[0]["example"]["rollouts" if share == "samples" else "samples"][2]
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_what_cannot_be_shared_is_refused():
         Perturbation("published-anp", rollouts=1, noise="gaussian", shard_rollouts=True)
     with pytest.raises(TypeError, match="shard_rollouts must be a bool, got 2"):
         Perturbation(shard_rollouts=2)
-    # Nothing to share, and nothing to wait for.
+    # An empty batch has nothing to exchange.
     rnn = anpgpu.RNN(2, 3, perturbation=Perturbation("bptt", shard_rollouts=True))
     rnn(torch.ones(4, 1, 2))[0].sum().backward()
     assert rnn.weight_hh_l0.grad is not None

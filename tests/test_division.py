@@ -1,4 +1,4 @@
-"""The result does not depend on how the work is divided: bitwise at equal division, to rounding between divisions."""
+"""The result does not depend on how the work is divided: equal divisions agree bitwise, others to rounding."""
 
 import pytest
 import torch
@@ -30,12 +30,12 @@ def sequence_error(outputs, targets):
 
 
 def divisions_of(method):
-    """Least squares never divides rollouts."""
-    return [one for one in DIVISIONS if one.rollouts == P or method != "anp-ls"]
+    """The divisions of a method: least squares never divides rollouts."""
+    return [division for division in DIVISIONS if division.rollouts == P or method != "anp-ls"]
 
 
 def force(monkeypatch, division):
-    """Every layer is divided like that, whatever memory there is."""
+    """Divide every layer in this way, whatever the memory."""
     monkeypatch.setattr("anpgpu.runtime.memory.divide", lambda *_: division)
     # Weight perturbation has no activity to divide.
     block = (division.samples, division.rollouts)
@@ -53,7 +53,7 @@ def networks(**options):
 
 
 def estimate(how, loss, *, lengths=None, **options):
-    """Everything `estimate_grad_` finds, as one vector."""
+    """Return all results of `estimate_grad_` as one vector."""
     rnn, head = networks(**options)
     wanted = how.method != "wp"
     inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=wanted)
@@ -65,11 +65,11 @@ def estimate(how, loss, *, lengths=None, **options):
     parts = [gradients(rnn, head), seen.loss, seen.outputs, seen.h_n, seen.split_half]
     if wanted:
         parts += [inputs.grad, hx.grad]
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([tensor.flatten() for tensor in parts])
 
 
 def backward(how, **options):
-    """Everything a backward pass gives, as one vector."""
+    """Return all results of a backward pass as one vector."""
     rnn, _ = networks(perturbation=how, **options)
     inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=how.method != "wp")
     outputs, h_n = rnn(inputs)
@@ -77,7 +77,7 @@ def backward(how, **options):
     parts = [gradients(rnn), rnn.last_estimate.split_half]
     if inputs.requires_grad:
         parts.append(inputs.grad)
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([tensor.flatten() for tensor in parts])
 
 
 NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
@@ -91,9 +91,9 @@ def test_backward_does_not_depend_on_division(monkeypatch, method, network):
     whole = backward(how, **NETWORKS[network])
     for division in divisions_of(method):
         force(monkeypatch, division)
-        found = backward(how, **NETWORKS[network])
-        assert_close(found, whole, "float64")
-        assert torch.equal(backward(how, **NETWORKS[network]), found)
+        divided = backward(how, **NETWORKS[network])
+        assert_close(divided, whole, "float64")
+        assert torch.equal(backward(how, **NETWORKS[network]), divided)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -104,9 +104,9 @@ def test_estimate_grad_does_not_depend_on_division(monkeypatch, method, network,
     whole = estimate(how, LOSSES[loss], **NETWORKS[network])
     for division in divisions_of(method):
         force(monkeypatch, division)
-        found = estimate(how, LOSSES[loss], **NETWORKS[network])
-        assert_close(found, whole, "float64")
-        assert torch.equal(estimate(how, LOSSES[loss], **NETWORKS[network]), found)
+        divided = estimate(how, LOSSES[loss], **NETWORKS[network])
+        assert_close(divided, whole, "float64")
+        assert torch.equal(estimate(how, LOSSES[loss], **NETWORKS[network]), divided)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -122,18 +122,18 @@ def test_unequal_lengths_and_other_discounts(monkeypatch, network, discount):
 
 @pytest.mark.parametrize("method", ["anp", "np", "wp"])
 def test_max_memory_is_what_divides(method):
-    # The public way to the same: from all at once down to the least that works.
+    # By the public option, from undivided work down to the least memory that works.
     how = Perturbation(method, rollouts=2000, sigma=1e-3)
     whole = estimate(how, "mse")
     for mebibytes in (17, 18, 24):
         less = Perturbation(method, rollouts=2000, sigma=1e-3, max_memory=mebibytes << 20)
-        found = estimate(less, "mse")
-        assert_close(found, whole, "float64")
-        assert torch.equal(estimate(less, "mse"), found)
+        divided = estimate(less, "mse")
+        assert_close(divided, whole, "float64")
+        assert torch.equal(estimate(less, "mse"), divided)
 
 
 def test_dropout_masks_are_the_same_when_a_segment_is_run_again(monkeypatch):
-    # The readout's exact gradient is made of the outputs, found in the first pass, and of the states of the second.
+    # The readout's exact gradient needs the outputs, of the first pass, and the states, of the second.
     how = Perturbation("anp", rollouts=P, sigma=1e-3)
     rnn, head = networks(num_layers=2, dropout=0.5)
     inputs, targets = torch.randn(T, B, I).double(), torch.randn(T, B, O).double()
@@ -185,12 +185,12 @@ def test_on_a_cpu_activity_fits_in_what_stays_allocated_where_that_fills_it():
     assert divide(large, 1 << 40, "cpu") == Division(8, 16, 1)
     assert divide(large._replace(whole_samples=True), 1 << 40, "cpu") == Division(2, 64, 1)
     assert divide(large._replace(stores_delta=False), 1 << 40, "cpu") == Division(8, 64, 1)
-    # A block of 64 rows would not fit, and fewer do not fill a core.
+    # A block of 64 rows would not fit, and a smaller one does not fill a core.
     assert divide(large._replace(time=3000), 1 << 40, "cpu") == Division(8, 64, 1)
 
 
 @pytest.mark.parametrize("time", [1, 2, 7, 100])
 @pytest.mark.parametrize("segments", [1, 2, 3, 8, 100])
 def test_segments_cover_every_step_once(time, segments):
-    steps = [step for part in segments_of(time, Division(1, 1, segments)) for step in range(time)[part]]
+    steps = [step for segment in segments_of(time, Division(1, 1, segments)) for step in range(time)[segment]]
     assert steps == list(range(time))

@@ -1,4 +1,4 @@
-"""README.md and docs/: blocks run, what they name exists, and figures in tables are those of the result files."""
+"""README.md and docs/: code blocks run, names and files exist, and figures in tables are those of the result files."""
 
 import importlib
 import importlib.util
@@ -25,13 +25,13 @@ CODE = re.compile(r"`([^`\n]+)`")
 SHELLS = {"sh", "bash", "shell", "console"}
 
 MOST_LINES, MOST_WORDS = 150, 1200
-"""Of README.md: `wc -lw`."""
+"""Limits of README.md, as `wc -lw` counts."""
 
 MANY_NUMBERS = 3
-"""A table with so many cells with numbers says where they are from, or that they are no measurements."""
+"""A table with so many cells with numbers must name their source, or say that they are no measurements."""
 
 PRINTED_ROWS = 3
-"""Rows, of all pages together, whose figures no result file has."""
+"""Number of rows, over all pages, whose figures are in no result file."""
 
 FILE = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|txt|json|jsonl|png|toml)|(?:[\w.-]+/)+|\.ci/\w+")
 """Code that names a file or folder."""
@@ -189,7 +189,7 @@ def test_every_row_of_what_works_names_what_shows_it():
 
 
 def exists(dotted):
-    """Whether a name of the package, with dots, is there."""
+    """Whether a dotted name of the package exists."""
     value = anpgpu
     for name in dotted.split(".")[1:]:
         if not hasattr(value, name) and importlib.util.find_spec(f"{value.__name__}.{name}"):
@@ -202,10 +202,10 @@ def exists(dotted):
 
 def test_public_names_exist():
     named = {
-        found[0]
+        match[0]
         for text in TEXTS.values()
         for code in inline(text)
-        if (found := re.match(r"anpgpu(?:\.[A-Za-z_]\w*)+", code))
+        if (match := re.match(r"anpgpu(?:\.[A-Za-z_]\w*)+", code))
     }
     assert named >= {"anpgpu.swap_", "anpgpu.diagnose"}
     assert [name for name in sorted(named) if not exists(name)] == []
@@ -234,13 +234,13 @@ def test_figures_without_a_result_file_are_few():
     printed = [place.table for place in TABLES if place.table.comment == PRINTED]
     rows = [row for table in printed for row in table.rows]
     assert len(rows) <= PRINTED_ROWS
-    # Each has the command that prints it.
+    # Each of these rows has the command that prints it.
     assert [row for row in rows if not CODE.fullmatch(row[-1])] == []
 
 
 def test_every_function_of_figures_is_used():
-    made = {docs_figures.CITED.fullmatch(place.table.comment)[1] for place in FIGURES}
-    assert made == set(docs_tables.TABLES)
+    used = {docs_figures.CITED.fullmatch(place.table.comment)[1] for place in FIGURES}
+    assert used == set(docs_tables.TABLES)
 
 
 def test_result_files_of_figures_are_measurements():
@@ -268,9 +268,9 @@ def test_a_wrong_digit_is_noticed(place):
         cell = place.table.rows[row][column]
         for digit in re.finditer(r"\d", cell):
             wrong = f"{cell[: digit.start()]}{(int(digit[0]) + 1) % 10}{cell[digit.end() :]}"
-            found = differences(with_cell(place.table, row, column, wrong), right)
-            assert len(found) == 1
-            assert wrong in found[0]
+            noticed = differences(with_cell(place.table, row, column, wrong), right)
+            assert len(noticed) == 1
+            assert wrong in noticed[0]
 
 
 def test_a_lost_row_or_cell_is_noticed():

@@ -1,4 +1,4 @@
-"""`estimate_grad_`: clean results and readout gradients are torch's, gradients are added, any loss will do."""
+"""`estimate_grad_`: clean results and readout gradients are torch's, gradients are added, any loss can be used."""
 
 import math
 
@@ -50,7 +50,7 @@ def reference(outputs, targets, loss, valid):
 
 
 class Form:
-    """One way to hand over the same problem: what the caller gives, and what torch makes of it."""
+    """The same problem in one form of inputs and targets, with torch's results for it."""
 
     def __init__(self, form, loss, network, *, per_sequence=False):
         batch_first = form == "batch first"
@@ -113,13 +113,13 @@ FORMS = ("time first", "no hx", "batch first", "unbatched", "lengths", "packed")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_clean_results_and_readout_gradients_are_torchs(network, form, loss, per_sequence):
-    given = Form(form, loss, network, per_sequence=per_sequence)
-    expected = torch.autograd.grad(given.loss, list(given.head.parameters()))
-    seen = given.estimate(loss, HOW)
-    assert_close(seen.loss, given.loss, "float64")
-    assert_close(seen.outputs, given.outputs, "float64")
-    assert_close(seen.h_n, given.h_n, "float64")
-    for parameter, gradient in zip(given.head.parameters(), expected, strict=True):
+    case = Form(form, loss, network, per_sequence=per_sequence)
+    expected = torch.autograd.grad(case.loss, list(case.head.parameters()))
+    seen = case.estimate(loss, HOW)
+    assert_close(seen.loss, case.loss, "float64")
+    assert_close(seen.outputs, case.outputs, "float64")
+    assert_close(seen.h_n, case.h_n, "float64")
+    for parameter, gradient in zip(case.head.parameters(), expected, strict=True):
         assert_close(parameter.grad, gradient, "float64")
     assert int(seen.skipped) == 0
     assert not seen.outputs.requires_grad
@@ -130,15 +130,15 @@ def test_clean_results_and_readout_gradients_are_torchs(network, form, loss, per
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_bptt_is_autograd(network, form, loss, per_sequence):
-    given = Form(form, loss, network, per_sequence=per_sequence)
-    given.loss.backward()
-    expected = gradients(given.rnn, given.head)
-    clear(given.rnn, given.head)
-    seen = given.estimate(loss, BPTT)
-    assert_close(gradients(given.rnn, given.head), expected, "float64")
-    assert_close(seen.loss, given.loss, "float64")
-    assert_close(seen.outputs, given.outputs, "float64")
-    assert_close(seen.h_n, given.h_n, "float64")
+    case = Form(form, loss, network, per_sequence=per_sequence)
+    case.loss.backward()
+    expected = gradients(case.rnn, case.head)
+    clear(case.rnn, case.head)
+    seen = case.estimate(loss, BPTT)
+    assert_close(gradients(case.rnn, case.head), expected, "float64")
+    assert_close(seen.loss, case.loss, "float64")
+    assert_close(seen.outputs, case.outputs, "float64")
+    assert_close(seen.h_n, case.h_n, "float64")
 
 
 @pytest.mark.parametrize("method", ["anp", "np", "anp-ls", "wp", "bptt"])
@@ -187,37 +187,37 @@ def test_hx_of_another_shape_is_quoted_as_it_was_given():
 @pytest.mark.parametrize("name", ["inputs", "hx"])
 def test_wp_says_that_it_has_no_gradient_of_inputs_and_hx(name):
     rnn, head = networks()
-    given = {"inputs": draw(T, B, I), "hx": draw(1, B, H)}
-    given[name].requires_grad_()
+    tensors = {"inputs": draw(T, B, I), "hx": draw(1, B, H)}
+    tensors[name].requires_grad_()
     with pytest.raises(ValueError, match=f"'wp'.*{name} requires grad"):
-        anpgpu.estimate_grad_(rnn, head, targets=draw(T, B, O), perturbation=Perturbation("wp", rollouts=2), **given)
-    assert given[name].grad is None
+        anpgpu.estimate_grad_(rnn, head, targets=draw(T, B, O), perturbation=Perturbation("wp", rollouts=2), **tensors)
+    assert tensors[name].grad is None
 
 
 def test_it_works_without_autograd_and_in_inference_mode():
     rnn, head = networks()
     inputs, targets = draw(T, B, I), draw(T, B, O)
-    found = []
+    results = []
     for mode in (torch.enable_grad, torch.no_grad):
         clear(rnn, head)
         with mode():
             anpgpu.estimate_grad_(rnn, head, inputs, targets, generator=torch.Generator().manual_seed(0))
-        found.append(gradients(rnn, head))
-    assert torch.equal(*found)
+        results.append(gradients(rnn, head))
+    assert torch.equal(*results)
 
 
 def test_an_anpgpu_rnn_brings_its_own_perturbation():
     rnn, head = networks()
     own = anpgpu.RNN(I, H, dtype=torch.float64, perturbation=Perturbation("np", rollouts=3))
     own.load_state_dict(rnn.state_dict())
-    found = []
-    for one, how in ((own, None), (rnn, own.perturbation), (own, HOW)):
-        clear(one, head)
+    results = []
+    for module, how in ((own, None), (rnn, own.perturbation), (own, HOW)):
+        clear(module, head)
         generator = torch.Generator().manual_seed(0)
-        anpgpu.estimate_grad_(one, head, draw(T, B, I), draw(T, B, O), perturbation=how, generator=generator)
-        found.append(gradients(one))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+        anpgpu.estimate_grad_(module, head, draw(T, B, I), draw(T, B, O), perturbation=how, generator=generator)
+        results.append(gradients(module))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
@@ -241,7 +241,7 @@ def test_without_a_readout_the_state_is_the_output(loss, bidirectional):
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_backward_through_the_module_is_the_same_estimate(loss):
-    # At a tiny sigma a measured loss is its own linearisation, which is what backward() works with.
+    # At a tiny sigma the measured loss equals its linearisation, which backward() uses.
     torch.manual_seed(0)
     how = Perturbation("anp", rollouts=6, sigma=1e-9, discount=0.9)
     rnn, head = anpgpu.RNN(I, H, 2, dtype=torch.float64, perturbation=how), nn.Linear(H, O, dtype=torch.float64)
@@ -350,10 +350,10 @@ def test_a_readout_without_parameters_goes_with_a_callable(method):
     anpgpu.estimate_grad_(
         rnn, head, inputs, targets, quartic, perturbation=through_head, generator=torch.Generator().manual_seed(0)
     )
-    found = gradients(rnn)
+    grads = gradients(rnn)
     clear(rnn)
     expected.backward()
-    assert float(F.cosine_similarity(found, gradients(rnn), dim=0)) > 0.95
+    assert float(F.cosine_similarity(grads, gradients(rnn), dim=0)) > 0.95
 
 
 def test_an_empty_batch_gives_zero_gradients():
@@ -363,7 +363,7 @@ def test_an_empty_batch_gives_zero_gradients():
 
 
 def error_rate_task(batch, generator):
-    """Which of two symbols was shown two steps ago: one-hot inputs (8, B, 2) and classes (8, B)."""
+    """A task: name the symbol, of two, of two steps ago. One-hot inputs (8, B, 2), classes (8, B)."""
     symbols = torch.randint(2, (8, batch), generator=generator)
     targets = torch.roll(symbols, 2, 0)
     return F.one_hot(symbols, 2).float(), targets

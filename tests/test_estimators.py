@@ -1,8 +1,8 @@
 """The estimates against backpropagation in float64: unbiased where promised, converging as theory says.
 
 z-tests: R independent estimates give a mean and a standard error for every element of every gradient; the largest |z|
-over all elements is near 2.5 to 3.5 for correct code. Credit that reaches the wrong noise gives 8 and more. With up to
-300 elements and the bound 4.3 (5.2 where there are more), correct code with another seed would miss it once in 100.
+over all elements is near 2.5 to 3.5 for correct code, and 8 or more where credit is assigned to the wrong noise. With
+up to 300 elements and the bound 4.3 (5.2 for more elements), correct code would miss the bound for one seed in 100.
 """
 
 import math
@@ -36,10 +36,10 @@ def flat(tensors):
 def backward_through(rnn, inputs, hx, lengths=None):
     """Gradients of weights, inputs and hx of a loss that needs every output and the final state."""
     leaves = [*rnn.parameters(), inputs, hx]
-    given = inputs
+    sequences = inputs
     if lengths is not None:
-        given = torch.nn.utils.rnn.pack_padded_sequence(inputs, lengths, enforce_sorted=False)
-    outputs, h_n = rnn(given, hx)
+        sequences = torch.nn.utils.rnn.pack_padded_sequence(inputs, lengths, enforce_sorted=False)
+    outputs, h_n = rnn(sequences, hx)
     if lengths is not None:
         outputs, _ = torch.nn.utils.rnn.pad_packed_sequence(outputs)
     loss = (outputs * draw(*outputs.shape, seed=3)).sum() + (h_n.square() * draw(*h_n.shape, seed=4)).sum()
@@ -121,10 +121,10 @@ def textbook_loss(outputs, targets, loss, lengths=None):
     batch = outputs.shape[1]
     lengths = torch.full((batch,), T) if lengths is None else lengths
     if targets.dim() == (3 if loss == "mse" else 2):
-        each = [(outputs[t, b], targets[t, b]) for b in range(batch) for t in range(lengths[b])]
+        pairs = [(outputs[t, b], targets[t, b]) for b in range(batch) for t in range(lengths[b])]
     else:
-        each = [(outputs[lengths[b] - 1, b], targets[b]) for b in range(batch)]
-    rows, wanted = (torch.stack(column) for column in zip(*each, strict=True))
+        pairs = [(outputs[lengths[b] - 1, b], targets[b]) for b in range(batch)]
+    rows, wanted = (torch.stack(column) for column in zip(*pairs, strict=True))
     if loss == "mse":
         return torch.nn.functional.mse_loss(rows, wanted)
     return torch.nn.functional.cross_entropy(rows, wanted)
@@ -137,10 +137,10 @@ def truth_and_estimates(how, loss, targets, count, *, lengths=None, callable_los
     readout = torch.nn.Linear(H * (2 if rnn.bidirectional else 1), O, dtype=torch.float64)
     inputs = draw(T, batch, I).requires_grad_()
     hx = draw(len(rnn.all_weights), batch, H, seed=1).mul_(0.5).requires_grad_()
-    given = inputs
+    sequences = inputs
     if lengths is not None:
-        given = torch.nn.utils.rnn.pack_padded_sequence(inputs, lengths, enforce_sorted=False)
-    outputs = twin(given, hx)[0]
+        sequences = torch.nn.utils.rnn.pack_padded_sequence(inputs, lengths, enforce_sorted=False)
+    outputs = twin(sequences, hx)[0]
     if lengths is not None:
         outputs, _ = torch.nn.utils.rnn.pad_packed_sequence(outputs)
     value = loss(readout(outputs)) if callable(loss) else textbook_loss(readout(outputs), targets, loss, lengths)
@@ -193,8 +193,8 @@ def test_np_of_a_callable_loss_is_unbiased(network, form):
     def measured(outputs, wanted):
         assert outputs.dim() == 4
         assert wanted.shape == (T, outputs.shape[1], 1, O)
-        each = (outputs - wanted).pow(4).sum(-1)
-        return each if form == "per step" else each.mean(0)
+        losses = (outputs - wanted).pow(4).sum(-1)
+        return losses if form == "per step" else losses.mean(0)
 
     def by_hand(outputs):
         return (outputs - targets).pow(4).sum(-1).mean()
@@ -223,7 +223,7 @@ def test_wp_of_measured_losses_is_unbiased(loss, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_np_through_backward_is_unbiased_to_a_percent(network):
-    # A hundred times the rollouts: a bias of a tenth of the normal leg's shows.
+    # A hundred times the rollouts show a bias ten times smaller than the normal leg does.
     how = anpgpu.Perturbation("np", rollouts=512, sigma=1e-4, discount=1.0)
     rnn, twin = build(how, **NETWORKS[network])
     inputs = draw(T, B, I).requires_grad_()
@@ -234,7 +234,7 @@ def test_np_through_backward_is_unbiased_to_a_percent(network):
 
 
 def test_the_z_test_has_teeth():
-    # The same noise at two steps is the bug it exists for: credit of step t then explains step t + 1 as well.
+    # It must catch the same noise at two steps, by which the credit of step t also reaches step t + 1.
     how = anpgpu.Perturbation("np", rollouts=32, sigma=1e-4, discount=1.0)
     rnn, twin = build(how)
     inputs, hx = draw(T, B, I), draw(1, B, H, seed=1)
@@ -248,7 +248,7 @@ def test_the_z_test_has_teeth():
 
 
 def relative_errors(rollouts, sigma, count, first=0, noise="rademacher"):
-    """Root mean square of ||estimate - truth|| / ||truth|| over independent estimates, and their mean's error."""
+    """Root mean square of ||estimate - truth|| / ||truth|| over independent estimates, and the error of their mean."""
     how = anpgpu.Perturbation("np", rollouts=rollouts, sigma=sigma, discount=1.0, noise=noise)
     rnn, twin = build(how)
     inputs, hx = draw(T, B, I), draw(1, B, H, seed=1)
@@ -262,13 +262,13 @@ def relative_errors(rollouts, sigma, count, first=0, noise="rademacher"):
 def test_error_falls_with_the_square_root_of_rollouts():
     sizes = [8, 32, 128]
     errors = [relative_errors(size, 1e-4, 32, first=size)[0] for size in sizes]
-    slope = stats.linregress([math.log(one) for one in sizes], [math.log(one) for one in errors]).slope
+    slope = stats.linregress([math.log(value) for value in sizes], [math.log(value) for value in errors]).slope
     assert abs(slope + 0.5) < TOLERANCES["slope"].bound, f"slope {slope:.3f}, errors {errors}"
 
 
 def test_bias_falls_with_the_square_of_sigma():
-    # Noise is symmetric, so the bias has no term in sigma. With the same seeds the variance cancels: the change from a
-    # tiny sigma is the bias plus what the third derivative adds to every rollout, both of second order.
+    # Noise is symmetric, so that the bias has no term of first order in sigma. With the same seeds the variance
+    # cancels: the change from a tiny sigma is the bias plus the third derivative's term, both of second order.
     how = anpgpu.Perturbation("np", rollouts=16384, discount=1.0)
     rnn, _ = build(how)
     inputs, hx = draw(T, B, I), draw(1, B, H, seed=1)
@@ -281,13 +281,13 @@ def test_bias_falls_with_the_square_of_sigma():
     base = estimate(1e-5)
     sigmas = [0.05, 0.1, 0.2]
     moved = [float((estimate(sigma) - base).norm() / base.norm()) for sigma in sigmas]
-    slope = stats.linregress([math.log(one) for one in sigmas], [math.log(one) for one in moved]).slope
-    # First-order terms, odd in the noise, average out over rollouts like 1 / sqrt(P) and pull the slope down a little.
+    slope = stats.linregress([math.log(value) for value in sigmas], [math.log(value) for value in moved]).slope
+    # First-order terms, odd in the noise, average out over rollouts like 1 / sqrt(P) and lower the slope a little.
     assert 1.6 < slope < 2.2, f"slope {slope:.2f}, changes {moved}"
 
 
 def one_step_truth(twin, inputs, hx):
-    """The truncated gradient, by detaching the state at every step."""
+    """The truncated gradient, from states that are detached at every step."""
     state, loss = hx[0], 0.0
     weights = twin.weight_hh_l0
     scale = draw(T, B, H, seed=3)
@@ -306,23 +306,23 @@ def test_without_discount_the_one_step_gradient_is_what_rollouts_converge_to(met
     inputs, hx = draw(T, B, I), draw(1, B, H, seed=1)
     torch.manual_seed(9)
     loss = (rnn(inputs, hx)[0] * draw(T, B, H, seed=3)).sum()
-    found = flat(torch.autograd.grad(loss, list(rnn.parameters())))
+    estimated = flat(torch.autograd.grad(loss, list(rnn.parameters())))
     truncated = one_step_truth(twin, inputs, hx)
     truth = flat(torch.autograd.grad((twin(inputs, hx)[0] * draw(T, B, H, seed=3)).sum(), list(twin.parameters())))
 
-    def cosine(one, other):
-        return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+    def cosine(left, right):
+        return float(torch.nn.functional.cosine_similarity(left, right, dim=0))
 
-    assert cosine(found, truncated) > (0.99 if method == "np" else 0.9)
-    assert cosine(found, truncated) > cosine(found, truth)
+    assert cosine(estimated, truncated) > (0.99 if method == "np" else 0.9)
+    assert cosine(estimated, truncated) > cosine(estimated, truth)
 
 
 def test_anp_with_discount_points_along_the_gradient():
     rnn, twin = build(anpgpu.Perturbation("anp", rollouts=8192, sigma=1e-4, discount=1.0))
     inputs, hx = draw(T, B, I), draw(1, B, H, seed=1)
     torch.manual_seed(9)
-    found, truth = (flat(backward_through(one, inputs, hx)) for one in (rnn, twin))
-    assert float(torch.nn.functional.cosine_similarity(found, truth, dim=0)) > 0.9
+    estimated, truth = (flat(backward_through(module, inputs, hx)) for module in (rnn, twin))
+    assert float(torch.nn.functional.cosine_similarity(estimated, truth, dim=0)) > 0.9
 
 
 def test_split_half_grows_with_rollouts():

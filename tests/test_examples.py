@@ -74,7 +74,7 @@ def test_weather_has_no_default_file(run, capsys):
 @pytest.mark.slow
 def test_a_loss_without_a_derivative_is_learned(run):
     printed = run("blackbox_loss")
-    first, last = (float(part.split("%")[0].split()[-1]) for part in printed.split(",")[:2])
+    first, last = (float(clause.split("%")[0].split()[-1]) for clause in printed.split(",")[:2])
     assert first > 40
     assert last < 10
 

@@ -1,4 +1,4 @@
-"""Memory that runs out in the middle of an update: the same update, divided further; or an error that says why."""
+"""Memory runs out in the middle of an update: the update is made in smaller pieces, or an error tells why not."""
 
 import math
 import os
@@ -39,7 +39,7 @@ def _nothing_remembered():
 
 
 class Memory:
-    """Stands in for a device with room for so many perturbed steps at a time."""
+    """Simulates a device with room for a number of perturbed steps at a time."""
 
     def __init__(self, monkeypatch, room, error=ERRORS["cuda"], spared=0):
         self.room, self.error, self.spared, self.refused = room, error, spared, 0
@@ -73,39 +73,39 @@ def absolute(outputs, targets):
 
 
 def backward(how, **options):
-    """Everything a backward pass gives, as one vector, and the state of the generator after it."""
+    """Return all results of a backward pass as one vector, and the generator's state after it."""
     torch.manual_seed(2)
     rnn = anpgpu.RNN(I, H, perturbation=how, dtype=torch.float64, **options)
     inputs = torch.randn(T, B, I, dtype=torch.float64, requires_grad=how.method != "wp")
     outputs, h_n = rnn(inputs)
     (outputs.sin().sum() + h_n.square().sum()).backward()
-    found = [leaf.grad.flatten() for leaf in (*rnn.parameters(), inputs) if leaf.grad is not None]
-    return torch.cat([*found, rnn.last_estimate.skipped.view(1)]), torch.get_rng_state()
+    grads = [leaf.grad.flatten() for leaf in (*rnn.parameters(), inputs) if leaf.grad is not None]
+    return torch.cat([*grads, rnn.last_estimate.skipped.view(1)]), torch.get_rng_state()
 
 
 def estimate(how, loss="mse", **options):
-    """Everything `estimate_grad_` finds, as one vector, and the state of the generator after it."""
+    """Return all results of `estimate_grad_` as one vector, and the generator's state after it."""
     torch.manual_seed(2)
     rnn = nn.RNN(I, H, dtype=torch.float64, **options)
     head = nn.Linear(H * (2 if rnn.bidirectional else 1), O, dtype=torch.float64)
     inputs, targets = torch.randn(T, B, I).double(), torch.randn(T, B, O).double()
     seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how)
-    found = [leaf.grad.flatten() for leaf in (*rnn.parameters(), *head.parameters())]
-    rest = [part.flatten().double() for part in (seen.loss, seen.outputs, seen.h_n, seen.skipped)]
-    return torch.cat([*found, *rest]), torch.get_rng_state()
+    grads = [leaf.grad.flatten() for leaf in (*rnn.parameters(), *head.parameters())]
+    rest = [tensor.flatten().double() for tensor in (seen.loss, seen.outputs, seen.h_n, seen.skipped)]
+    return torch.cat([*grads, *rest]), torch.get_rng_state()
 
 
 def assert_goes_on(monkeypatch, work, room, **memory):
-    """With too little room the work warns, and gives what it gives with enough; its generator is where it would be."""
+    """With too little room the work warns, and gives the same results and generator state as with enough."""
     expected, state = work()
     with monkeypatch.context() as patch:
         short = Memory(patch, room, **memory)
         with pytest.warns(RuntimeWarning, match=r"out of memory on cpu with .*; going on with .*max_memory=\d+"):
-            found, after = work()
+            results, after = work()
         assert short.refused
-        assert_close(found, expected, "float64")
+        assert_close(results, expected, "float64")
         assert torch.equal(after, state)
-        # Found out once: the next update fits from the start.
+        # The lower limit is remembered, so that the next update fits at once.
         refused = short.refused
         assert_close(work()[0], expected, "float64")
         assert short.refused == refused
@@ -154,8 +154,8 @@ def test_the_warning_names_a_max_memory_that_divides_the_same_from_the_start(mon
             expected, _ = backward(how)
     runtime_memory._lowered.clear()
     named = int(str(warned[-1].message).partition("max_memory=")[2].partition(" ")[0])
-    found, _ = backward(Perturbation("anp", rollouts=P, sigma=1e-3, max_memory=named))
-    assert torch.equal(found, expected)
+    grads, _ = backward(Perturbation("anp", rollouts=P, sigma=1e-3, max_memory=named))
+    assert torch.equal(grads, expected)
 
 
 @pytest.mark.filterwarnings("ignore:out of memory on cpu")
@@ -165,7 +165,7 @@ def test_when_nothing_fits_it_says_what_is_needed(monkeypatch, method, work):
     Memory(monkeypatch, 0)
     how = Perturbation(method, rollouts=P, sigma=1e-3)
     least = P if method == "anp-ls" else 1
-    # A RuntimeError that says "out of memory": what tools that look for a batch that fits go by.
+    # Tools that search a batch size look for a RuntimeError with "out of memory".
     with pytest.raises(torch.OutOfMemoryError, match=r"needs about \d+ bytes on cpu.*Tried to allocate 20") as error:
         work(how)
     words = str(error.value)
@@ -186,7 +186,7 @@ def test_gradients_are_as_they_were_when_nothing_fits(monkeypatch):
 
 
 class Whole:
-    """Work that is divided by two functions, from bytes to parts and back."""
+    """Work divided by two functions: from bytes to a number of parts, and back."""
 
     def __init__(self, choose, needed=lambda parts: parts):
         self.choose, self.needed_bytes = choose, needed
@@ -197,7 +197,7 @@ class Whole:
 
 
 def test_processes_that_share_rollouts_do_not_divide_further_on_their_own():
-    # The others would wait for exchanges that never come.
+    # Dividing further in one process would leave the others waiting for exchanges.
     def work(parts):
         raise ERRORS["cuda"]
 
@@ -214,7 +214,7 @@ def test_other_errors_are_not_taken_for_it(monkeypatch):
 
 
 def test_a_failed_attempt_is_freed_before_the_next():
-    # What an attempt had allocated must not stand beside the next one: no traceback, no reference may hold it.
+    # A failed attempt's tensors must be freed before the next one: no traceback and no reference may hold them.
     alive = []
 
     class Held:
@@ -238,8 +238,8 @@ def test_a_failed_attempt_is_freed_before_the_next():
 
     whole = Whole(choose, lambda parts: FIXED_BYTES + parts)
     with pytest.warns(RuntimeWarning) as warned:
-        found = within_memory(whole, FIXED_BYTES + 16, torch.device("cpu"), work, alone=True)
-    assert found == 2
+        result = within_memory(whole, FIXED_BYTES + 16, torch.device("cpu"), work, alone=True)
+    assert result == 2
     # 16, 8, 4, 2: halved every time.
     assert len(warned) == 3
 
@@ -281,7 +281,7 @@ assert error < 2e-5, error
 
 
 def test_the_allocators_own_error_is_understood():
-    # A real one: delta_a alone, 100 MiB, is more than the process may have.
+    # A real shortage: delta_a alone, 100 MiB, exceeds the limit of the process.
     env = {**os.environ, "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent)}
     run = subprocess.run(
         [sys.executable, "-c", REAL],
@@ -296,7 +296,7 @@ def test_the_allocators_own_error_is_understood():
 
 
 def lose(monkeypatch, first):
-    """Every rollout from number `first` on says that its loss is not finite."""
+    """Make the loss of every rollout from number `first` on not finite."""
     implementation, delta_loss = (
         anpgpu.estimators.sweep.implementation,
         anpgpu.estimators.weight_rollouts._Run.delta_loss,
@@ -304,16 +304,16 @@ def lose(monkeypatch, first):
 
     def lossy(op, backend):
         def rollout(*args, counters, **more):
-            part = implementation(op, backend)(*args, counters=counters, **more)
-            part.delta_loss[..., max(first - counters.rollout, 0) :] = math.nan
-            return part
+            run = implementation(op, backend)(*args, counters=counters, **more)
+            run.delta_loss[..., max(first - counters.rollout, 0) :] = math.nan
+            return run
 
         return rollout if op == "rollout" else implementation(op, backend)
 
     def lossy_weights(self, segment, noises, rollouts):
-        found = delta_loss(self, segment, noises, rollouts)
-        found[..., max(first - rollouts.start, 0) :] = math.inf
-        return found
+        losses = delta_loss(self, segment, noises, rollouts)
+        losses[..., max(first - rollouts.start, 0) :] = math.inf
+        return losses
 
     monkeypatch.setattr("anpgpu.estimators.sweep.implementation", lossy)
     monkeypatch.setattr("anpgpu.estimators.weight_rollouts._Run.delta_loss", lossy_weights)
@@ -327,9 +327,9 @@ def test_with_half_of_the_rollouts_lost_the_estimate_is_that_of_the_other_half(m
     # At most H rollouts, and no ridge, so that least squares has the same system to solve.
     expected, _ = work(Perturbation(method, rollouts=H // 2, sigma=1e-3, ridge=0.0), **options)
     lose(monkeypatch, H // 2)
-    found, _ = work(Perturbation(method, rollouts=H, sigma=1e-3, ridge=0.0), **options)
-    assert_close(found[:-1], expected[:-1], "unridged" if method == "anp-ls" else "float64")
+    estimated, _ = work(Perturbation(method, rollouts=H, sigma=1e-3, ridge=0.0), **options)
+    assert_close(estimated[:-1], expected[:-1], "unridged" if method == "anp-ls" else "float64")
     # The last number is the count: of every sample, layer and direction; weight perturbation has all layers at once.
     rounds = 1 if method == "wp" else options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
     assert int(expected[-1]) == 0
-    assert int(found[-1]) == rounds * B * H // 2
+    assert int(estimated[-1]) == rounds * B * H // 2

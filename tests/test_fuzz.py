@@ -1,8 +1,8 @@
-"""Every public function on thousands of inputs: the right answer, or an error that tells what was wrong.
+"""Every public function on thousands of inputs: the right result, or an error that tells what was wrong.
 
-Right is what the same function says of the same values in plain float64 tensors, and that a sample's answer does not
-depend on what another holds. No input may crash, hang or be answered silently wrong. How many inputs each function was
-tried on is counted, shown at the end of the run, and held to what is promised.
+A result is right if it equals that of the same values in plain float64 tensors, and if the result of a sample does not
+depend on other samples. No input may crash, hang or give a wrong result silently. The inputs of each function are
+counted, shown at the end of the run, and compared with the promised number.
 """
 
 import dataclasses
@@ -67,26 +67,26 @@ def noise_calls(draw):
 
 
 def check_noise(call, name="noise"):
-    found = tried(name, functional.noise, call)
-    if found is None:
+    values = tried(name, functional.noise, call)
+    if values is None:
         return
-    given = call.arguments
-    assert found.shape == tuple(given["shape"])
-    assert found.dtype == given["dtype"]
-    if found.is_meta or not found.numel():
+    arguments = call.arguments
+    assert values.shape == tuple(arguments["shape"])
+    assert values.dtype == arguments["dtype"]
+    if values.is_meta or not values.numel():
         return
-    unit = found.double() / given["sigma"]
-    error = torch.finfo(found.dtype).eps
-    if given["kind"] == "rademacher":
+    unit = values.double() / arguments["sigma"]
+    error = torch.finfo(values.dtype).eps
+    if arguments["kind"] == "rademacher":
         assert bool(((unit.abs() - 1).abs() <= error).all())
     else:
         assert bool((unit.abs() < 6.8).all())
-    # The last step and sample alone, by their counters: noise depends on its place, not on the block around it.
-    steps, samples, rollouts, units = given["shape"]
-    where = given["counters"]
+    # The last step and sample drawn alone, by their counters: noise does not depend on the block around it.
+    steps, samples, rollouts, units = arguments["shape"]
+    where = arguments["counters"]
     there = where._replace(time=where.time + steps - 1, sample=where.sample + samples - 1)
-    one = functional.noise(**(given | {"shape": (1, 1, rollouts, units), "counters": there}))
-    assert torch.equal(one[0, 0], found[-1, -1])
+    row = functional.noise(**(arguments | {"shape": (1, 1, rollouts, units), "counters": there}))
+    assert torch.equal(row[0, 0], values[-1, -1])
 
 
 @st.composite
@@ -107,9 +107,9 @@ def purpose_calls(draw):
 
 
 def check_purpose(call):
-    found = tried("Purpose", Purpose, call)
+    purpose = tried("Purpose", Purpose, call)
     value = call.arguments["value"]
-    assert (found is not None) == any(member == value for member in Purpose)
+    assert (purpose is not None) == any(member == value for member in Purpose)
 
 
 @st.composite
@@ -126,20 +126,20 @@ def returns_calls(draw):
 
 
 def check_returns(call):
-    found = tried("returns", functional.returns, call)
-    if found is not None:
-        assert found.dtype == call.arguments["delta_loss"].dtype
-        if found.is_meta:
-            assert found.shape == call.arguments["delta_loss"].shape
+    credit = tried("returns", functional.returns, call)
+    if credit is not None:
+        assert credit.dtype == call.arguments["delta_loss"].dtype
+        if credit.is_meta:
+            assert credit.shape == call.arguments["delta_loss"].shape
             return
         expected = functional.returns(**plain(call))
         if call.content in MODERATE and not call.spoiled:
-            assert_right(found, expected, wide=50)
-        assert_alone(found, call, functional.returns, ("delta_loss",))
+            assert_right(credit, expected, wide=50)
+        assert_alone(credit, call, functional.returns, ("delta_loss",))
 
 
-def assert_alone(found, call, function, names):
-    """Samples after the first are answered as if the first, which holds what is wild, were zero."""
+def assert_alone(result, call, function, names):
+    """Results of the other samples are the same where the first sample, which holds wild values, is set to zero."""
     if call.content in MODERATE or call.spoiled:
         return
     tame = {name: call.arguments[name].clone() for name in names}
@@ -147,7 +147,7 @@ def assert_alone(found, call, function, names):
         value[:, :1] = 0
     expected = function(**(call.arguments | tame))
     expected = expected if isinstance(expected, torch.Tensor) else expected.delta_loss
-    assert torch.equal(found[:, 1:], expected[:, 1:])
+    assert torch.equal(result[:, 1:], expected[:, 1:])
 
 
 @st.composite
@@ -171,22 +171,22 @@ def adjoint_calls(draw):
 
 
 def check_adjoint(call):
-    found = tried("adjoint", functional.adjoint, call)
-    if found is not None:
+    sums = tried("adjoint", functional.adjoint, call)
+    if sums is not None:
         credit, delta_a = call.arguments["credit"], call.arguments["delta_a"]
         units = call.arguments["units"] if delta_a is None else delta_a.shape[-1]
         assert delta_a is None or delta_a.is_floating_point()
-        assert found.shape == (*credit.shape[:2], units)
-        assert found.dtype == credit.dtype
-        if not found.is_meta:
+        assert sums.shape == (*credit.shape[:2], units)
+        assert sums.dtype == credit.dtype
+        if not sums.is_meta:
             if call.content in MODERATE and not call.spoiled:
-                # Gaussians of either type differ by the rounding of their angles.
+                # Gaussian noise in float32 and float64 differs by the rounding of its angles.
                 gaussian = call.arguments["noise"] == "gaussian" and delta_a is None
                 wide = 1e4 if gaussian else 100
                 assert_right(
-                    found * call.arguments["sigma"], functional.adjoint(**plain(call)) * call.arguments["sigma"], wide
+                    sums * call.arguments["sigma"], functional.adjoint(**plain(call)) * call.arguments["sigma"], wide
                 )
-            assert_alone(found, call, functional.adjoint, ("credit",))
+            assert_alone(sums, call, functional.adjoint, ("credit",))
 
 
 def losses(time, batch, units, dtype, content, kind=None):
@@ -233,7 +233,9 @@ def rollout_calls(draw, kind=None):
         "precision": "auto",
         "store_delta_a": draw(st.booleans()),
         "counters": draw(COUNTERS),
-        "delta_h0": draw(st.one_of(st.none(), tensor((batch, rollouts, units), dtype).map(lambda one: one * 1e-3))),
+        "delta_h0": draw(
+            st.one_of(st.none(), tensor((batch, rollouts, units), dtype).map(lambda values: values * 1e-3))
+        ),
         "backend": "auto",
     }
     if kind is not None:
@@ -243,42 +245,42 @@ def rollout_calls(draw, kind=None):
 
 
 def check_rollout(call, name="rollout"):
-    found = tried(name, functional.rollout, call)
-    if found is None:
+    run = tried(name, functional.rollout, call)
+    if run is None:
         return
-    given = call.arguments
-    time, batch, units = given["preact"].shape
-    shape, loss = (time, batch, given["rollouts"]), given["loss"]
+    arguments = call.arguments
+    time, batch, units = arguments["preact"].shape
+    shape, loss = (time, batch, arguments["rollouts"]), arguments["loss"]
     outputs = units if getattr(loss, "readout", None) is None else loss.readout.shape[0]
     expected = {
         "delta_loss": None if loss is None or isinstance(loss, OutputsOnly) else shape,
-        "delta_a": (*shape, units) if given["store_delta_a"] else None,
+        "delta_a": (*shape, units) if arguments["store_delta_a"] else None,
         "delta_h": (*shape[1:], units),
         "delta_o": (*shape, outputs) if isinstance(loss, OutputsOnly) else None,
     }
-    assert {field: None if one is None else tuple(one.shape) for field, one in found._asdict().items()} == expected
-    assert all(one is None or one.dtype == given["preact"].dtype for one in found)
-    if found.delta_h.is_meta or call.spoiled:
+    assert {field: None if value is None else tuple(value.shape) for field, value in run._asdict().items()} == expected
+    assert all(value is None or value.dtype == arguments["preact"].dtype for value in run)
+    if run.delta_h.is_meta or call.spoiled:
         return
     if call.content in MODERATE:
         right = functional.rollout(**plain(call))
-        for one, other in zip(found, right, strict=True):
-            if one is not None:
-                assert_right(one, other, wide=1e4 if given["noise"] == "gaussian" else 2e3)
-    elif found.delta_loss is not None:
-        assert_alone(found.delta_loss, call, functional.rollout, ("preact", "hidden"))
+        for actual, expected_tensor in zip(run, right, strict=True):
+            if actual is not None:
+                assert_right(actual, expected_tensor, wide=1e4 if arguments["noise"] == "gaussian" else 2e3)
+    elif run.delta_loss is not None:
+        assert_alone(run.delta_loss, call, functional.rollout, ("preact", "hidden"))
 
 
 def test_a_sample_of_nan_changes_no_other():
-    # Large deviations of a saturated unit: the form for small ones is imprecise there, and 0 / 0 in the end.
+    # For large deviations of a saturated unit, the form for small ones is imprecise and finally 0 / 0.
     preact = torch.tensor([[[math.nan], [6.0]], [[0.0], [-6.0]]])
-    given = {"weight_hh": torch.eye(1), "seed": 1, "rollouts": 8, "sigma": 7.0}
+    options = {"weight_hh": torch.eye(1), "seed": 1, "rollouts": 8, "sigma": 7.0}
     states = torch.tanh(preact)
-    found = functional.rollout(preact, states, loss=LinearLoss(torch.ones(2, 2, 1)), **given)
+    run = functional.rollout(preact, states, loss=LinearLoss(torch.ones(2, 2, 1)), **options)
     both = preact.nan_to_num(0.0)
-    expected = functional.rollout(both, torch.tanh(both), loss=LinearLoss(torch.ones(2, 2, 1)), **given)
-    assert bool(found.delta_loss[:, 0].isnan().all())
-    assert torch.equal(found.delta_loss[:, 1], expected.delta_loss[:, 1])
+    expected = functional.rollout(both, torch.tanh(both), loss=LinearLoss(torch.ones(2, 2, 1)), **options)
+    assert bool(run.delta_loss[:, 0].isnan().all())
+    assert torch.equal(run.delta_loss[:, 1], expected.delta_loss[:, 1])
 
 
 def check_loss(kind):
@@ -316,17 +318,17 @@ def perturbation_calls(draw):
 
 
 def check_perturbation(call):
-    given = call.arguments
+    arguments = call.arguments
     valid = all(
-        isinstance(given[name], (str, int, float, type(None))) and accepts(given[name])
+        isinstance(arguments[name], (str, int, float, type(None))) and accepts(arguments[name])
         for name, (_, accepts) in FIELDS.items()
     )
-    if valid and given["baseline"]:
-        # Leave-one-out needs another rollout, in the same process.
-        valid = given["rollouts"] > 1 and (given["method"] == "anp-ls" or not given["shard_rollouts"])
-    found = tried("Perturbation", Perturbation, call if valid else call._replace(spoiled=tuple(given)))
-    assert (found is not None) == valid
-    assert not valid or dataclasses.asdict(found) == given
+    if valid and arguments["baseline"]:
+        # The baseline needs a second rollout in the same process.
+        valid = arguments["rollouts"] > 1 and (arguments["method"] == "anp-ls" or not arguments["shard_rollouts"])
+    perturbation = tried("Perturbation", Perturbation, call if valid else call._replace(spoiled=tuple(arguments)))
+    assert (perturbation is not None) == valid
+    assert not valid or dataclasses.asdict(perturbation) == arguments
 
 
 TARGETS = {
@@ -344,7 +346,7 @@ TARGETS = {
 }
 
 RESULTS = {"Rollout"}
-"""Tuples that the library makes and takes from nobody."""
+"""Tuples that are results only, never arguments."""
 
 
 def test_every_public_op_is_fuzzed():

@@ -1,7 +1,7 @@
 """Modules, `estimate_grad_`, `diagnose` and the swaps on thousands of inputs, good, wild and wrong.
 
-What is right: the clean run is torch's, gradients are finite wherever torch's are (or the call says that no rollout
-is), a refused call leaves no gradient behind, and its message tells what was wrong.
+The clean run must be torch's. Gradients must be finite wherever torch's are, unless the call raises that no rollout is.
+A refused call must leave no gradient, and its message must tell what was wrong.
 """
 
 import math
@@ -39,7 +39,7 @@ def perturbations(draw):
 
 @st.composite
 def constructions(draw):
-    """Arguments of a network that exists."""
+    """Valid arguments of a network."""
     return {
         "input_size": FEATURES,
         "hidden_size": draw(st.sampled_from([1, 3, 8])),
@@ -60,7 +60,7 @@ def built(arguments, seed=1):
 
 @st.composite
 def sequences(draw, arguments, content):
-    """Inputs of such a network in any layout, and what its batch and length are: (inputs, T, B or None)."""
+    """Inputs of the network in any layout, with their sizes: (inputs, T, B or None)."""
     time, batch = draw(st.integers(1, 4)), draw(st.sampled_from([None, 0, 1, 2, 3]))
     shape = (time, FEATURES) if batch is None else (time, batch, FEATURES)
     values = draw(tensor(shape, arguments["dtype"], content))
@@ -71,20 +71,20 @@ def sequences(draw, arguments, content):
 
 @st.composite
 def rnn_calls(draw):
-    given = draw(constructions())
+    construction = draw(constructions())
     content = draw(st.sampled_from(CONTENTS))
-    inputs, time, batch = draw(sequences(given, content))
+    inputs, time, batch = draw(sequences(construction, content))
     if batch and draw(st.booleans()):
         lengths = [1 + (3 * sample) % time for sample in range(batch)]
-        inputs = pack_padded_sequence(inputs, lengths, batch_first=given["batch_first"], enforce_sorted=False)
+        inputs = pack_padded_sequence(inputs, lengths, batch_first=construction["batch_first"], enforce_sorted=False)
     how = draw(perturbations())
-    arguments = given | {"perturbation": how}
+    arguments = construction | {"perturbation": how}
     arguments, spoiled = draw(spoilt(arguments))
     return Call(arguments | {"inputs": inputs}, spoiled, content)
 
 
 def run_rnn(inputs, perturbation, **options):
-    # What dropout draws is compared in tests/test_conformance.py.
+    # In eval mode, since tests/test_conformance.py compares dropout.
     rnn = quietly(anpgpu.RNN, **options, perturbation=perturbation).eval()
     outputs, h_n = rnn(inputs)
     return rnn, outputs, h_n
@@ -99,42 +99,42 @@ def quietly(kind, **options):
 
 def check_rnn(call):
     options = {name: value for name, value in call.arguments.items() if name not in {"inputs", "perturbation"}}
-    # A constructor's messages are torch's own, and so is their sense of what is worth quoting.
+    # The constructor's messages are torch's, which do not always quote the value.
     torchs = bool(call.spoiled) and call.spoiled != ("perturbation",)
-    found = tried("RNN", run_rnn, call, errors=(*REFUSES, AttributeError), quoting=not torchs)
-    if found is None:
-        # Types of errors are compared in tests/test_conformance.py. Torch would go on making layers without end.
+    result = tried("RNN", run_rnn, call, errors=(*REFUSES, AttributeError), quoting=not torchs)
+    if result is None:
+        # tests/test_conformance.py compares types of errors. With this many layers torch would not come to an end.
         endless = isinstance(call.arguments["num_layers"], int) and call.arguments["num_layers"] >= 2**40
         if torchs and not endless:
             assert refused(lambda: quietly(nn.RNN, **options)(call.arguments["inputs"])) is not None
         return
-    rnn, outputs, h_n = found
+    rnn, outputs, h_n = result
     twin = quietly(nn.RNN, **options).eval()
     twin.load_state_dict(rnn.state_dict(), strict=True)
     if refused(lambda: twin(call.arguments["inputs"])) is not None:
-        # Numbers for flags, and flags for numbers, which torch takes in the constructor and then stumbles over.
+        # torch's constructor accepts numbers for flags and flags for numbers, with which its forward pass fails.
         assert call.spoiled
         return
     expected, expected_h_n = twin(call.arguments["inputs"])
-    values, right = (one if isinstance(one, torch.Tensor) else one.data for one in (outputs, expected))
+    values, right = (states if isinstance(states, torch.Tensor) else states.data for states in (outputs, expected))
     assert_same_states(values, right)
     assert_same_states(h_n, expected_h_n)
     if not values.requires_grad:
         return
     (right.sum() + expected_h_n.sum()).backward()
-    finite = all(bool(one.grad.isfinite().all()) for one in twin.parameters())
+    finite = all(bool(parameter.grad.isfinite().all()) for parameter in twin.parameters())
     refusal = refused((values.sum() + h_n.sum()).backward)
     if refusal is not None:
         assert call.content not in MODERATE
         assert "is not finite" in refusal
         return
-    for one, other in zip(rnn.parameters(), twin.parameters(), strict=True):
-        assert (one.grad.shape, one.grad.dtype) == (other.grad.shape, other.grad.dtype)
-        assert not finite or bool(one.grad.isfinite().all())
+    for ours, theirs in zip(rnn.parameters(), twin.parameters(), strict=True):
+        assert (ours.grad.shape, ours.grad.dtype) == (theirs.grad.shape, theirs.grad.dtype)
+        assert not finite or bool(ours.grad.isfinite().all())
 
 
 def refused(call):
-    """The message with which a call failed, None where it did not."""
+    """The message of the error that a call raised, or None."""
     try:
         call()
     except (*REFUSES, AttributeError) as error:
@@ -142,10 +142,10 @@ def refused(call):
     return None
 
 
-def assert_same_states(found, expected):
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    rounding = 1e-5 if found.dtype == torch.float32 else 1e-13
-    assert torch.allclose(found, expected, rtol=rounding, atol=rounding, equal_nan=True)
+def assert_same_states(states, expected):
+    assert (states.shape, states.dtype) == (expected.shape, expected.dtype)
+    rounding = 1e-5 if states.dtype == torch.float32 else 1e-13
+    assert torch.allclose(states, expected, rtol=rounding, atol=rounding, equal_nan=True)
 
 
 def absolute(outputs, targets):
@@ -158,22 +158,22 @@ def whole_sequence(outputs, targets):
 
 @st.composite
 def estimate_arguments(draw, content):
-    given = draw(constructions())
+    construction = draw(constructions())
     wild_targets = draw(st.booleans())
-    inputs, time, batch = draw(sequences(given, "moderate" if wild_targets else content))
-    rnn = built(given)
-    width = given["hidden_size"] * (1 + given["bidirectional"])
+    inputs, time, batch = draw(sequences(construction, "moderate" if wild_targets else content))
+    rnn = built(construction)
+    width = construction["hidden_size"] * (1 + construction["bidirectional"])
     outputs = draw(st.sampled_from([None, 1, 3]))
     torch.manual_seed(2)
-    readout = None if outputs is None else nn.Linear(width, outputs, dtype=given["dtype"])
+    readout = None if outputs is None else nn.Linear(width, outputs, dtype=construction["dtype"])
     outputs = outputs or width
     loss = draw(st.sampled_from(["mse", "cross_entropy", absolute, whole_sequence]))
-    sizes = (time,) if batch is None else (batch, time) if given["batch_first"] else (time, batch)
+    sizes = (time,) if batch is None else (batch, time) if construction["batch_first"] else (time, batch)
     if loss == "cross_entropy":
         targets = torch.arange(math.prod(sizes)).view(sizes) % outputs
     else:
-        targets = draw(tensor((*sizes, outputs), given["dtype"], content if wild_targets else "moderate"))
-    states = (given["num_layers"] * (1 + given["bidirectional"]), *(() if batch is None else (batch,)))
+        targets = draw(tensor((*sizes, outputs), construction["dtype"], content if wild_targets else "moderate"))
+    states = (construction["num_layers"] * (1 + construction["bidirectional"]), *(() if batch is None else (batch,)))
     lengths = None if batch is None else [1 + (3 * sample) % time for sample in range(batch)]
     return {
         "rnn": rnn,
@@ -182,7 +182,7 @@ def estimate_arguments(draw, content):
         "targets": targets,
         "loss": loss,
         "perturbation": draw(perturbations()),
-        "hx": draw(st.one_of(st.none(), tensor((*states, given["hidden_size"]), given["dtype"]))),
+        "hx": draw(st.one_of(st.none(), tensor((*states, construction["hidden_size"]), construction["dtype"]))),
         "lengths": draw(st.sampled_from([None, lengths])),
         "generator": draw(st.sampled_from([None, torch.Generator()])),
     }
@@ -195,27 +195,27 @@ def estimate_calls(draw):
 
 
 def check_estimate(call):
-    given = call.arguments
+    arguments = call.arguments
     wild = call.content not in MODERATE
-    leaves = [leaf for name in ("rnn", "readout") for leaf in parameters_of(given[name])]
-    # A callable loss fails in words of its own.
-    quoting = call.spoiled != ("loss",) or not callable(given["loss"])
+    leaves = [leaf for name in ("rnn", "readout") for leaf in parameters_of(arguments[name])]
+    # A callable loss raises its own errors.
+    quoting = call.spoiled != ("loss",) or not callable(arguments["loss"])
     excuse = "is not finite" if wild else None
-    found = tried("estimate_grad_", anpgpu.estimate_grad_, call, errors=REFUSES, quoting=quoting, excuse=excuse)
-    if found is None:
+    estimate = tried("estimate_grad_", anpgpu.estimate_grad_, call, errors=REFUSES, quoting=quoting, excuse=excuse)
+    if estimate is None:
         assert all(leaf.grad is None for leaf in leaves)
         return
-    rnn, loss = given["rnn"], given["loss"]
-    batched = given["inputs"].dim() == 3
-    outputs, h_n = rnn(given["inputs"], given["hx"])
-    if given["lengths"] is None:
-        outputs = outputs if given["readout"] is None else given["readout"](outputs)
-        assert_same_states(found.outputs, outputs)
-        assert_same_states(found.h_n, h_n)
-        if loss == "mse" and outputs.numel() and given["targets"].shape == outputs.shape:
-            assert_same_states(found.loss, nn.functional.mse_loss(outputs, given["targets"]))
-    assert found.outputs.dim() == 2 + batched
-    assert found.loss.shape == found.skipped.shape == found.split_half.shape == ()
+    rnn, loss = arguments["rnn"], arguments["loss"]
+    batched = arguments["inputs"].dim() == 3
+    outputs, h_n = rnn(arguments["inputs"], arguments["hx"])
+    if arguments["lengths"] is None:
+        outputs = outputs if arguments["readout"] is None else arguments["readout"](outputs)
+        assert_same_states(estimate.outputs, outputs)
+        assert_same_states(estimate.h_n, h_n)
+        if loss == "mse" and outputs.numel() and arguments["targets"].shape == outputs.shape:
+            assert_same_states(estimate.loss, nn.functional.mse_loss(outputs, arguments["targets"]))
+    assert estimate.outputs.dim() == 2 + batched
+    assert estimate.loss.shape == estimate.skipped.shape == estimate.split_half.shape == ()
     if not wild:
         assert all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in leaves if leaf.requires_grad)
 
@@ -226,7 +226,7 @@ def parameters_of(value):
 
 @st.composite
 def models(draw, depth=0):
-    """A module with some RNNs inside, some of them ours already."""
+    """A module with RNNs inside, some of them ours."""
     kind = draw(st.sampled_from(["rnn", "ours", "gru", "linear", "parametrized", "nested", "nested"]))
     if kind == "nested" and depth < 3:
         return nn.Sequential(*draw(st.lists(models(depth + 1), max_size=3)))
@@ -236,7 +236,7 @@ def models(draw, depth=0):
 
 
 class Derived(nn.RNN):
-    """Somebody's own RNN."""
+    """A user's subclass of nn.RNN."""
 
 
 @st.composite
@@ -251,33 +251,33 @@ def swap_calls(draw, with_perturbation):
 
 def check_swap(call):
     model = call.arguments["model"]
-    before = [type(one) for one in model.modules()] if isinstance(model, nn.Module) else []
-    weights = [id(one) for one in parameters_of(model)]
+    before = [type(module) for module in model.modules()] if isinstance(model, nn.Module) else []
+    weights = [id(parameter) for parameter in parameters_of(model)]
     derived = Derived in before
-    found = tried("swap_", anpgpu.swap_, call, excuse="Derived is a subclass" if derived else None)
-    assert found is None or not derived
-    after = [type(one) for one in model.modules()] if isinstance(model, nn.Module) else []
-    assert [id(one) for one in parameters_of(model)] == weights
-    if found is None:
+    count = tried("swap_", anpgpu.swap_, call, excuse="Derived is a subclass" if derived else None)
+    assert count is None or not derived
+    after = [type(module) for module in model.modules()] if isinstance(model, nn.Module) else []
+    assert [id(parameter) for parameter in parameters_of(model)] == weights
+    if count is None:
         assert after == before
         return
-    assert found == sum(issubclass(kind, nn.RNN) for kind in before)
-    assert found == sum(issubclass(kind, anpgpu.RNN) for kind in after)
-    assert anpgpu.unswap_(model) == found
+    assert count == sum(issubclass(kind, nn.RNN) for kind in before)
+    assert count == sum(issubclass(kind, anpgpu.RNN) for kind in after)
+    assert anpgpu.unswap_(model) == count
 
 
 def check_unswap(call):
     model = call.arguments["model"]
-    found = tried("unswap_", anpgpu.unswap_, call)
-    if found is not None:
-        assert not any(isinstance(one, anpgpu.RNN) for one in model.modules())
+    count = tried("unswap_", anpgpu.unswap_, call)
+    if count is not None:
+        assert not any(isinstance(module, anpgpu.RNN) for module in model.modules())
         assert anpgpu.unswap_(model) == 0
 
 
 @st.composite
 def diagnose_calls(draw):
-    given = draw(estimate_arguments(draw(st.sampled_from(CONTENTS))))
-    given.pop("generator")
+    arguments = draw(estimate_arguments(draw(st.sampled_from(CONTENTS))))
+    arguments.pop("generator")
     grid = {
         "methods": draw(st.sampled_from([("anp",), ["np"], ("wp",)])),
         "rollouts": draw(st.sampled_from([(1,), [3]])),
@@ -288,24 +288,24 @@ def diagnose_calls(draw):
         "seed": draw(st.sampled_from([0, 2**62])),
         "progress": False,
     }
-    return Call(*draw(spoilt(given | grid)))
+    return Call(*draw(spoilt(arguments | grid)))
 
 
 def check_diagnose(call):
-    given = call.arguments
-    leaves = [leaf for name in ("rnn", "readout") for leaf in parameters_of(given[name])]
+    arguments = call.arguments
+    leaves = [leaf for name in ("rnn", "readout") for leaf in parameters_of(arguments[name])]
     before = [leaf.detach().clone() for leaf in leaves]
     state = torch.get_rng_state()
-    quoting = call.spoiled != ("loss",) or not callable(given["loss"])
+    quoting = call.spoiled != ("loss",) or not callable(arguments["loss"])
     excuse = "no setting of the grid gives"
-    found = tried("diagnose", anpgpu.diagnose, call, errors=REFUSES, quoting=quoting, excuse=excuse)
+    diagnosis = tried("diagnose", anpgpu.diagnose, call, errors=REFUSES, quoting=quoting, excuse=excuse)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(leaf.grad is None for leaf in leaves)
-    assert all(torch.equal(one, other) for one, other in zip(leaves, before, strict=True))
-    if found is not None:
-        assert found.rows
-        assert all(math.isnan(row.total.cosine) or -1.001 <= row.total.cosine <= 1.001 for row in found.rows)
-        assert isinstance(found.table(), str)
+    assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, before, strict=True))
+    if diagnosis is not None:
+        assert diagnosis.rows
+        assert all(math.isnan(row.total.cosine) or -1.001 <= row.total.cosine <= 1.001 for row in diagnosis.rows)
+        assert isinstance(diagnosis.table(), str)
 
 
 @st.composite
@@ -330,24 +330,24 @@ def decorrelate(activity, **options):
 
 def check_decorrelate(call):
     excuse = None if call.content in MODERATE else "a step is stable"
-    # Without a type D has torch's default, which is then what a message tells.
+    # Where dtype is None, a message quotes torch's default instead.
     quoting = call.arguments["dtype"] is not None
-    found = tried("Decorrelate", decorrelate, call, errors=REFUSES, quoting=quoting, excuse=excuse)
-    if found is not None:
-        module, seen = found
+    result = tried("Decorrelate", decorrelate, call, errors=REFUSES, quoting=quoting, excuse=excuse)
+    if result is not None:
+        module, seen = result
         assert bool(module.matrix.isfinite().all())
         assert seen.shape == call.arguments["activity"].shape
 
 
 @st.composite
 def decorrelation_calls(draw):
-    given = draw(constructions())
+    construction = draw(constructions())
     content = draw(st.sampled_from(CONTENTS))
-    inputs, _, _ = draw(sequences(given, content))
-    width = given["hidden_size"] * (1 + given["bidirectional"])
+    inputs, _, _ = draw(sequences(construction, content))
+    width = construction["hidden_size"] * (1 + construction["bidirectional"])
     arguments = {
-        "rnn": built(given),
-        "readout": draw(st.sampled_from([None, nn.Linear(width, 2, dtype=given["dtype"])])),
+        "rnn": built(construction),
+        "readout": draw(st.sampled_from([None, nn.Linear(width, 2, dtype=construction["dtype"])])),
         "hidden": True,
         "inputs": draw(st.booleans()),
         "rate": draw(st.sampled_from([1e-3, 0.05])),
@@ -359,17 +359,17 @@ def decorrelation_calls(draw):
 
 
 def decorrelated(sequences, **options):
-    made = decorrelation.Decorrelation(**options)
-    made.update_(sequences)
-    return made
+    attached = decorrelation.Decorrelation(**options)
+    attached.update_(sequences)
+    return attached
 
 
 def check_decorrelation(call):
     excuse = None if call.content in MODERATE else "a step is stable"
-    found = tried("Decorrelation", decorrelated, call, errors=REFUSES, excuse=excuse)
-    if found is not None:
-        assert found.matrices
-        assert all(bool(one.isfinite().all()) for one in found.matrices.values())
+    attached = tried("Decorrelation", decorrelated, call, errors=REFUSES, excuse=excuse)
+    if attached is not None:
+        assert attached.matrices
+        assert all(bool(matrix.isfinite().all()) for matrix in attached.matrices.values())
 
 
 @st.composite
@@ -384,12 +384,12 @@ def correlation_calls(draw):
 
 
 def check_correlation(call):
-    found = tried("squared_correlation", decorrelation.squared_correlation, call, errors=REFUSES)
-    if found is not None and not call.spoiled:
-        assert found.shape == ()
-        assert found.dtype == torch.float64
+    figure = tried("squared_correlation", decorrelation.squared_correlation, call, errors=REFUSES)
+    if figure is not None and not call.spoiled:
+        assert figure.shape == ()
+        assert figure.dtype == torch.float64
         assert (
-            call.content in {"nan", "inf", "-inf", "huge"} or bool(found.isnan()) or -1e-9 <= float(found) <= 1 + 1e-9
+            call.content in {"nan", "inf", "-inf", "huge"} or bool(figure.isnan()) or -1e-9 <= float(figure) <= 1 + 1e-9
         )
 
 
@@ -408,7 +408,7 @@ ELSEWHERE = {"Perturbation", "functional", "decorrelation"}
 """Fuzzed in tests/test_fuzz.py, or a module whose functions and classes are targets here."""
 
 RESULTS = {"Estimate", "NOISE_STREAM_VERSION", "__version__"}
-"""What the library makes and takes from nobody."""
+"""Names that are results or constants, never called."""
 
 
 def test_everything_public_is_fuzzed():

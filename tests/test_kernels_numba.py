@@ -1,4 +1,4 @@
-"""The compiled loops of the CPU against the reference in float64, and against themselves on more threads."""
+"""The compiled loops of the CPU against the reference in float64, and on several threads against one."""
 
 import math
 import os
@@ -36,7 +36,7 @@ from anpgpu.runtime import dispatch
 
 SEED = torch.tensor(-0x1234567890ABCDEF)
 SHAPES = [(4, 2, 3, 1), (7, 3, 5, 6), (2, 1, 3, 65), (5, 2, 33, 100), (3, 4, 2, 496)]
-"""(T, B, P, H): with and without whole vectors, and (the third) too little work to copy the readout beside W_hh."""
+"""(T, B, P, H); H fills whole vectors or not. The third has too little work to copy the readout beside W_hh."""
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent)}
 
@@ -60,26 +60,26 @@ def blocks(draw):
 def test_signs_are_the_references_bit_for_bit(block, seed, dtype):
     (shape, counters), key = block, torch.tensor(seed)
     named = {"sigma": 0.37, "counters": counters, "dtype": dtype}
-    made = noise_numba.noise(key, shape, **named)
-    assert made.shape == shape
-    assert torch.equal(made, reference_noise.noise(key, shape, **named))
+    signs = noise_numba.noise(key, shape, **named)
+    assert signs.shape == shape
+    assert torch.equal(signs, reference_noise.noise(key, shape, **named))
 
 
 def test_signs_by_brute_force():
     shape = (2, 1, 3, 700)
     where = WHERE._replace(time=2**32 - 2, rollout=2**31)
-    made = noise_numba.noise(torch.tensor(42), shape, counters=where)
-    assert torch.equal(made.double(), noise_block(42, shape, "rademacher", **where._asdict()))
+    signs = noise_numba.noise(torch.tensor(42), shape, counters=where)
+    assert torch.equal(signs.double(), noise_block(42, shape, "rademacher", **where._asdict()))
 
 
 @pytest.fixture(params=["torch's products", "own products"])
 def product(request, monkeypatch):
-    """Which of the two forms of the rollout runs; the size of the product would decide."""
+    """Select one of the two forms of the rollout, which otherwise the size of the product decides."""
     monkeypatch.setattr(rollout_numba, "SMALL_PRODUCT", 0 if request.param == "torch's products" else 1 << 62)
 
 
 def network(shape, nonlinearity="tanh", drive=1.0):
-    """Clean pre-activations and states, (T, B, H), and W_hh, in values that float32 has."""
+    """Clean pre-activations and states, (T, B, H), and W_hh, all exact in float32."""
     time, batch, _, units = shape
     weight = (0.9 * draw(units, units, seed=1) / math.sqrt(units)).float().double()
     state, preacts, states = draw(batch, units, seed=2), [], []
@@ -94,28 +94,28 @@ def losses(shape, outputs=5):
     """One loss of each kind, with and without a readout."""
     time, batch, _, units = shape
     weight, readout = draw(time, batch, seed=4).abs(), draw(outputs, units, seed=5) / math.sqrt(units)
-    found = {"none": None, "linear": LinearLoss(draw(time, batch, units, seed=6))}
+    kinds = {"none": None, "linear": LinearLoss(draw(time, batch, units, seed=6))}
     for name, matrix in (("readout", readout), ("states", None)):
         size = units if matrix is None else outputs
         probs = torch.softmax(draw(time, batch, size, seed=7), -1)
         target = draw(time, batch, seed=8).mul(100).long().abs() % size
-        found[f"squared of {name}"] = SquaredLoss(matrix, draw(time, batch, size, seed=9), weight)
-        found[f"cross-entropy of {name}"] = CrossEntropyLoss(matrix, probs, target, weight)
-        found[f"outputs of {name}"] = OutputsOnly(matrix)
-    return found
+        kinds[f"squared of {name}"] = SquaredLoss(matrix, draw(time, batch, size, seed=9), weight)
+        kinds[f"cross-entropy of {name}"] = CrossEntropyLoss(matrix, probs, target, weight)
+        kinds[f"outputs of {name}"] = OutputsOnly(matrix)
+    return kinds
 
 
 def narrowed(value):
-    """The same in float32."""
+    """The value with its tensors in float32."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
     return None if value is None else type(value)(*map(narrowed, value))
 
 
-def assert_as_good(found, small, exact):
-    """Every field is as near to the float64 rollout as twice the float32 reference, or some roundings."""
+def assert_as_good(compiled, small, exact):
+    """The error of every field against float64 is at most twice the float32 reference's, or a few roundings."""
     for name, expected in exact._asdict().items():
-        mine, other = getattr(found, name), getattr(small, name)
+        mine, other = getattr(compiled, name), getattr(small, name)
         if expected is None:
             assert mine is None
             continue
@@ -138,9 +138,9 @@ def test_rollout_is_as_good_as_the_reference(shape, loss, nonlinearity, product)
             exact = reference_rollout.rollout(*clean, measured, SEED, **named, delta_h0=first)
             arguments = (*map(narrowed, clean), narrowed(measured), SEED)
             small = reference_rollout.rollout(*arguments, **named, delta_h0=narrowed(first))
-            found = rollout_numba.rollout(*arguments, **named, delta_h0=narrowed(first))
-            assert_as_good(found, small, exact)
-            assert store == (found.delta_a is not None)
+            compiled = rollout_numba.rollout(*arguments, **named, delta_h0=narrowed(first))
+            assert_as_good(compiled, small, exact)
+            assert store == (compiled.delta_a is not None)
 
 
 @pytest.mark.parametrize("waiting", [1, 2500, 5000])
@@ -150,37 +150,37 @@ def test_outputs_that_wait_reach_their_steps(waiting, monkeypatch, product):
     measured, clean = losses(shape)["squared of readout"], network(shape)
     options = RolloutOptions(30, 1e-2)
     exact = reference_rollout.rollout(*clean, measured, SEED, options=options)
-    found = rollout_numba.rollout(*map(narrowed, clean), narrowed(measured), SEED, options=options)
-    assert_close(found.delta_loss, exact.delta_loss, "float32")
+    compiled = rollout_numba.rollout(*map(narrowed, clean), narrowed(measured), SEED, options=options)
+    assert_close(compiled.delta_loss, exact.delta_loss, "float32")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_rounded_operands(precision):
     shape = (4, 2, 16, 64)
-    clean, measured = [narrowed(one) for one in network(shape)], narrowed(losses(shape)["squared of readout"])
+    clean, measured = [narrowed(tensor) for tensor in network(shape)], narrowed(losses(shape)["squared of readout"])
     options = RolloutOptions(16, 1e-3, precision=precision, store_delta_a=True)
-    found = rollout_numba.rollout(*clean, measured, SEED, options=options)
+    compiled = rollout_numba.rollout(*clean, measured, SEED, options=options)
     expected = reference_rollout.rollout(*clean, measured, SEED, options=options)
     plain = reference_rollout.rollout(*clean, measured, SEED, options=options._replace(precision="fp32"))
-    # A state next to a rounding boundary may be rounded the other way.
-    assert_close(found.delta_a, expected.delta_a, "bfloat16")
-    assert relative_error(found.delta_a, expected.delta_a) < relative_error(plain.delta_a, expected.delta_a)
-    assert_close(found.delta_loss, expected.delta_loss, "bfloat16")
+    # A state near a rounding boundary may be rounded the other way.
+    assert_close(compiled.delta_a, expected.delta_a, "bfloat16")
+    assert relative_error(compiled.delta_a, expected.delta_a) < relative_error(plain.delta_a, expected.delta_a)
+    assert_close(compiled.delta_loss, expected.delta_loss, "bfloat16")
 
 
 def test_any_strides_of_what_is_given(product):
     shape = (4, 3, 5, 20)
-    clean, measured = [narrowed(one) for one in network(shape)], narrowed(losses(shape)["linear"])
+    clean, measured = [narrowed(tensor) for tensor in network(shape)], narrowed(losses(shape)["linear"])
     start = draw(5, 20, 3).float()
     options = RolloutOptions(5, 1e-2, store_delta_a=True)
-    preact, hidden = (torch.stack((one, -one), dim=-1)[..., 0] for one in clean[:2])
+    preact, hidden = (torch.stack((tensor, -tensor), dim=-1)[..., 0] for tensor in clean[:2])
     weight, grad = clean[2].t().contiguous().t(), measured.grad.transpose(0, 1).contiguous().transpose(0, 1)
-    found = rollout_numba.rollout(
+    strided = rollout_numba.rollout(
         preact, hidden, weight, LinearLoss(grad), SEED, options=options, delta_h0=start.permute(2, 0, 1)
     )
     plain = rollout_numba.rollout(*clean, measured, SEED, options=options, delta_h0=start.permute(2, 0, 1).contiguous())
     for name in ("delta_loss", "delta_a", "delta_h"):
-        assert_close(getattr(found, name), getattr(plain, name), "float32")
+        assert_close(getattr(strided, name), getattr(plain, name), "float32")
 
 
 def test_saturated_units_and_large_deviations(product):
@@ -196,22 +196,22 @@ def test_saturated_units_and_large_deviations(product):
 
 def test_the_fraction_is_tanh_to_float32s_rounding():
     x = np.linspace(-0.5, 0.5, 200_001, dtype=np.float32).reshape(1, -1)
-    found, flat = np.empty_like(x), np.ones((1, *x.shape), np.float32)
-    large = cell_numba.tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1])
+    values, flat = np.empty_like(x), np.ones((1, *x.shape), np.float32)
+    large = cell_numba.tanh_row(x, 0, values, flat, 0 * flat, 0, 0, x.shape[1])
     expected = np.tanh(x.astype(np.float64))
     assert large == 0
-    assert np.abs(found - expected).max() < 2**-23
-    assert (np.abs(found - expected) / np.maximum(np.abs(expected), 1e-300)).max() < 3 * 2**-24
-    # One more unit at a time is counted, whichever is too large or not a number.
+    assert np.abs(values - expected).max() < 2**-23
+    assert (np.abs(values - expected) / np.maximum(np.abs(expected), 1e-300)).max() < 3 * 2**-24
+    # A unit that is too large, or NaN, is counted.
     for wild in (0.51, -0.51, math.inf, -math.inf, math.nan):
         x[0, 77] = wild
-        assert cell_numba.tanh_row(x, 0, found, flat, 0 * flat, 0, 0, x.shape[1]) == 1
+        assert cell_numba.tanh_row(x, 0, values, flat, 0 * flat, 0, 0, x.shape[1]) == 1
 
 
 def test_tanh_of_anything():
     inputs = [*np.linspace(-12, 12, 20_001), 1e-30, 1e30, math.inf, -math.inf]
-    found = np.array([cell_numba._tanh(np.float32(one)) for one in inputs])
-    assert np.abs(found - np.tanh(np.array(inputs, np.float32).astype(np.float64))).max() < 2**-22
+    values = np.array([cell_numba._tanh(np.float32(number)) for number in inputs])
+    assert np.abs(values - np.tanh(np.array(inputs, np.float32).astype(np.float64))).max() < 2**-22
     assert math.isnan(cell_numba._tanh(np.float32(math.nan)))
 
 
@@ -219,16 +219,16 @@ def test_tanh_of_anything():
 @pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_with_its_rollout(wild, nonlinearity, product):
     shape = (3, 2, 4, 40)
-    clean, measured = [narrowed(one) for one in network(shape, nonlinearity)], narrowed(losses(shape)["linear"])
+    clean, measured = [narrowed(tensor) for tensor in network(shape, nonlinearity)], narrowed(losses(shape)["linear"])
     start = torch.zeros(2, 4, 40)
     start[1, 2, 7] = wild
     options = RolloutOptions(4, 1e-3, cell=CELLS[nonlinearity].forms, store_delta_a=True)
-    found = rollout_numba.rollout(*clean, measured, SEED, options=options, delta_h0=start)
+    compiled = rollout_numba.rollout(*clean, measured, SEED, options=options, delta_h0=start)
     expected = reference_rollout.rollout(*clean, measured, SEED, options=options, delta_h0=start)
-    for mine, other in ((found.delta_a, expected.delta_a), (found.delta_loss, expected.delta_loss)):
+    for mine, other in ((compiled.delta_a, expected.delta_a), (compiled.delta_loss, expected.delta_loss)):
         assert torch.equal(torch.isfinite(mine), torch.isfinite(other))
         broken = ~torch.isfinite(mine.view(3, 2, 4, -1)).all(-1)
-        assert bool(broken[:, 1, 2].any()) or mine is found.delta_loss
+        assert bool(broken[:, 1, 2].any()) or mine is compiled.delta_loss
         broken[:, 1, 2] = False
         assert not broken.any()
 
@@ -245,7 +245,7 @@ def test_adjoint_is_the_references(shape, weight_by, kind, sigma):
     room[1:, :, 0, 0] = torch.tensor([math.nan, math.inf, -math.inf])[torch.arange(time) % 3].unsqueeze(1)
     if rollouts > 1:
         room[1:, :, 1] = 0
-    # A part of something larger, whose rows are padded; and the same without a gap.
+    # A view into a larger tensor with padded rows, and a contiguous copy.
     for delta_a in (room[1:, ..., :units], room[1:, ..., :units].contiguous()):
         named = {
             "weight_by": weight_by,
@@ -257,19 +257,19 @@ def test_adjoint_is_the_references(shape, weight_by, kind, sigma):
         exact = reference_adjoint.adjoint(
             credit.double(), None if activity is None else activity.double(), SEED, **named
         )
-        found = adjoint_numba.adjoint(credit, activity, SEED, **named)
-        assert found.shape == (2, time, batch, units)
-        assert_close(found, exact, "float32_long")
+        sums = adjoint_numba.adjoint(credit, activity, SEED, **named)
+        assert sums.shape == (2, time, batch, units)
+        assert_close(sums, exact, "float32_long")
 
 
 def test_adjoint_takes_any_strides():
     credit, delta_a = draw(4, 3, 6).float(), draw(6, 20, 3, 4, seed=2).float().permute(3, 2, 0, 1)
     named = {"weight_by": "activity", "units": 20, "options": RolloutOptions(6, 1.0)}
-    found = adjoint_numba.adjoint(credit, delta_a, SEED, **named)
-    assert torch.equal(found, adjoint_numba.adjoint(credit, delta_a.contiguous(), SEED, **named))
-    assert_close(found, reference_adjoint.adjoint(credit.double(), delta_a.double(), SEED, **named), "float32")
+    sums = adjoint_numba.adjoint(credit, delta_a, SEED, **named)
+    assert torch.equal(sums, adjoint_numba.adjoint(credit, delta_a.contiguous(), SEED, **named))
+    assert_close(sums, reference_adjoint.adjoint(credit.double(), delta_a.double(), SEED, **named), "float32")
     half = adjoint_numba.adjoint(credit, delta_a.half(), SEED, **named)
-    assert_close(half, found, "bfloat16")
+    assert_close(half, sums, "bfloat16")
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (4, 3, 7, 20), (3, 2, 40, 100)], ids=str)
@@ -279,7 +279,7 @@ def test_deflation_is_the_references(shape, baseline, discount):
     length, batch, rollouts, units = shape
     finite = draw(batch, rollouts, seed=3) > -1
     finite[:, 0] = True
-    # Rows padded, as a rollout leaves them, where every rollout counts.
+    # Rows are padded, as those of a rollout are.
     room = torch.zeros(length, batch, rollouts, units + 3, dtype=torch.float64)
     room[..., :units] = draw(*shape).float() * finite.unsqueeze(-1)
     activity = room[..., :units]
@@ -288,15 +288,15 @@ def test_deflation_is_the_references(shape, baseline, discount):
     delta_loss = draw(length, batch, rollouts, seed=1).float().double() * finite
     carry = draw(batch, rollouts, seed=2).float().double()
     how = Deflation(finite, discount, baseline, 0.3, "rademacher", WHERE)
-    found = []
+    results = []
     for deflate, dtype in ((deflate_in_torch, torch.float64), (least_squares_numba.deflate, torch.float32)):
-        inputs = [one.to(dtype) for one in (delta_loss, factor, carry)]
+        inputs = [tensor.to(dtype) for tensor in (delta_loss, factor, carry)]
         estimate, credit = torch.empty(length, batch, units, dtype=dtype), torch.empty_like(inputs[0])
         after = deflate(
             inputs[0], room.to(dtype)[..., :units], *inputs[1:], SEED, how, estimate=estimate, credit=credit
         )
-        found.append((estimate, credit, after))
-    for exact, mine in zip(*found, strict=True):
+        results.append((estimate, credit, after))
+    for exact, mine in zip(*results, strict=True):
         assert_close(mine, exact, "float32_long")
 
 
@@ -305,30 +305,30 @@ def test_deflation_is_the_references(shape, baseline, discount):
 def test_returns_are_the_references(shape, discount):
     delta_loss, carry = draw(*shape).float(), draw(*shape[1:], seed=1).float()
     for after in (None, carry):
-        found = adjoint_numba.returns(delta_loss, discount, carry=after)
+        credit = adjoint_numba.returns(delta_loss, discount, carry=after)
         exact = reference_adjoint.returns(
             delta_loss.double(), discount, carry=None if after is None else after.double()
         )
-        assert_close(found, exact, "float32")
-    assert found is not delta_loss
+        assert_close(credit, exact, "float32")
+    assert credit is not delta_loss
 
 
 def test_threads_change_nothing(product):
     shape = (6, 3, 40, 70)
-    clean, measured = [narrowed(one) for one in network(shape)], narrowed(losses(shape)["squared of readout"])
+    clean, measured = [narrowed(tensor) for tensor in network(shape)], narrowed(losses(shape)["squared of readout"])
     options = RolloutOptions(40, 0.2, store_delta_a=True)
 
     def everything():
-        part = rollout_numba.rollout(*clean, measured, SEED, options=options)
-        credit = adjoint_numba.returns(part.delta_loss, 0.9)
+        run = rollout_numba.rollout(*clean, measured, SEED, options=options)
+        credit = adjoint_numba.returns(run.delta_loss, 0.9)
         named = {"units": 70, "options": options}
         sums = [
             adjoint_numba.adjoint(
-                credit, part.delta_a if weight_by == "activity" else None, SEED, weight_by=weight_by, **named
+                credit, run.delta_a if weight_by == "activity" else None, SEED, weight_by=weight_by, **named
             )
             for weight_by in ("noise", "activity")
         ]
-        return [part.delta_a, part.delta_h, noise_numba.noise(SEED, shape), credit, *sums]
+        return [run.delta_a, run.delta_h, noise_numba.noise(SEED, shape), credit, *sums]
 
     before = torch.get_num_threads()
     try:
@@ -339,10 +339,10 @@ def test_threads_change_nothing(product):
         assert numba.get_num_threads() == min(2, numba.config.NUMBA_NUM_THREADS)
     finally:
         torch.set_num_threads(before)
-    # The products themselves are torch's, whose rounding may depend on its threads.
+    # The products are torch's, whose rounding may depend on the number of threads.
     assert torch.equal(alone[2], together[2])
-    for one, other in zip(alone, together, strict=True):
-        assert_close(one, other, "float32")
+    for first, second in zip(alone, together, strict=True):
+        assert_close(first, second, "float32")
     assert torch.equal(
         adjoint_numba.adjoint(alone[3], alone[0], SEED, weight_by="activity", units=70, options=options), alone[5]
     )
@@ -445,8 +445,8 @@ for method in ("np", "anp", "anp-ls"):
     torch.manual_seed(0)
     rnn, readout = anpgpu.RNN(3, 40, 2, perturbation=anpgpu.Perturbation(method, 20, sigma=0.1)), torch.nn.Linear(40, 2)
     anpgpu.estimate_grad_(rnn, readout, torch.randn(9, 3, 3), torch.randn(9, 3, 2))
-    for one in (*rnn.parameters(), *readout.parameters()):
-        print(hashlib.sha256(one.grad.numpy().tobytes()).hexdigest())
+    for parameter in (*rnn.parameters(), *readout.parameters()):
+        print(hashlib.sha256(parameter.grad.numpy().tobytes()).hexdigest())
 """
 
 
@@ -466,11 +466,13 @@ def test_code_from_the_disk_rounds_like_code_just_compiled(tmp_path):
 @pytest.mark.parametrize("discount", [0.0, 0.9, 1.0])
 def test_estimates_agree_with_torchs(method, discount):
     inputs, targets = draw(12, 3, 4).float(), draw(12, 3, 2, seed=1).float()
-    found = []
+    estimates = []
     for backend in ("torch", "numba"):
         torch.manual_seed(0)
         how = anpgpu.Perturbation(method, rollouts=12, discount=discount, backend=backend)
         rnn, readout = anpgpu.RNN(4, 24, num_layers=2, perturbation=how), torch.nn.Linear(24, 2)
         anpgpu.estimate_grad_(rnn, readout, inputs, targets)
-        found.append(torch.cat([one.grad.flatten() for one in (*rnn.parameters(), *readout.parameters())]))
-    assert_close(found[1], found[0], "least_squares" if method == "anp-ls" else "float32_long")
+        estimates.append(
+            torch.cat([parameter.grad.flatten() for parameter in (*rnn.parameters(), *readout.parameters())])
+        )
+    assert_close(estimates[1], estimates[0], "least_squares" if method == "anp-ls" else "float32_long")

@@ -39,12 +39,12 @@ def recurrent_alignment(
     readout.zero_grad()
 
     anpgpu.estimate_grad_(rnn, readout, inputs, targets, "cross_entropy")
-    found = []
+    cosines = []
     for (name, ours), true in zip(rnn.named_parameters(), oracle.parameters(), strict=True):
         if "weight_hh" in name:
             cosine = nn.functional.cosine_similarity(ours.grad.flatten(), true.grad.flatten(), dim=0)
-            found.append((float(cosine), float(ours.grad.norm() / true.grad.norm())))
-    return found
+            cosines.append((float(cosine), float(ours.grad.norm() / true.grad.norm())))
+    return cosines
 
 
 @pytest.mark.parametrize(("rollouts", "ridge"), [(72, 1e-6), (128, 1e-3)])
@@ -98,18 +98,18 @@ def test_rollouts_are_never_divided() -> None:
 def by_hand(
     delta_loss: Tensor, activity: Tensor, noise: Tensor, discount: float, ridge: float
 ) -> tuple[Tensor, Tensor]:
-    """The equations, one sample and step at a time, by a general solver: the estimate and the returns it explains."""
+    """The equations, one sample and step at a time, by a general solver: the estimate and the returns."""
     time, batch, rollouts, units = activity.shape
-    found, credit = torch.zeros(time, batch, units).double(), torch.zeros_like(delta_loss)
+    adjoint, credit = torch.zeros(time, batch, units).double(), torch.zeros_like(delta_loss)
     for sample in range(batch):
         carry = torch.zeros(rollouts).double()
         for step in range(time - 1, -1, -1):
             moved = activity[step, sample]
             credit[step, sample] = delta_loss[step, sample] + carry
             penalty = ridge * (moved**2).sum() / rollouts * torch.eye(units)
-            found[step, sample] = torch.linalg.solve(moved.T @ moved + penalty, moved.T @ credit[step, sample])
-            carry = discount * (credit[step, sample] - noise[step, sample] @ found[step, sample])
-    return found, credit
+            adjoint[step, sample] = torch.linalg.solve(moved.T @ moved + penalty, moved.T @ credit[step, sample])
+            carry = discount * (credit[step, sample] - noise[step, sample] @ adjoint[step, sample])
+    return adjoint, credit
 
 
 def regressed(
@@ -147,15 +147,15 @@ def test_both_forms_are_the_equations_by_hand(rollouts: int, block_bytes: int, m
     delta_loss = torch.randn(5, 2, rollouts, generator=generator).double()
     injected = noise(torch.tensor(3), (5, 2, rollouts, 6), sigma=0.5, dtype=torch.float64)
     expected, credit = by_hand(delta_loss, activity, injected, 0.8, 0.1)
-    found = regressed(activity, delta_loss)
-    torch.testing.assert_close(found.adjoint.sum(0), expected)
-    assert found.ridge_grown == 0
+    regression = regressed(activity, delta_loss)
+    torch.testing.assert_close(regression.adjoint.sum(0), expected)
+    assert regression.ridge_grown == 0
     for half in range(min(rollouts, 2)):
-        # Without a discount a step's estimate is the regression of its own return.
+        # At discount 0 a step's estimate is the regression on its own loss difference.
         alone, _ = by_hand(credit[..., half::2], activity[..., half::2, :], injected[..., half::2, :], 0.0, 0.1)
-        torch.testing.assert_close(2 * found.adjoint[half], alone)
+        torch.testing.assert_close(2 * regression.adjoint[half], alone)
     if rollouts == 1:
-        assert not found.adjoint[1].any()
+        assert not regression.adjoint[1].any()
 
 
 def test_a_rollout_that_does_not_count_is_as_one_that_never_was() -> None:
@@ -167,23 +167,23 @@ def test_a_rollout_that_does_not_count_is_as_one_that_never_was() -> None:
     expected = regressed(activity[:, :, :4], delta_loss[:, :, :4])
     delta_loss[:, :, 4] = 0
     activity[:, :, 4] = torch.nan
-    found = regressed(activity, delta_loss, finite=finite)
-    torch.testing.assert_close(found.adjoint, expected.adjoint)
-    torch.testing.assert_close(found.carry[:, :4], expected.carry)
+    regression = regressed(activity, delta_loss, finite=finite)
+    torch.testing.assert_close(regression.adjoint, expected.adjoint)
+    torch.testing.assert_close(regression.carry[:, :4], expected.carry)
 
 
 @pytest.mark.parametrize("rollouts", [4, 9])
 def test_a_system_without_a_factor_is_counted_and_harms_nothing(rollouts: int) -> None:
     activity, delta_loss = torch.randn(3, 2, rollouts, 6), torch.randn(3, 2, rollouts)
     clean = regressed(activity, delta_loss)
-    # Its squares overflow, so no ridge could help it.
+    # The squares of this sample overflow, so that no ridge can help.
     activity[1, 0] = 1e25
-    found = regressed(activity, delta_loss)
+    regression = regressed(activity, delta_loss)
     assert clean.ridge_grown == 0
-    assert found.ridge_grown == 1
-    assert torch.isfinite(found.adjoint).all()
-    torch.testing.assert_close(found.adjoint[:, :, 1], clean.adjoint[:, :, 1])
-    torch.testing.assert_close(found.adjoint[:, 2], clean.adjoint[:, 2])
+    assert regression.ridge_grown == 1
+    assert torch.isfinite(regression.adjoint).all()
+    torch.testing.assert_close(regression.adjoint[:, :, 1], clean.adjoint[:, :, 1])
+    torch.testing.assert_close(regression.adjoint[:, 2], clean.adjoint[:, 2])
 
 
 @pytest.mark.parametrize("size", [1, 32, 33, 67, 128])
@@ -204,8 +204,8 @@ def test_factors_of_large_systems_are_those_of_lapack(size: int) -> None:
 def test_the_noise_may_be_of_any_size(sigma: float) -> None:
     activity, delta_loss = torch.randn(3, 2, 4, 6), torch.randn(3, 2, 4)
     usual = regressed(activity, delta_loss, sigma=1.0)
-    found = regressed(activity * sigma, delta_loss, sigma=sigma)
-    torch.testing.assert_close(found.adjoint * sigma, usual.adjoint)
+    regression = regressed(activity * sigma, delta_loss, sigma=sigma)
+    torch.testing.assert_close(regression.adjoint * sigma, usual.adjoint)
 
 
 def test_halves_agree_the_better_the_more_rollouts() -> None:
@@ -234,7 +234,7 @@ def test_systems_without_a_factor_are_reported(bidirectional: bool) -> None:
     inputs = torch.randn(3, 2, 3)
     directions = 1 + bidirectional
     estimate = anpgpu.estimate_grad_(rnn, None, inputs, torch.randn(3, 2, 8 * directions))
-    # Every step but the first one of each sample and direction.
+    # All steps but the first of each sample and direction are counted.
     assert estimate.ridge_grown == 2 * 2 * directions
     assert all(torch.isfinite(weight.grad).all() for weight in rnn.parameters())
     rnn(inputs)[0].sum().backward()

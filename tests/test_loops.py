@@ -62,14 +62,14 @@ def test_autocast_estimates_are_those_of_float32_but_for_rounding(method, dtype)
     loss.backward()
     assert all(grad.dtype == torch.float32 for grad in gradients(mixed))
     error = relative_error(flat(gradients(mixed)), flat(gradients(plain)))
-    # Not nothing: the operands did follow autocast. Least squares amplifies their rounding, 4e-3 and 5e-4.
+    # The error is not 0, since the operands follow autocast. Least squares amplifies their rounding, 4e-3 and 5e-4.
     assert 1e-6 < error < (0.1 if dtype == torch.bfloat16 else 0.02)
 
 
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-12])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_estimate_is_linear_in_the_loss(method, scale):
-    # What loss scaling relies on; powers of two change no rounding.
+    # Loss scaling relies on linearity; powers of two change no rounding.
     inputs, targets = data()
     plain, scaled = Model(method), Model(method)
     backward(plain, inputs, targets)
@@ -95,7 +95,7 @@ def test_grad_scaler_finds_overflow_skips_the_update_and_goes_on():
         scales.append(scaler.get_scale())
         moved.append(not torch.equal(flat(model.parameters()), before))
     skipped = moved.index(True)
-    # Halved for as long as it overflows, and every update of that time is skipped; then all are made.
+    # While gradients overflow, the scale is halved and updates are skipped; then all updates are made.
     assert 5 < skipped < 29
     assert scales[:skipped] == [2.0 ** (39 - count) for count in range(skipped)]
     assert all(moved[skipped:])
@@ -122,16 +122,16 @@ def test_accumulated_halves_are_the_sum_of_their_estimates(method):
 
 
 def test_accumulated_halves_are_the_gradient_of_the_whole_batch():
-    # Enough rollouts for least squares to be exact: then halves and whole agree, whatever the noise.
+    # With enough rollouts least squares is exact, so that halves and whole agree whatever the noise.
     inputs, targets = data(torch.float64)
-    found = []
+    grads = []
     for halves in ((slice(0, 4),), (slice(0, 2), slice(2, 4))):
         model = Model("anp-ls", torch.float64)
         model.rnn.perturbation = Perturbation("anp-ls", rollouts=64, sigma=1e-6, discount=1.0, ridge=0.0)
         for half in halves:
             backward(model, inputs[:, half], targets[:, half], seed=half.start, scale=1 / len(halves))
-        found.append(flat(gradients(model)))
-    assert relative_error(found[1], found[0]) < 1e-3
+        grads.append(flat(gradients(model)))
+    assert relative_error(grads[1], grads[0]) < 1e-3
 
 
 def test_clipping_by_norm_and_value():
@@ -165,7 +165,7 @@ def test_hooks_on_tensors_parameters_and_modules():
     assert torch.equal(hooked.rnn.weight_hh_l0.grad, 3 * plain.rnn.weight_hh_l0.grad)
     assert torch.equal(hooked.rnn.bias_hh_l0.grad, plain.rnn.bias_hh_l0.grad)
     assert seen[:2] == ["before", "after"]
-    shapes = {tuple(one.shape) for one in seen[2:]}
+    shapes = {tuple(tensor.shape) for tensor in seen[2:]}
     assert shapes == {(H, I), (T, B, H)}
     hooked.zero_grad()
     backward(hooked, inputs, targets)
@@ -175,15 +175,15 @@ def test_hooks_on_tensors_parameters_and_modules():
 def test_a_hook_on_the_outputs_changes_what_the_rollouts_answer_to():
     inputs, _ = data(torch.float64)
     model = Model(dtype=torch.float64)
-    found = []
+    grads = []
     for factor in (1.0, 4.0):
         torch.manual_seed(2)
         model.zero_grad()
         outputs = model.rnn(inputs)[0]
         outputs.register_hook(lambda grad, factor=factor: factor * grad)
         outputs.sum().backward()
-        found.append(flat([model.rnn.weight_hh_l0.grad]))
-    assert_close(found[1], 4 * found[0], "float64")
+        grads.append(flat([model.rnn.weight_hh_l0.grad]))
+    assert_close(grads[1], 4 * grads[0], "float64")
 
 
 OPTIMISERS = {
@@ -218,7 +218,7 @@ def test_every_optimiser_lowers_the_loss(name):
 
 
 def test_lbfgs_gets_the_same_noise_within_a_step():
-    # It calls the closure many times and expects one function and its gradient: a seed, and enough rollouts.
+    # L-BFGS calls the closure many times and needs the same function with its gradient: a fixed seed, many rollouts.
     inputs, _ = data()
     targets = inputs[..., :O].roll(1, 0)
     model = Model("anp-ls")
@@ -253,7 +253,7 @@ def test_schedules_move_the_learning_rate_and_the_weights_follow(schedule):
     inputs, targets = data()
     model = Model()
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    made = schedule(optimiser)
+    scheduler = schedule(optimiser)
     rates = []
     for _ in range(6):
         rate = optimiser.param_groups[0]["lr"]
@@ -264,7 +264,7 @@ def test_schedules_move_the_learning_rate_and_the_weights_follow(schedule):
         optimiser.step()
         expected = before - rate * flat(gradients(model))
         assert_close(flat(model.parameters()), expected, "float32")
-        made.step(*((loss.detach(),) if "Plateau" in type(made).__name__ else ()))
+        scheduler.step(*((loss.detach(),) if "Plateau" in type(scheduler).__name__ else ()))
         rates.append(rate)
     assert len(set(rates)) > 2
 
@@ -293,11 +293,11 @@ def test_a_second_backward_through_the_same_graph_repeats_the_estimate():
     loss.backward(retain_graph=True)
     first = gradients(model)
     loss.backward()
-    assert all(torch.equal(2 * one, both) for one, both in zip(first, gradients(model), strict=True))
+    assert all(torch.equal(2 * single, double) for single, double in zip(first, gradients(model), strict=True))
 
 
 def test_averaged_weights_and_copies_train_on():
-    # torch.optim.swa_utils deep-copies the model and later recomputes with the copy.
+    # torch.optim.swa_utils deep-copies the model and later runs the copy.
     inputs, targets = data()
     model = Model()
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
@@ -360,7 +360,7 @@ def tagger(seed, updates, hidden=32):
 
 
 def test_example_tagger():
-    # Before either has learned all of it. A tagger that sees one direction alone gets 77, however long it learns.
+    # So few updates that neither has learned all of it. A tagger with one direction alone gets at most 77.
     exact, perturbed = tagger(0, 80, 24)
     assert exact > 88
     assert perturbed > 80

@@ -1,4 +1,4 @@
-"""Losses as the kernels see them: the same properties for every loss, and no loss that is taken for another."""
+"""Losses of the kernels: the same properties for every loss, and no loss mistaken for another."""
 
 import importlib
 

@@ -63,9 +63,9 @@ print(json.dumps(peak()))
 def peak_bytes(**case):
     env = {**os.environ, "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent)}
     command = [sys.executable, "-c", SCRIPT, json.dumps(case)]
-    # Not from the checkout's root, which would come before PYTHONPATH.
-    here = Path(__file__).parent
-    run = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, check=False)
+    # The checkout's root as the working folder would come before PYTHONPATH.
+    folder = Path(__file__).parent
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -119,7 +119,7 @@ def test_memory_at_full_size(time):
 
 
 def test_the_bound_is_one_that_undivided_work_breaks():
-    # The same work with room for everything: what the tests above would see if max_memory were ignored.
+    # With room for everything: the peak that the tests above would see if max_memory were ignored.
     case = {**SMALL, "method": "anp", "loss": "mse", "time": 1000}
     used = peak_bytes(**{**case, "mebibytes": 4096}, run=True) - peak_bytes(**case, run=False)
     assert used > 1.5 * (case["mebibytes"] << 20)

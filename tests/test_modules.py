@@ -85,16 +85,16 @@ def test_clean_outputs_are_those_of_torch(variant, form, hx):
     if form.startswith("packed"):
         assert isinstance(outputs, nn.utils.rnn.PackedSequence)
         for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
-            one, other = getattr(outputs, name), getattr(expected, name)
-            assert (one is None and other is None) or torch.equal(one, other)
+            ours, torchs = getattr(outputs, name), getattr(expected, name)
+            assert (ours is None and torchs is None) or torch.equal(ours, torchs)
         outputs, expected = outputs.data, expected.data
     assert outputs.requires_grad
     assert outputs.shape == expected.shape
     if form.startswith("packed") and "dropout" in variant:
-        # The masks are drawn for another number of elements.
+        # torch draws masks for another number of elements.
         assert h_n.shape == expected_h_n.shape
     else:
-        # Products depend on where their operands lie in memory: nn.RNN itself repeats only to rounding.
+        # Products round by the place of their operands in memory: even nn.RNN repeats only to rounding.
         assert_close(outputs, expected, "float32")
         assert_close(h_n, expected_h_n, "float32")
     rnn.eval()
@@ -125,10 +125,10 @@ def test_constructor_is_that_of_torch():
     assert anpgpu.RNN(3, 4, 2, "relu").nonlinearity == "relu"
     assert repr(anpgpu.RNN(3, 4, 2)) == repr(nn.RNN(3, 4, 2))
     torch.manual_seed(4)
-    one = anpgpu.RNN(3, 4, 2, bidirectional=True)
+    rnn = anpgpu.RNN(3, 4, 2, bidirectional=True)
     torch.manual_seed(4)
-    assert_same(one.state_dict(), nn.RNN(3, 4, 2, bidirectional=True).state_dict())
-    assert isinstance(one, nn.RNN)
+    assert_same(rnn.state_dict(), nn.RNN(3, 4, 2, bidirectional=True).state_dict())
+    assert isinstance(rnn, nn.RNN)
     assert anpgpu.RNN(3, 4, device="meta").weight_hh_l0.is_meta
 
 
@@ -234,11 +234,11 @@ def test_there_is_no_graph_through_time():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_what_is_kept_for_backward_is_inputs_weights_and_states(layers):
     rnn, _ = pair(4, 5, num_layers=layers)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda x: x):
         rnn(torch.randn(50, 3, 4))
     weights = sum(parameter.numel() for parameter in rnn.parameters())
-    assert sum(kept) == 50 * 3 * 4 + layers * 51 * 3 * 5 + weights + 1
+    assert sum(saved) == 50 * 3 * 4 + layers * 51 * 3 * 5 + weights + 1
 
 
 def test_sigma_does_not_change_the_clean_run():
@@ -354,7 +354,7 @@ def test_a_retained_graph_gives_the_same_gradient_twice():
     loss = rnn(torch.randn(6, 3, 4))[0].square().sum()
     first = torch.autograd.grad(loss, list(rnn.parameters()), retain_graph=True)
     second = torch.autograd.grad(loss, list(rnn.parameters()))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert all(torch.equal(grad, grad_again) for grad, grad_again in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         loss.backward()
 
@@ -372,11 +372,11 @@ def test_last_estimate_tells_what_the_backward_pass_found():
     outputs, _ = rnn(torch.randn(6, 3, 4))
     assert rnn.last_estimate is None
     outputs.sum().backward()
-    found = rnn.last_estimate
-    assert isinstance(found, anpgpu.Estimate)
-    assert int(found.skipped) == 0
-    assert -1 <= float(found.split_half) <= 1
-    assert (found.loss, found.outputs, found.h_n) == (None, None, None)
+    estimate = rnn.last_estimate
+    assert isinstance(estimate, anpgpu.Estimate)
+    assert int(estimate.skipped) == 0
+    assert -1 <= float(estimate.split_half) <= 1
+    assert (estimate.loss, estimate.outputs, estimate.h_n) == (None, None, None)
     with pytest.raises(AttributeError):
         rnn.last_estimate = None
 

@@ -20,7 +20,7 @@ FILES = {
     if ROOT / "anpgpu" / "kernels" not in path.parents
 }
 KERNEL_LOSSES = ("linear", "squared", "cross_entropy", "outputs")
-"""What a kernel calls the losses of rollouts; "none" is no name of a loss."""
+"""Names of losses inside kernels. "none" is not in the losses' table."""
 OWN_FILES = {
     "methods": ("anpgpu/estimators/*.py",),
     "cells": ("anpgpu/network/cells.py", "kernels/cell*.py"),
@@ -34,11 +34,11 @@ KNOWN = {
     "losses": {"mse", "cross_entropy", *KERNEL_LOSSES},
     "backends": {"torch", "numba", "cupy", "triton"},
 }
-"""The least that the tables hold."""
+"""Names that the tables hold at least."""
 
 
 def names_of(kind):
-    """Return the names of a kind, as its table has them now."""
+    """Return the names in the table of a kind."""
     registry = importlib.import_module("anpgpu.registry")
     table = {"methods": "ESTIMATORS", "cells": "CELLS", "losses": "LOSSES", "backends": "BACKENDS"}[kind]
     names = set(getattr(registry, table))
@@ -52,13 +52,13 @@ def is_own(kind, name):
 def comparisons(kind, names, sources):
     """Return "file:line: text" of every comparison outside the kind's own files, from {file: source}."""
     constants: dict[tuple[str, str], Held] = {}
-    # Constants pass from file to file by imports.
+    # Repeated, since imports pass constants from file to file.
     for _ in range(3):
         for file, source in sources.items():
             path = Path(file)
             module = path.parent.name if path.stem == "__init__" else path.stem
             for name, held in constants_of(source, names, constants).items():
-                # The table itself, and what its files keep in the same form, is what others look names up in.
+                # Other files may look names up in the table itself, and in other mappings of its files.
                 if not (held.mapping and is_own(kind, file)):
                     constants[module, name] = held
     return [
@@ -212,7 +212,7 @@ def test_constants_are_followed_through_imports():
         "anpgpu/perturbation.py": "RULES = tuple(ESTIMATORS)\nif m in RULES: pass",
         "anpgpu/swap.py": "from .perturbation import RULES\nif m in RULES: pass",
     }
-    # The tables of a kind's own files are looked up anywhere; what only lists some of its names is not.
+    # Any file may look names up in the mappings of a kind's own files, but not in lists of some of its names.
     assert comparisons("methods", NAMES, sources) == [
         "anpgpu/estimate.py:3: m in KEPT",
         "anpgpu/modules.py:2: m in rules.RULES",
@@ -227,7 +227,7 @@ def test_each_kind_may_be_compared_in_its_own_files_alone():
 
 
 def quotes(error, names):
-    """Say whether a message quotes 'x' and every one of the names."""
+    """Return whether a message quotes 'x' and all of the names."""
     return all(repr(name) in str(error.value) for name in ("x", *names))
 
 

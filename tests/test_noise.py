@@ -1,4 +1,4 @@
-"""The noise is Philox4x32-10, never repeats, is what it says, and does not depend on how work is divided."""
+"""The noise is Philox4x32-10, never repeats, has its distribution, and does not depend on how work is divided."""
 
 import hashlib
 
@@ -106,12 +106,12 @@ def blocks_of_noise(draw):
 
 @given(blocks_of_noise(), st.sampled_from(["rademacher", "gaussian"]))
 def test_counters_are_injective(block, kind):
-    # Reading every field back from the counter is the proof: what can be read back cannot have been merged.
+    # Every field can be read back from the counter, so that no two sets of fields share a counter.
     shape, first = block
     rows = []
     philox = noise_module.philox
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noise_module, "philox", lambda *given: rows.extend(given[:4]) or philox(*given))
+        patch.setattr(noise_module, "philox", lambda *words: rows.extend(words[:4]) or philox(*words))
         patch.setattr(dispatch, "_has_numba", lambda: False)
         noise(SEED, shape, kind=kind, counters=first)
     c0, c1, c2, c3 = (word.to(torch.int64) for word in torch.broadcast_tensors(*rows))
@@ -133,14 +133,14 @@ def test_no_counter_is_drawn_twice_in_an_update(drawn_counters):
     how = anpgpu.Perturbation("anp", 5, readout="perturbed")
     anpgpu.estimate_grad_(rnn, head, torch.randn(4, 3, 3), torch.randn(4, 3, 2), perturbation=how)
     rows = torch.cat(drawn_counters)
-    # Four layers of one group each, and the readout's: (T, B, P) counters of four blocks.
+    # (T, B, P) counters of four blocks each, for four layers of one group and for the readout.
     assert len(rows) == 5 * 4 * (4 * 3 * 5)
     assert len(torch.unique(rows, dim=0)) == len(rows)
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_noise_goes_on_past_4_billion_elements(kind):
-    # A flattened 32-bit index over 2^21 rollouts of 2048 units comes back to 0 at the second step.
+    # A flattened 32-bit index over 2^21 rollouts of 2048 units would wrap to 0 at the second step.
     rollouts, hidden = 2**21, 2048
     assert rollouts * hidden == 2**32
     first, second = (
@@ -148,14 +148,14 @@ def test_noise_goes_on_past_4_billion_elements(kind):
         for time, rollout in ((0, 0), (1, 0))
     )
     across = noise(SEED, (1, 1, 1, hidden), kind=kind, counters=Counters(rollout=rollouts))
-    for one, other in ((first, second), (first, across), (second, across)):
-        assert abs(float((one * other).sum())) / hidden**0.5 < TOLERANCES["z"].bound
+    for left, right in ((first, second), (first, across), (second, across)):
+        assert abs(float((left * right).sum())) / hidden**0.5 < TOLERANCES["z"].bound
 
 
 @pytest.mark.parametrize("field", list(LIMITS))
 def test_every_field_changes_the_noise(field):
-    here, there = (noise(SEED, (2, 2, 2, 600), counters=Counters(**{field: value})) for value in (0, 2))
-    assert abs(float((here * there).sum())) / here.numel() ** 0.5 < TOLERANCES["z"].bound
+    low, high = (noise(SEED, (2, 2, 2, 600), counters=Counters(**{field: value})) for value in (0, 2))
+    assert abs(float((low * high).sum())) / low.numel() ** 0.5 < TOLERANCES["z"].bound
 
 
 @pytest.mark.parametrize(("field", "limit"), LIMITS.items())
@@ -212,13 +212,13 @@ def test_rademacher_patterns_are_equally_likely():
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 def test_no_correlation_along_any_axis(kind, axis):
-    # Some 18 lags an axis; the bound allows for 100,000 of them.
+    # There are some 18 lags per axis; the bound allows for 100,000.
     drawn = noise(SEED, (16, 16, 16, 640), kind=kind, counters=Counters(time=5, sample=3, rollout=1))
     size = drawn.shape[axis]
     lags = [lag for lag in (1, 2, 3, 4, 7, 8, 15, 16, 64, 128, 256, 512) if lag < size]
     for lag in lags:
-        here, there = drawn.narrow(axis, 0, size - lag), drawn.narrow(axis, lag, size - lag)
-        z = float((here * there).sum(dtype=torch.float64)) / here.numel() ** 0.5
+        values, lagged = drawn.narrow(axis, 0, size - lag), drawn.narrow(axis, lag, size - lag)
+        z = float((values * lagged).sum(dtype=torch.float64)) / values.numel() ** 0.5
         assert abs(z) < TOLERANCES["z_many"].bound, f"lag {lag}: z = {z:.1f}"
 
 

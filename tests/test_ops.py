@@ -1,4 +1,4 @@
-"""The ops as torch.library, torch.compile and torch.export see them, compared with eager passes from the same seed."""
+"""The ops under torch.library, torch.compile and torch.export, compared with eager passes from the same seed."""
 
 import copy
 import pickle
@@ -116,7 +116,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize(
-    ("op", "number"), [(op, number) for op, each in SAMPLES.items() for number in range(len(each))]
+    ("op", "number"), [(op, number) for op, samples in SAMPLES.items() for number in range(len(samples))]
 )
 def test_opcheck(op, number):
     opcheck(getattr(OPS, op).default, SAMPLES[op][number]())
@@ -132,9 +132,9 @@ def test_every_op_is_checked():
 def test_the_seed_is_the_one_that_estimate_grad_would_draw():
     for start in range(20):
         torch.manual_seed(start)
-        one, state = new_seed(torch.device("cpu")), torch.get_rng_state()
+        seed, state = new_seed(torch.device("cpu")), torch.get_rng_state()
         torch.manual_seed(start)
-        assert torch.equal(one, drawn_seed(torch.device("cpu")))
+        assert torch.equal(seed, drawn_seed(torch.device("cpu")))
         assert torch.equal(state, torch.get_rng_state())
 
 
@@ -166,9 +166,9 @@ def test_compiled_is_eager(variant, backend):
     if variant == "wp":
         model = model.rnn
     expected = step(model, inputs)
-    found = step(model, inputs, compiled(model, backend))
+    results = step(model, inputs, compiled(model, backend))
     # AOTAutograd writes the linear layers' products in another form.
-    assert_all_close(found, expected, "exact" if backend == "eager" else "float32")
+    assert_all_close(results, expected, "exact" if backend == "eager" else "float32")
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_compiled_by_inductor_is_eager(variant):
         with torch.no_grad():
             model.eval()
             assert_close(run(inputs), model(inputs), "float32")
-    # Inductor's own generator makes other numbers, but the same again from the same seed."""
+    # Inductor's generator draws other numbers, but repeats them from the same seed.
     torch._dynamo.reset()
     model.train()
     with warnings.catch_warnings():
@@ -218,32 +218,32 @@ def test_compiled_follows_a_replaced_perturbation():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_graph_does_not_grow_with_the_sequence(training):
-    found = []
+    graphs = []
 
     def backend(graph, example_inputs):
-        found.append([str(node.target) for node in graph.graph.nodes if "anpgpu" in str(node.target)])
+        graphs.append([str(node.target) for node in graph.graph.nodes if "anpgpu" in str(node.target)])
         return graph.forward
 
     model = Model()
     with torch.set_grad_enabled(training):
         torch.compile(model, fullgraph=True, backend=backend, dynamic=False)(inputs_of(200))
-    targets = [target for target in found[0] if target.startswith("anpgpu.")]
+    targets = [target for target in graphs[0] if target.startswith("anpgpu.")]
     assert training or targets == ["anpgpu.rnn"]
-    assert len(found) == 1
+    assert len(graphs) == 1
 
 
 def test_two_compiled_rnns_have_two_seeds():
-    # A compiler that took their two draws for one would make their gradients equal.
-    one = make_rnn()
-    pair = nn.ModuleList([one, copy.deepcopy(one)])
+    # If the compiler merged the two draws, the two networks would have equal gradients.
+    first = make_rnn()
+    pair = nn.ModuleList([first, copy.deepcopy(first)])
 
     def run(inputs):
         return pair[0](inputs)[0] + pair[1](inputs)[0]
 
     for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        found = step(pair, inputs_of(), call)
-        half = len(found) // 2
-        assert not any(torch.equal(found[1 + index], found[1 + half + index]) for index in range(half))
+        results = step(pair, inputs_of(), call)
+        half = len(results) // 2
+        assert not any(torch.equal(results[1 + index], results[1 + half + index]) for index in range(half))
 
 
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
@@ -324,9 +324,9 @@ def test_compiled_functional():
     hidden, weight = torch.tanh(randn(T, B, H)), randn(H, H) / H
 
     def credit(hidden, seed):
-        found = functional.rollout(torch.atanh(hidden), hidden, weight, loss, seed, rollouts=P)
-        returns = functional.returns(found.delta_loss, 0.9)
-        return functional.adjoint(returns, found.delta_a, seed) + functional.noise(seed, (T, B, 1, H)).squeeze(2)
+        perturbed = functional.rollout(torch.atanh(hidden), hidden, weight, loss, seed, rollouts=P)
+        returns = functional.returns(perturbed.delta_loss, 0.9)
+        return functional.adjoint(returns, perturbed.delta_a, seed) + functional.noise(seed, (T, B, 1, H)).squeeze(2)
 
     run = torch.compile(credit, fullgraph=True, backend="aot_eager")
     assert_close(run(hidden, torch.tensor(3)), credit(hidden, torch.tensor(3)), "exact")
@@ -351,7 +351,7 @@ def test_export_is_the_clean_run_in_torchs_own_ops(strict, gradients):
 
 
 def test_export_is_for_one_length():
-    # torch's own RNN op goes through the steps while it is traced.
+    # torch's own RNN op is traced step by step.
     dynamic = ({0: torch.export.Dim("time", min=2, max=64)},)
     with pytest.raises(Exception, match="specialized it to be a constant"):
         torch.export.export(Model().eval(), (inputs_of(),), dynamic_shapes=dynamic)

@@ -1,4 +1,4 @@
-"""The package imports quickly and safely, and its files are where an installed copy expects them."""
+"""The package imports quickly and without side effects, and its files are where an installed copy expects them."""
 
 import ast
 import importlib.util
@@ -92,7 +92,7 @@ import anpgpu
 import anpgpu.functional
 print(json.dumps([state() == before, torch.cuda.is_initialized()]))
 """
-    # Nothing else on standard output, and no warning, which would be an error.
+    # There is no other output and no warning, which would be an error.
     assert json.loads(run_python(source)) == [True, False]
 
 
@@ -153,7 +153,7 @@ def test_wheel_built_from_the_sdist_holds_the_kernels_inside_the_package(tmp_pat
     tree = tmp_path / "tree"
     keep_out = shutil.ignore_patterns(".*", "output", "build", "dist", "*.egg-info", "__pycache__", "results")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=keep_out)
-    # Without isolation nothing is fetched. `build` makes the wheel from the unpacked sdist, as an installer would.
+    # Without isolation nothing is downloaded. `build` makes the wheel from the unpacked sdist, as an installer would.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(tree)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -169,7 +169,7 @@ def test_wheel_built_from_the_sdist_holds_the_kernels_inside_the_package(tmp_pat
 
 
 def test_triton_and_numba_are_here_where_they_run() -> None:
-    # Else the tests of the kernels, which pass a machine without them by, would hide that they did not run.
+    # The tests of the kernels are skipped without these packages, so that a missing one must fail here.
     needed = sys.platform == "linux" and platform.machine() == "x86_64"
     assert not needed or importlib.util.find_spec("triton") is not None
     assert importlib.util.find_spec("numba") is not None

@@ -15,7 +15,7 @@ from anpgpu.decorrelation import Decorrelation
 STACKED = {
     "orthogonal": parametrizations.orthogonal,
     "weight_norm": parametrizations.weight_norm,
-    # Its power iteration changes a buffer whenever the weight is computed.
+    # spectral_norm's power iteration changes a buffer whenever the weight is computed.
     "spectral_norm": parametrizations.spectral_norm,
 }
 
@@ -37,7 +37,7 @@ def stacked(kind, *, decorrelate):
 def test_estimates_reach_parameters_through_parametrizations(kind, method, decorrelate):
     rnn, readout = stacked(kind, decorrelate=decorrelate)
     twin, head = copy.deepcopy(rnn), copy.deepcopy(readout)
-    # The twin's weights are computed once, and their estimates pushed through by hand.
+    # The twin's weights are computed once; autograd takes their estimates on to the parameters.
     weight_hh, weight_o = twin.weight_hh_l0, head.weight
     plain, plain_head = network()
     with torch.no_grad():
@@ -45,13 +45,13 @@ def test_estimates_reach_parameters_through_parametrizations(kind, method, decor
         plain_head.weight.copy_(weight_o)
     effective = gradients_of(plain, plain_head, method, "estimate_grad_")
     torch.autograd.backward([weight_hh, weight_o], [effective["weight_hh_l0"], effective["readout.weight"]])
-    found = gradients_of(rnn, readout, method, "estimate_grad_")
+    gradients = gradients_of(rnn, readout, method, "estimate_grad_")
     for mine, by_hand in ((rnn, twin), (readout, head)):
         for (name, parameter), other in zip(mine.named_parameters(), by_hand.parameters(), strict=True):
             if name.startswith("parametrizations"):
                 assert_close(parameter.grad, other.grad, "float64")
                 assert parameter.grad.abs().max() > 0
-    assert_close(found["weight_ih_l0"], effective["weight_ih_l0"], "float64")
+    assert_close(gradients["weight_ih_l0"], effective["weight_ih_l0"], "float64")
 
 
 def test_estimates_add_up_through_parametrizations():
@@ -65,9 +65,9 @@ def test_estimates_add_up_through_parametrizations():
 def test_frozen_parameters_behind_a_parametrization_get_nothing():
     rnn, readout, _ = decorrelated()
     originals(rnn)["weight_hh_l0"].requires_grad_(False)
-    found = gradients_of(rnn, readout, "anp", "estimate_grad_")
-    assert found["weight_hh_l0"] is None
-    assert found["weight_ih_l0"].abs().max() > 0
+    gradients = gradients_of(rnn, readout, "anp", "estimate_grad_")
+    assert gradients["weight_hh_l0"] is None
+    assert gradients["weight_ih_l0"].abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", STACKED)
@@ -89,15 +89,15 @@ def test_the_published_rules_reach_decorrelated_weights(method):
     attached.update_(draw(T, B, I))
     matrices = [matrix.clone() for matrix in attached.matrices.values()]
     how = anpgpu.Perturbation(method, rollouts=1, noise="gaussian", sigma=1e-4, discount=0.0)
-    found = []
+    gradients = []
     for fold in (False, True):
         if fold:
             attached.fold_()
         generator = torch.Generator().manual_seed(1)
         anpgpu.estimate_grad_(rnn, readout, draw(T, B, I), draw(T, B, O), perturbation=how, generator=generator)
-        found.append([weight.grad.clone() for weight in optimised])
+        gradients.append([weight.grad.clone() for weight in optimised])
         rnn.zero_grad()
         readout.zero_grad()
-    for decorrelated_grad, plain, matrix in zip(*found, matrices, strict=True):
+    for decorrelated_grad, plain, matrix in zip(*gradients, matrices, strict=True):
         assert_close(decorrelated_grad, plain @ matrix.t(), "float64")
         assert plain.abs().max() > 0

@@ -1,6 +1,6 @@
-"""The tests have teeth: each planted bug, in a copy of the package, makes a named test fail.
+"""The tests detect bugs: each planted bug, in a copy of the package, makes a named test fail.
 
-A bug replaces one line of source. The line must occur exactly once, so that a refactoring cannot quietly plant nothing.
+A bug replaces one line of source. The line must occur exactly once, so that a bug that is not planted is an error.
 """
 
 import os
@@ -22,7 +22,7 @@ PACKAGE = Path(anpgpu.__file__).resolve().parent
 
 class Bug(NamedTuple):
     file: str
-    """In the package."""
+    """Path in the package."""
     right: str
     wrong: str
     detector: str
@@ -148,7 +148,7 @@ BUGS = {
 
 
 def copy_package(folder):
-    """A copy of the package, the kernels inside it."""
+    """Make a copy of the package with the kernels in it."""
     shutil.copytree(PACKAGE, folder / "anpgpu", ignore=shutil.ignore_patterns("__pycache__"))
     return folder / "anpgpu"
 
@@ -173,7 +173,7 @@ def run_tests(folder, detectors):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What pytest said of every bug, and of a copy without one."""
+    """pytest's results for every bug, and for a copy without a bug."""
 
     def planted(name):
         bug = BUGS[name]
@@ -205,7 +205,7 @@ def test_planted_bug_is_found(outcomes, name):
     assert status == pytest.ExitCode.TESTS_FAILED, said
     ((failed, message),) = failures.items()
     assert failed == bug.detector.split("::")[1]
-    # By what it asserts, not by a name that is gone.
+    # It must fail by an assertion, not by a missing name.
     assert "assert" in message.lower(), message
 
 

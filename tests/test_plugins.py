@@ -1,4 +1,4 @@
-"""A cell and an estimator that the library does not have, registered in one place each, run everywhere.
+"""A cell and an estimator that are not in the library, each registered in one place, run everywhere.
 
 The cell is a leaky unit, h_t = (1 - a) h_{t-1} + a tanh(u_t), u_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh. The
 estimator regresses the return on the activity difference of each unit alone,
@@ -26,7 +26,7 @@ class LeakyDeviation(TanhDeviation):
     """a (tanh(u + delta_u) - tanh(u)) + (1 - a) delta_h_{t-1}."""
 
     def step(self, step, delta_a, before, scratch):
-        # The result is written where `before` may lie.
+        # The result may overwrite `before`.
         held = 0 if before is None else (1 - LEAK) * before
         return super().step(step, delta_a, before, scratch).mul_(LEAK).add_(held)
 
@@ -52,19 +52,19 @@ class Leaky(Cell):
 
     @classmethod
     def first_state_gradient(cls, adjoint, weights, run):
-        # dL/dh_1 = adjoint / (a phi'): a share of 1 - a of it goes to h_0 past the nonlinearity.
+        # dL/dh_1 = adjoint / (a phi'); its share 1 - a reaches h_0 past the nonlinearity.
         preact = cls.preactivations(weights, run)[0]
         return adjoint @ weights.weight_hh + (1 - LEAK) / LEAK * adjoint / (1 - preact.tanh().square())
 
 
 class LeakyRNN(anpgpu.RNN):
-    """What a user would call."""
+    """The module of the leaky unit."""
 
     cell = "leaky"
 
 
 class UnitRegression(Rule):
-    """Regression of the return on each unit's activity difference alone; takes all rollouts of a sample at once."""
+    """Regression of the return on each unit's activity difference alone, over all rollouts of a sample at once."""
 
     whole_samples = True
 
@@ -83,7 +83,7 @@ class UnitRegression(Rule):
 
 @pytest.fixture(autouse=True)
 def _registered():
-    """Enter both for a test; nothing else in the library is told of them."""
+    """Register both for a test; nothing else in the library changes."""
     CELLS.add("leaky")(Leaky)
     ESTIMATORS.add("per-unit")(UnitRegression)
     yield
@@ -146,7 +146,7 @@ def test_np_of_a_new_cell_is_unbiased(network):
 
 
 def estimate(how, network="one layer", *, module=leaky, loss="mse"):
-    """Everything `estimate_grad_` finds for a network, as one vector."""
+    """Return all results of `estimate_grad_` for a network as one vector."""
     rnn = module(**NETWORKS[network])
     torch.manual_seed(4)
     head = nn.Linear(H * (2 if rnn.bidirectional else 1), O, dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_they_run_with_a_black_box(monkeypatch, module, division):
 
 
 def test_one_step_of_the_new_estimator_is_node_perturbation():
-    # delta_a is the noise itself then, whose squares add up to P sigma^2.
+    # delta_a is then the noise itself, whose squares add up to P sigma^2.
     gradients = []
     for method in ("per-unit", "np"):
         rnn = plain(perturbation=anpgpu.Perturbation(method, rollouts=P, sigma=1e-4))
@@ -220,7 +220,7 @@ def test_the_new_estimator_trains_a_network():
     for _ in range(60):
         inputs = torch.randn(8, 16, 1)
         optimiser.zero_grad()
-        # The mean of the inputs so far.
+        # The target is the mean of the inputs so far.
         targets = inputs.cumsum(0) / torch.arange(1, 9).view(-1, 1, 1)
         losses.append(float(anpgpu.estimate_grad_(rnn, head, inputs, targets).loss))
         optimiser.step()

@@ -1,4 +1,4 @@
-"""The profiling scripts check before they time and write complete results; of the speeds only the order is tested."""
+"""The profiling scripts check before they time and write complete results; only the order of speeds is tested."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import anpgpu
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "profiling"
 
-# The interface of the published code, and its amount of work: one clean and one perturbed run, then T weight updates.
+# A stand-in with the published code's interface and work: one clean and one perturbed run, then T weight updates.
 STAND_IN_MODELS = """
 import torch
 
@@ -65,8 +65,8 @@ def linear():
 
 def run_script(name, *arguments):
     """Run a script of profiling/ on one thread, without a GPU, and return what it printed."""
-    here = str(Path(anpgpu.__file__).resolve().parent.parent)
-    env = {**os.environ, "PYTHONPATH": here, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    root = str(Path(anpgpu.__file__).resolve().parent.parent)
+    env = {**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
@@ -75,7 +75,7 @@ def run_script(name, *arguments):
 
 
 def read(path, printed):
-    """Return a result file, having checked its machine line, its checks, and the text beside it."""
+    """Check the machine line, the checks and the text of a result file; return its contents."""
     record = json.loads(path.read_text())
     assert {"cpu", "cores", "threads", "gpu", "versions", "date", "commit"} <= record["machine"].keys()
     assert {"python", "torch", "numpy"} <= record["machine"]["versions"].keys()
@@ -94,7 +94,7 @@ def test_published_compares_with_a_stand_in(tmp_path):
     (checkout / "models.py").write_text(STAND_IN_MODELS)
     (checkout / "utils.py").write_text(STAND_IN_UTILS)
     output = tmp_path / "published.json"
-    # Processor time of one thread, so that whatever else the machine runs does not change the order.
+    # Processor time of one thread, so that other programs do not change the order.
     how = ("--quick", "--threads", 1, "--clock", "cpu", "--repeats", 3)
     printed = run_script("compare_published.py", checkout, *how, "--output", output)
     (result,) = read(output, printed)["results"]
@@ -120,7 +120,7 @@ def test_memory_keeps_its_bound_at_any_length(tmp_path):
     for row in rows:
         assert 0 < row["used MiB"] <= row["bound"] * row["max_memory MiB"]
         assert row["kept"]
-    # The longest would not have fitted whole.
+    # The longest sequence would not fit undivided.
     assert rows[-1]["delta_a whole MiB"] > rows[-1]["max_memory MiB"]
 
 

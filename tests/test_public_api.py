@@ -28,9 +28,9 @@ def bad(error, match, **change):
     )
 
 
-def expect(case, call, given):
+def expect(case, call, arguments):
     with pytest.raises(case.error, match=case.match):
-        call(**(given | case.change))
+        call(**(arguments | case.change))
 
 
 PERTURBATIONS = [
@@ -63,18 +63,18 @@ PERTURBATIONS = [
 @pytest.mark.parametrize("case", PERTURBATIONS)
 def test_perturbation_rejects(case):
     expect(case, Perturbation, {})
-    # The same on the way through dataclasses.replace.
+    # dataclasses.replace checks too.
     expect(case, lambda **change: dataclasses.replace(Perturbation(), **change), {})
 
 
 def test_perturbation_is_frozen_and_replaceable():
-    one = Perturbation()
+    rule = Perturbation()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        one.sigma = 1.0
-    other = dataclasses.replace(one, sigma=0.5, rollouts=3)
-    assert (other.sigma, other.rollouts, other.method) == (0.5, 3, one.method)
-    assert one == Perturbation()
-    assert hash(one) == hash(Perturbation())
+        rule.sigma = 1.0
+    other = dataclasses.replace(rule, sigma=0.5, rollouts=3)
+    assert (other.sigma, other.rollouts, other.method) == (0.5, 3, rule.method)
+    assert rule == Perturbation()
+    assert hash(rule) == hash(Perturbation())
     with pytest.raises(TypeError, match="unknown"):
         Perturbation(unknown=1)
 
@@ -348,9 +348,9 @@ ESTIMATE_CASES = [
 
 @pytest.mark.parametrize("case", ESTIMATE_CASES)
 def test_estimate_grad_rejects(case):
-    given = good_estimate()
-    expect(case, anpgpu.estimate_grad_, given)
-    leaves = [*given["rnn"].parameters(), *given["readout"].parameters()]
+    arguments = good_estimate()
+    expect(case, anpgpu.estimate_grad_, arguments)
+    leaves = [*arguments["rnn"].parameters(), *arguments["readout"].parameters()]
     assert all(leaf.grad is None for leaf in leaves)
 
 
@@ -368,7 +368,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int
 
 @st.composite
 def tensors(draw, dims):
-    """A tensor of `dims` dimensions or, now and then, fewer or more, of any type and stride, sizes 0 to 5."""
+    """A tensor of `dims` dimensions, sometimes fewer or more, of any type and stride, with sizes 0 to 5."""
     count = draw(st.sampled_from([dims] * 6 + [dims - 1, dims + 1]))
     sizes = [draw(st.sampled_from([1, 2, 2, 3, 5, 0])) for _ in range(count)]
     dtype = draw(st.sampled_from([torch.float32] * 4 + [torch.float64] * 4 + DTYPES))
@@ -382,7 +382,7 @@ WORKS_OR_SAYS_WHY = (ValueError, TypeError)
 
 
 def works_or_says_why(call):
-    """The result, or None where the call raised one of the two errors with a message."""
+    """The result, or None where the call raised a ValueError or TypeError with a message."""
     try:
         return call()
     except WORKS_OR_SAYS_WHY as error:
@@ -393,13 +393,13 @@ def works_or_says_why(call):
 
 @given(tensors(3), st.one_of(st.none(), tensors(2)), st.sampled_from([0.0, 0.5, 1.0, 2.0, math.nan]))
 def test_returns_of_anything(delta_loss, carry, discount):
-    found = works_or_says_why(lambda: functional.returns(delta_loss, discount, carry=carry))
+    result = works_or_says_why(lambda: functional.returns(delta_loss, discount, carry=carry))
     usable = delta_loss.dim() == 3 and delta_loss.dtype in {torch.float32, torch.float64}
     usable = usable and delta_loss.shape[0] > 0 and delta_loss.shape[2] > 0 and 0 <= discount <= 1
     if carry is not None:
         usable = usable and carry.shape == delta_loss.shape[1:] and carry.dtype == delta_loss.dtype
-    assert (found is not None) == usable
-    assert found is None or found.shape == delta_loss.shape
+    assert (result is not None) == usable
+    assert result is None or result.shape == delta_loss.shape
 
 
 @given(tensors(3), tensors(4), st.sampled_from(["np", "anp"]))
@@ -408,8 +408,8 @@ def test_adjoint_of_anything(credit, delta_a, method):
         activity = delta_a if method == "anp" else None
         return functional.adjoint(credit, activity, 3, method=method, units=delta_a.shape[-1])
 
-    found = works_or_says_why(call)
-    assert found is None or found.shape == (*credit.shape[:2], delta_a.shape[-1])
+    result = works_or_says_why(call)
+    assert result is None or result.shape == (*credit.shape[:2], delta_a.shape[-1])
 
 
 @given(tensors(3), tensors(3), tensors(2), tensors(3), st.integers(-1, 3), st.booleans())
@@ -417,13 +417,13 @@ def test_rollout_of_anything(preact, hidden, weight_hh, grad, rollouts, alike):
     if alike:
         hidden, grad = preact.clone(), preact * 1
         weight_hh = torch.ones(preact.shape[-1], preact.shape[-1]).to(preact.dtype) if preact.dim() else weight_hh
-    found = works_or_says_why(
+    result = works_or_says_why(
         lambda: functional.rollout(preact, hidden, weight_hh, LinearLoss(grad), 3, rollouts=rollouts)
     )
     fits = preact.dim() == 3 and preact.dtype in {torch.float32, torch.float64} and rollouts > 0
     if alike and fits and preact.shape[0] and preact.shape[2]:
-        assert found.delta_loss.shape == (*preact.shape[:2], rollouts)
-        assert bool(torch.isfinite(found.delta_loss).all())
+        assert result.delta_loss.shape == (*preact.shape[:2], rollouts)
+        assert bool(torch.isfinite(result.delta_loss).all())
 
 
 @given(
@@ -433,7 +433,7 @@ def test_rollout_of_anything(preact, hidden, weight_hh, grad, rollouts, alike):
     st.integers(-(2**65), 2**65),
 )
 def test_noise_of_anything(shape, kind, dtype, seed):
-    found = works_or_says_why(lambda: functional.noise(seed, shape, kind=kind, dtype=dtype))
-    assert found is None or (found.shape == shape and found.dtype == dtype)
+    result = works_or_says_why(lambda: functional.noise(seed, shape, kind=kind, dtype=dtype))
+    assert result is None or (result.shape == shape and result.dtype == dtype)
     usable = min(shape[0], shape[2], shape[3]) > 0 and shape[1] >= 0 and dtype in DTYPES[:4]
-    assert (found is not None) == (usable and -(2**63) <= seed < 2**64)
+    assert (result is not None) == (usable and -(2**63) <= seed < 2**64)

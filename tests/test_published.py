@@ -52,7 +52,7 @@ class Update(NamedTuple):
 
 
 def drawn_seed(number):
-    """The one number that an update draws from a generator seeded with `number`."""
+    """The seed that an update draws from a generator seeded with `number`."""
     generator = torch.Generator().manual_seed(number)
     return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator))
 
@@ -79,7 +79,7 @@ def loss_of_step(outputs, targets, loss):
 
 def transcribed(method, rnn, head, inputs, targets, loss, number=0, *, hx=None, sigma=SIGMA):
     """The page's equations in float64, step by step: a clean and a perturbed network, their differences, the sums."""
-    w_ih, w_hh, w_o = (one.detach().double() for one in (rnn.weight_ih_l0, rnn.weight_hh_l0, head.weight))
+    w_ih, w_hh, w_o = (weight.detach().double() for weight in (rnn.weight_ih_l0, rnn.weight_hh_l0, head.weight))
     (time, batch, fan_in), (outputs, units) = inputs.shape, w_o.shape
     inputs, phi, seed = inputs.double(), PHI[rnn.nonlinearity], drawn_seed(number)
 
@@ -130,9 +130,9 @@ def transcribed(method, rnn, head, inputs, targets, loss, number=0, *, hx=None, 
 
 
 def assert_update(actual, expected, tolerance="two_runs"):
-    for name, one, other in zip(Update._fields, actual, expected, strict=True):
-        assert relative_error(one, other) <= TOLERANCES[tolerance].bound, name
-        assert float(other.norm()) > 0, name
+    for name, actual_field, expected_field in zip(Update._fields, actual, expected, strict=True):
+        assert relative_error(actual_field, expected_field) <= TOLERANCES[tolerance].bound, name
+        assert float(expected_field.norm()) > 0, name
 
 
 SIZES = {"odd": (T, B, I, H, O), "one sample": (T, 1, I, H, O), "more than a block": (3, 2, 17, 33, 19)}
@@ -197,19 +197,19 @@ def test_a_callable_is_as_the_loss_it_computes(method):
 
 @pytest.mark.parametrize("method", ["published-anp", "published-np"])
 def test_a_loss_at_the_end_credits_the_last_step_alone(method):
-    # With one sample every update is one outer product with what the last step saw; through time it would be a sum.
+    # With one sample every update is an outer product with the last step's input; through time it would be a sum.
     rnn, head = networks()
     inputs, target = draw(T, 1, I), draw(1, O)
     update = estimated(method, rnn, head, inputs, target, "mse")
     hidden = rnn(inputs)[0][:, 0].detach()
-    for one, presynaptic in ((update.ih, inputs[-1, 0]), (update.hh, hidden[-2]), (update.o, hidden[-1])):
-        along = torch.outer(one @ presynaptic, presynaptic) / presynaptic.square().sum()
-        assert float(one.norm()) > 0
-        assert_close(along, one, "float64")
+    for gradient, presynaptic in ((update.ih, inputs[-1, 0]), (update.hh, hidden[-2]), (update.o, hidden[-1])):
+        along = torch.outer(gradient @ presynaptic, presynaptic) / presynaptic.square().sum()
+        assert float(gradient.norm()) > 0
+        assert_close(along, gradient, "float64")
 
 
 def truncated(rnn, head, inputs, targets, hx):
-    """Gradients of sum_t L_t when nothing is carried from step to step, W_hh from the second step on."""
+    """Gradients of sum_t L_t truncated to one step; W_hh from the second step on."""
     total, state = 0, hx[0]
     for t, step in enumerate(inputs):
         w_hh = rnn.weight_hh_l0 if t else rnn.weight_hh_l0.detach()
@@ -222,19 +222,19 @@ def truncated(rnn, head, inputs, targets, hx):
 def test_expected_update_is_sigma_times_the_one_step_gradient(method):
     """z of 36 elements over 1,200 updates: correct code would miss the bound once in 1,600 choices of seeds.
 
-    The gradient through time lies outside, so the test tells the two apart.
+    The gradient through time is outside the bound, so that the test tells the two apart.
     """
     rnn, head = networks(2, 4, 3)
     inputs, targets, hx = draw(4, 2, 2), draw(4, 2, 3), draw(1, 2, 4).tanh()
     rows = [
-        torch.cat([one.flatten() for one in estimated(method, rnn, head, inputs, targets, "mse", number, hx=hx)])
+        torch.cat([field.flatten() for field in estimated(method, rnn, head, inputs, targets, "mse", number, hx=hx)])
         for number in range(1200)
     ]
     table = torch.stack(rows) / SIGMA
     error = table.std(0) / math.sqrt(len(table))
 
     def largest_z(gradient):
-        return float(((table.mean(0) - torch.cat([one.flatten() for one in gradient])) / error).abs().max())
+        return float(((table.mean(0) - torch.cat([field.flatten() for field in gradient])) / error).abs().max())
 
     assert largest_z(truncated(rnn, head, inputs, targets, hx)) < TOLERANCES["z"].bound
     loss = len(inputs) * F.mse_loss(head(rnn(inputs, hx)[0]), targets)
@@ -243,7 +243,7 @@ def test_expected_update_is_sigma_times_the_one_step_gradient(method):
 
 
 class Decorrelate(nn.Module):
-    """W D, for a D that is held."""
+    """W D, with D fixed."""
 
     def __init__(self, matrix):
         super().__init__()
@@ -276,12 +276,12 @@ def test_clean_results_are_the_networks(method):
     rnn, head = networks(batch_first=True)
     inputs, targets, hx = draw(B, T, I), draw(B, T, O), draw(1, B, H)
     outputs, h_n = rnn(inputs, hx)
-    found = anpgpu.estimate_grad_(rnn, head, inputs, targets, hx=hx, perturbation=how(method))
-    assert_close(found.outputs, head(outputs), "float64")
-    assert_close(found.h_n, h_n, "float64")
-    assert_close(found.loss, F.mse_loss(head(outputs), targets), "float64")
-    assert int(found.skipped) == 0
-    assert math.isnan(found.split_half)
+    estimate = anpgpu.estimate_grad_(rnn, head, inputs, targets, hx=hx, perturbation=how(method))
+    assert_close(estimate.outputs, head(outputs), "float64")
+    assert_close(estimate.h_n, h_n, "float64")
+    assert_close(estimate.loss, F.mse_loss(head(outputs), targets), "float64")
+    assert int(estimate.skipped) == 0
+    assert math.isnan(estimate.split_half)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -291,7 +291,7 @@ def test_updates_do_not_depend_on_max_memory(method, loss, monkeypatch):
     time = 60
     inputs, targets = draw(time, B, I), draw(time, B, O) if loss == "mse" else classes(time, B)
     whole = estimated(method, rnn, head, inputs, targets, loss)
-    # Beside the fixed part, 12 (H padded to 32) + 8 O floats per step and sample.
+    # Beyond the fixed part: 12 (H padded to 32) + 8 O floats per step and sample.
     memory = FIXED_BYTES + 20_000 + 10 * 8 * B * (12 * 32 + 8 * O)
     segments = []
 
@@ -312,19 +312,19 @@ def test_updates_do_not_depend_on_max_memory(method, loss, monkeypatch):
 def test_gradients_are_added_and_seeds_make_the_noise(method):
     rnn, head = networks()
     inputs, targets = draw(T, B, I), draw(T, B, O)
-    one, other = (estimated(method, rnn, head, inputs, targets, "mse", number) for number in (1, 2))
-    assert relative_error(one.hh, other.hh) > 0.1
+    update_1, update_2 = (estimated(method, rnn, head, inputs, targets, "mse", number) for number in (1, 2))
+    assert relative_error(update_1.hh, update_2.hh) > 0.1
     generator = torch.Generator().manual_seed(1)
     anpgpu.estimate_grad_(rnn, head, inputs, targets, perturbation=how(method), generator=generator)
     both = gradients(rnn, head)
-    assert_update(both, [first + second for first, second in zip(one, other, strict=True)], "float64")
+    assert_update(both, [first + second for first, second in zip(update_1, update_2, strict=True)], "float64")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_batch_changes_nothing(method):
     rnn, head = networks()
     update = estimated(method, rnn, head, draw(T, 0, I), draw(T, 0, O), "mse")
-    assert all(torch.equal(one, torch.zeros_like(one)) for one in update)
+    assert all(torch.equal(field, torch.zeros_like(field)) for field in update)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -385,9 +385,9 @@ def test_other_arguments_raise(method):
 def test_the_module_says_that_the_rule_is_for_estimate_grad_alone(method):
     rnn, head = networks(kind=anpgpu.RNN, perturbation=how(method))
     inputs, targets = draw(T, B, I), draw(T, B, O)
-    for given in (inputs, nn.utils.rnn.pack_padded_sequence(inputs, [T] * B)):
+    for sequence in (inputs, nn.utils.rnn.pack_padded_sequence(inputs, [T] * B)):
         with pytest.raises(RuntimeError, match=f"'{method}'.*anpgpu.estimate_grad_"):
-            rnn(given)
+            rnn(sequence)
     with torch.no_grad():
         assert_close(rnn(inputs)[0], networks()[0](inputs)[0], "float64")
     anpgpu.estimate_grad_(rnn, head, inputs, targets)
@@ -396,7 +396,7 @@ def test_the_module_says_that_the_rule_is_for_estimate_grad_alone(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sgd_learns_a_task_without_memory(method):
-    # y_t = M x_t: no step needs what an earlier one left behind, which is what the published rule can learn.
+    # y_t = M x_t needs no memory, so that the published rule can learn it.
     rnn, head = networks(I, 16, 2, dtype=torch.float32)
     matrix, generator = draw(I, 2).float() / 2, torch.Generator().manual_seed(3)
     rate = {"published-anp": 0.05, "published-np": 0.5, "published-wp": 0.5}[method]
@@ -405,7 +405,9 @@ def test_sgd_learns_a_task_without_memory(method):
     for _ in range(200):
         inputs = torch.randn(4, 16, I, generator=generator)
         optimizer.zero_grad()
-        found = anpgpu.estimate_grad_(rnn, head, inputs, inputs @ matrix, perturbation=how(method), generator=generator)
+        estimate = anpgpu.estimate_grad_(
+            rnn, head, inputs, inputs @ matrix, perturbation=how(method), generator=generator
+        )
         optimizer.step()
-        losses.append(float(found.loss))
+        losses.append(float(estimate.loss))
     assert sum(losses[-10:]) < 0.1 * sum(losses[:10])

@@ -1,4 +1,4 @@
-"""Named ranges: their names and nesting as a tool sees them, and that nothing is said where none listens."""
+"""Named ranges: their names and nesting as a tool sees them, and no calls where no tool is attached."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ FORWARD_ONLY = ["clean_run", "rollout", "returns", "adjoint", "weight_gradients"
 
 
 class Listener:
-    """What NVTX hands out where a tool is attached: it writes down what opens and closes."""
+    """Stands in for NVTX with a tool attached: it records what opens and closes."""
 
     def __init__(self):
         self.log, self.categories, self.domains = [], {}, []
@@ -43,24 +43,24 @@ class Listener:
         self.log.append(("pop",))
 
     def opened(self):
-        """The names of all ranges, in the order they opened, with how many were open around each."""
-        depth, found = 0, []
+        """Return the names of all ranges, in the order in which they opened, each with its depth."""
+        depth, names = 0, []
         for kind, *attributes in self.log:
             if kind == "push":
-                found.append((attributes[0], depth))
+                names.append((attributes[0], depth))
             depth += 1 if kind == "push" else -1
             assert depth >= 0
         assert depth == 0
-        return found
+        return names
 
 
 @pytest.fixture
 def listener(monkeypatch):
     """Attach a tool for one test."""
-    found = Listener()
-    monkeypatch.setattr(ranges, "nvtx", found)
+    listening = Listener()
+    monkeypatch.setattr(ranges, "nvtx", listening)
     ranges.listening.cache_clear()
-    yield found
+    yield listening
     ranges.listening.cache_clear()
     ranges._attributes.cache_clear()
 
@@ -111,7 +111,7 @@ def test_names_and_categories_are_the_tables_own(listener):
         estimate(method)
     pushed = {(name, category) for kind, *rest in listener.log if kind == "push" for name, category in [rest]}
     assert pushed <= set(ranges.RANGES.items())
-    # A filter of Nsight Compute gives a meaning to anything else.
+    # Other characters have a meaning in Nsight Compute's filters.
     assert all(name.strip("_").replace("_", "").isalpha() for name in ranges.RANGES)
     assert set(dispatch.OP_MODULES) <= set(ranges.RANGES)
 
@@ -132,9 +132,9 @@ def test_a_name_that_is_not_in_the_table_is_refused():
 
 
 def test_torch_profiler_shows_the_same_ranges():
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
         estimate()
-    names = {event.key for event in found.key_averages()}
+    names = {event.key for event in trace.key_averages()}
     assert names >= {f"anpgpu::{name}" for name in ("estimate_grad_", *FORWARD_ONLY)}
 
 

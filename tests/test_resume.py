@@ -1,4 +1,4 @@
-"""Interrupted training goes on bitwise in a new process: stopped, killed, and killed while it saves."""
+"""Interrupted training resumes bitwise in a new process: stopped, killed, and killed while it saves."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ resume = example("resume")
 
 
 class StoppedError(Exception):
-    """Raised where the training of a test stops."""
+    """Stops the training of a test."""
 
 
 def same(first, second):
@@ -31,7 +31,7 @@ def same(first, second):
 
 
 def train_in_new_process(source, *arguments):
-    """Run Python source that begins with `resume` and `arguments` at hand."""
+    """Run Python source in which `resume` and `arguments` are defined."""
     source = (
         "import sys; sys.path[:0] = sys.argv[1:3]\nimport resume, torch, os, signal\nfrom pathlib import Path\n"
         f"torch.set_num_threads(1)\narguments = sys.argv[3:]\n{source}"
@@ -92,15 +92,15 @@ def checkpoints(tmp_path_factory):
     again = [argument for method in METHODS for argument in (stopped[method], method)]
     run = train_in_new_process(CONTINUE, *again, killed, "anp")
     assert run.returncode == 0, run.stderr
-    found = {method: (torch.load(whole[method]), torch.load(stopped[method])) for method in METHODS}
-    return {**found, "killed": (found["anp"][0], torch.load(killed)), "half": half}
+    pairs = {method: (torch.load(whole[method]), torch.load(stopped[method])) for method in METHODS}
+    return {**pairs, "killed": (pairs["anp"][0], torch.load(killed)), "half": half}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_in_a_new_process_it_is_bitwise_the_same(checkpoints, method):
     whole, resumed = checkpoints[method]
     assert same(resumed, whole)
-    # Not because nothing happens in the second half.
+    # The second half of the training changes the checkpoint.
     assert not same(checkpoints["half"]["model"], checkpoints["anp"][0]["model"])
     assert not torch.equal(checkpoints["half"]["rng"], checkpoints["anp"][0]["rng"])
 

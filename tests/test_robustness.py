@@ -1,4 +1,4 @@
-"""What training runs meet: one draw per update, exact resume, rollouts that explode, memory nobody initialised."""
+"""Robustness of training: one draw per update, exact resume, rollouts that diverge, uninitialised memory."""
 
 import math
 import subprocess
@@ -27,7 +27,9 @@ def gradients(*modules):
 
 
 def same(first, second):
-    return len(first) == len(second) and all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        torch.equal(left, right) for left, right in zip(first, second, strict=True)
+    )
 
 
 def one_draw(state, generator=None):
@@ -79,7 +81,7 @@ def test_estimate_grad_draws_one_number(method, readout):
 def test_a_generator_is_drawn_from_instead():
     rnn, head = nn.RNN(3, 4), nn.Linear(4, 2)
     inputs, targets = torch.randn(5, 2, 3), torch.randn(5, 2, 2)
-    found = []
+    grads = []
     state = torch.get_rng_state()
     for seed in (1, 1, 2):
         generator = torch.Generator().manual_seed(seed)
@@ -88,10 +90,10 @@ def test_a_generator_is_drawn_from_instead():
         anpgpu.estimate_grad_(rnn, head, inputs, targets, generator=generator)
         after = generator.get_state()
         assert torch.equal(one_draw(before, generator), after)
-        found.append(gradients(rnn))
+        grads.append(gradients(rnn))
     assert torch.equal(torch.get_rng_state(), state)
-    assert same(found[0], found[1])
-    assert not same(found[0], found[2])
+    assert same(grads[0], grads[1])
+    assert not same(grads[0], grads[2])
 
 
 RESUME = """
@@ -145,22 +147,22 @@ def test_rollouts_whose_loss_is_not_finite_are_left_out_and_counted(method, wild
     lost = []
 
     def loss(outputs, wanted):
-        each = (outputs - wanted).square().sum(-1)
+        losses = (outputs - wanted).square().sum(-1)
         if outputs.shape[2] == 1:
-            return each
+            return losses
         bad = outputs[2, :, :, 0] > clean[2, : outputs.shape[1], None, 0] + 1e-4
         lost.append(int(bad.sum()))
-        return torch.where(bad & (torch.arange(5) == 4).view(5, 1, 1), wild, each)
+        return torch.where(bad & (torch.arange(5) == 4).view(5, 1, 1), wild, losses)
 
-    found = anpgpu.estimate_grad_(rnn, None, inputs, targets, loss, perturbation=how)
+    estimate = anpgpu.estimate_grad_(rnn, None, inputs, targets, loss, perturbation=how)
     assert 0 < sum(lost) < 2 * 16 * (1 + bidirectional)
-    assert int(found.skipped) == sum(lost)
+    assert int(estimate.skipped) == sum(lost)
     assert all(bool(grad.isfinite().all()) for grad in gradients(rnn))
 
 
 def test_the_mean_is_over_the_rollouts_that_are_left():
-    # Half of the rollouts say NaN: the estimate is the mean over the others, not half of it. One unit, one step,
-    # Rademacher noise: every rollout with xi = -sigma says the same, (tanh(a) - tanh(a - sigma)) / sigma.
+    # Half of the rollouts give NaN: the estimate is the mean over the others, not half of it. With one unit, one step
+    # and Rademacher noise, every rollout with xi = -sigma gives (tanh(a) - tanh(a - sigma)) / sigma.
     rnn = nn.RNN(1, 1).double()
     nn.init.constant_(rnn.bias_ih_l0, 0.3)
     how = Perturbation("np", rollouts=64, sigma=0.1, discount=1.0)
@@ -170,10 +172,10 @@ def test_the_mean_is_over_the_rollouts_that_are_left():
     def loss(outputs, targets):
         return torch.where(outputs[..., 0] > clean + 1e-9, math.nan, outputs[..., 0])
 
-    found = anpgpu.estimate_grad_(rnn, None, inputs, None, loss, perturbation=how)
+    estimate = anpgpu.estimate_grad_(rnn, None, inputs, None, loss, perturbation=how)
     preact = math.atanh(clean)
     expected = (clean - math.tanh(preact - 0.1)) / 0.1
-    assert 0 < int(found.skipped) < 64
+    assert 0 < int(estimate.skipped) < 64
     assert float(rnn.bias_ih_l0.grad) == pytest.approx(expected, rel=1e-9)
 
 
@@ -183,8 +185,8 @@ def test_an_exploding_rollout_is_left_out_in_backward(method):
     rnn = anpgpu.RNN(1, 1, nonlinearity="relu", bias=False, perturbation=how)
     nn.init.constant_(rnn.weight_ih_l0, 1.0)
     nn.init.constant_(rnn.weight_hh_l0, 1e10)
-    # Every unit is silent and out of the noise's reach, but for the second sample at the first step: a rollout whose
-    # noise is positive there grows by 1e10 a step until it overflows. The others, and the first sample, never move.
+    # No noise brings a unit above 0, but for the second sample at the first step: a rollout with positive noise there
+    # grows by 1e10 a step until it overflows. Other rollouts, and the first sample, stay at 0.
     inputs = torch.full((8, 2, 1), -1.0)
     inputs[0, 1] = -1e-4
     torch.manual_seed(8)
@@ -234,7 +236,7 @@ def test_with_no_rollout_left_backward_raises(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_non_finite_incoming_gradient_gives_non_finite_gradients(method, wild, layers):
-    # As in torch: loss scaling finds its overflows that way.
+    # As in torch; loss scaling finds its overflows in this way.
     rnn = anpgpu.RNN(3, 4, layers, perturbation=Perturbation(method, rollouts=4))
     outputs, _ = rnn(torch.randn(5, 2, 3))
     upstream = torch.ones_like(outputs)
@@ -245,7 +247,7 @@ def test_a_non_finite_incoming_gradient_gives_non_finite_gradients(method, wild,
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """New tensors without values hold NaN (or the largest integer) instead of what happens to be there."""
+    """Fill new uninitialised tensors with NaN, or the largest integer."""
 
     def poison(function):
         def poisoned(*args, **options):
@@ -261,7 +263,7 @@ def poisoned(monkeypatch):
             monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
     def give_back(delta_a):
-        # All bits set is NaN: whoever still looks at memory given back, or reuses it unwritten, finds that.
+        # All bits set is NaN, for a kernel that reads memory after it was freed or before it is written.
         if delta_a is not None:
             delta_a.untyped_storage().fill_(255)
         scratch.give_back(delta_a)
@@ -270,13 +272,13 @@ def poisoned(monkeypatch):
 
 
 def everything(method):
-    """Gradients and estimates of small calls that go through every path of a method."""
+    """Return gradients and estimates of small calls that take every path of a method."""
     torch.manual_seed(0)
-    found = []
+    tensors = []
     rnn = anpgpu.RNN(3, 4, 2, bidirectional=True, perturbation=Perturbation(method, rollouts=5))
     outputs, h_n = rnn(nn.utils.rnn.pack_sequence([torch.ones(5, 3), torch.ones(2, 3)]))
     (outputs.data.sum() + h_n.sum()).backward()
-    found += gradients(rnn)
+    tensors += gradients(rnn)
     for directions, loss in ((1, "mse"), (2, "mse"), (1, absolute), (2, absolute)):
         rnn, head = nn.RNN(3, 4, 2, bidirectional=directions == 2), nn.Linear(4 * directions, 2)
         for max_memory in (None, 20_000_000):
@@ -284,8 +286,8 @@ def everything(method):
             seen = anpgpu.estimate_grad_(
                 rnn, head, torch.ones(5, 2, 3), torch.zeros(5, 2, 2), loss, perturbation=how, lengths=[5, 3]
             )
-            found += [*gradients(rnn, head), seen.loss, seen.outputs, seen.h_n]
-    return found
+            tensors += [*gradients(rnn, head), seen.loss, seen.outputs, seen.h_n]
+    return tensors
 
 
 def absolute(outputs, targets):
@@ -305,12 +307,12 @@ def test_no_uninitialised_memory_is_read(request, method):
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_the_ops_read_no_uninitialised_memory(kind):
     states = torch.linspace(-1, 1, 3 * 2 * 5).view(3, 2, 5)
-    found = anpgpu.functional.rollout(
+    run = anpgpu.functional.rollout(
         states, states.tanh(), torch.eye(5), anpgpu.functional.LinearLoss(states), 3, rollouts=7, noise=kind
     )
-    credit = anpgpu.functional.returns(found.delta_loss, 0.9)
-    adjoint = anpgpu.functional.adjoint(credit, found.delta_a, 3, noise=kind)
-    assert all(bool(one.isfinite().all()) for one in (found.delta_loss, found.delta_a, found.delta_h, credit, adjoint))
+    credit = anpgpu.functional.returns(run.delta_loss, 0.9)
+    adjoint = anpgpu.functional.adjoint(credit, run.delta_a, 3, noise=kind)
+    assert all(bool(tensor.isfinite().all()) for tensor in (run.delta_loss, run.delta_a, run.delta_h, credit, adjoint))
 
 
 def test_padding_may_hold_anything():

@@ -1,4 +1,4 @@
-"""The study's tasks are what they say, its baselines are right, nothing leaks, and it goes on where it was stopped."""
+"""The study's tasks and baselines are right, no test data leaks into training, and a stopped study resumes."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def test_copying_shows_symbols_then_a_cue_and_asks_for_them_again():
     assert shown[2:].t().tolist() == [[blank, blank, cue, blank, blank]] * 4
     assert (first.targets[:5] == -100).all()
     assert torch.equal(first.targets[5:], shown[:2])
-    # Fresh for every update, the same for the same seed, and not what it is tested on.
+    # Batches are fresh for every update, repeat with the seed, and are not those of the test.
     assert not torch.equal(first.inputs, second.inputs)
     assert torch.equal(next(task.batches(0, 4)).inputs, first.inputs)
     assert not torch.equal(task.valid.inputs, task.test.inputs)
@@ -61,7 +61,7 @@ def test_adding_marks_one_value_in_each_half_and_never_the_last():
 
 
 def ramp(length=400):
-    """Two columns whose values tell the row: the second is predicted."""
+    """Return two columns whose values give their row; the second is predicted."""
     rows = np.arange(length, dtype=np.float64)
     return np.stack((-rows, 2 * rows), 1)
 
@@ -75,14 +75,18 @@ def test_forecast_targets_lie_ahead_and_within_their_part():
         return ((values.double() * deviation + mean) / 2).round().long()
 
     windows = some(task.batches(0, 4), 40)
-    for part, (low, high) in ((task.valid, (280, 320)), (task.test, (320, 400)), *((one, (0, 280)) for one in windows)):
-        now, then = rows(part.inputs[..., 1]), rows(part.targets[..., 0])
+    for batch, (low, high) in (
+        (task.valid, (280, 320)),
+        (task.test, (320, 400)),
+        *((window, (0, 280)) for window in windows),
+    ):
+        now, then = rows(batch.inputs[..., 1]), rows(batch.targets[..., 0])
         assert torch.equal(then, now + ahead)
         assert now.min() >= low
         assert then.max() < high
     # Windows continue each other, lane by lane, until the lanes end.
     assert not windows[0].continued
-    assert not all(one.continued for one in windows[1:])
+    assert not all(window.continued for window in windows[1:])
     for before, after in itertools.pairwise(windows):
         if after.continued:
             assert torch.equal(rows(after.inputs[0, :, 1]), rows(before.inputs[-1, :, 1]) + 1)
@@ -92,8 +96,8 @@ def test_scaling_is_fitted_on_the_training_part_alone():
     series = np.random.default_rng(0).normal(3.0, 5.0, (1000, 2))
     other = series.copy()
     other[700:] = 1e3
-    task, changed = (tasks.forecast("noise", one, 0, 1, steps=5, washout=3) for one in (series, other))
-    whole = torch.cat([one.inputs for one in some(task.batches(0, 1), 138)], 0)
+    task, changed = (tasks.forecast("noise", values, 0, 1, steps=5, washout=3) for values in (series, other))
+    whole = torch.cat([batch.inputs for batch in some(task.batches(0, 1), 138)], 0)
     assert whole.mean().abs() < 0.02
     assert whole.std() == pytest.approx(1, abs=0.02)
     for left, right in zip(some(task.batches(3, 4), 50), some(changed.batches(3, 4), 50), strict=True):
@@ -110,30 +114,30 @@ def test_lagged_inputs_end_at_the_present():
 
 
 def test_baselines_of_a_series_that_only_lags_predict():
-    # A sine is a linear function of two of its values, and the present one alone leaves two possibilities.
-    found = tasks.forecast("sine", np.sin(0.25 * np.arange(4000))[:, None], 0, 6, steps=20).baselines()
-    assert found["linear"].loss < 1e-6
+    # A sine is a linear function of two of its values; its present value alone leaves two possibilities.
+    scores = tasks.forecast("sine", np.sin(0.25 * np.arange(4000))[:, None], 0, 6, steps=20).baselines()
+    assert scores["linear"].loss < 1e-6
     # sin(a + b) given sin a: cos a sin b is unknown, of variance sin(b)^2 / 2, in units of the variance 1/2.
-    assert found["memoryless"].loss == pytest.approx(math.sin(0.25 * 6) ** 2, rel=0.1)
+    assert scores["memoryless"].loss == pytest.approx(math.sin(0.25 * 6) ** 2, rel=0.1)
     # (sin(a + b) - sin a)^2 averages 1 - cos b, in units of 1/2 again.
-    assert found["persistence"].loss == pytest.approx(2 - 2 * math.cos(0.25 * 6), rel=0.05)
+    assert scores["persistence"].loss == pytest.approx(2 - 2 * math.cos(0.25 * 6), rel=0.05)
 
 
 def test_baselines_of_a_series_that_the_present_predicts():
     series = [0.3]
     for _ in range(4000):
         series.append(3.9 * series[-1] * (1 - series[-1]))
-    found = tasks.forecast("logistic map", np.array(series)[:, None], 0, 1, steps=20).baselines()
-    assert found["memoryless"].loss < 1e-3
-    assert found["linear"].loss > 0.1
+    scores = tasks.forecast("logistic map", np.array(series)[:, None], 0, 1, steps=20).baselines()
+    assert scores["memoryless"].loss < 1e-3
+    assert scores["linear"].loss > 0.1
 
 
 def test_mackey_glass_is_predicted_fifteen_steps_ahead():
     task = tasks.mackey_glass()
     batch = next(task.batches(0, 3))
     assert torch.equal(batch.targets[:-15], batch.inputs[15:])
-    found = task.baselines()
-    assert found["linear"].loss < found["memoryless"].loss < found["persistence"].loss
+    scores = task.baselines()
+    assert scores["linear"].loss < scores["memoryless"].loss < scores["persistence"].loss
 
 
 def test_digits_by_pixel_keep_their_parts_apart():
@@ -142,20 +146,20 @@ def test_digits_by_pixel_keep_their_parts_apart():
     order = permuted.test.inputs
     assert not torch.equal(order, plain.test.inputs)
     assert torch.equal(order.sort(0).values, plain.test.inputs.sort(0).values)
-    epoch = torch.cat([one.inputs for one in some(plain.batches(0, 8), 144)], 1)
+    epoch = torch.cat([batch.inputs for batch in some(plain.batches(0, 8), 144)], 1)
     seen = {tuple(column.tolist()) for column in epoch[..., 0].t()}
     assert len(seen) > 1100
-    held_out = [tuple(column.tolist()) for part in (plain.valid, plain.test) for column in part.inputs[..., 0].t()]
+    held_out = [tuple(column.tolist()) for split in (plain.valid, plain.test) for column in split.inputs[..., 0].t()]
     assert not seen & set(held_out)
 
 
 def station(path, hours=6000):
-    """Write hourly measurements as NOAA's files have them; a day's course and a slow drift."""
+    """Write hourly measurements in NOAA's format: a daily cycle and a slow drift."""
     hour = np.arange(hours)
-    columns = {"date": [f"1/1/2010 {one}:00" for one in hour]}
+    columns = {"date": [f"1/1/2010 {number}:00" for number in hour]}
     for number, name in enumerate((*tasks.WEATHER, "WindDirection")):
         columns[name] = np.round(10 + np.sin(2 * np.pi * (hour + number) / 24) + hour / 4000, 3)
-    text = "\n".join(",".join(str(one) for one in row) for row in zip(*columns.values(), strict=True))
+    text = "\n".join(",".join(str(cell) for cell in row) for row in zip(*columns.values(), strict=True))
     path.write_text(",".join(columns) + "\n" + text + "\n")
     return path
 
@@ -165,7 +169,7 @@ def test_weather_reads_station_data(tmp_path):
     assert task.inputs == len(tasks.WEATHER)
     batch = next(task.batches(0, 2))
     assert batch.inputs.shape == (24, 2, task.inputs)
-    # A day later it is as now, but for the drift.
+    # A day later only the drift differs.
     assert task.baselines()["persistence"].loss < 0.1
     (tmp_path / "other.csv").write_text("date,WindSpeed\n1,2\n")
     with pytest.raises(ValueError, match="WetBulbCelsius"):
@@ -180,13 +184,13 @@ def test_scores_are_the_losses_that_are_trained(make):
     rnn, readout = nn.RNN(task.inputs, 6), nn.Linear(6, task.outputs)
     batch = next(task.batches(0, 5))
     how = anpgpu.Perturbation(method="bptt")
-    found = anpgpu.estimate_grad_(rnn, readout, batch.inputs, batch.targets, task.loss, perturbation=how)
+    estimate = anpgpu.estimate_grad_(rnn, readout, batch.inputs, batch.targets, task.loss, perturbation=how)
     with torch.no_grad():
         outputs = readout(rnn(batch.inputs)[0])
-    assert float(training.loss_of(task, outputs, batch.targets)) == pytest.approx(float(found.loss), rel=1e-5)
-    # The score leaves out the washout, which is all of so short a window.
+    assert float(training.loss_of(task, outputs, batch.targets)) == pytest.approx(float(estimate.loss), rel=1e-5)
+    # The score leaves out the washout, which covers all of so short a window.
     if not task.washout:
-        assert tasks.score(task, outputs, batch.targets).loss == pytest.approx(float(found.loss), rel=1e-5)
+        assert tasks.score(task, outputs, batch.targets).loss == pytest.approx(float(estimate.loss), rel=1e-5)
 
 
 def test_accuracy_counts_steps_with_a_target():
@@ -238,26 +242,26 @@ METHODS = list(training.METHODS)
 
 def test_the_plan_goes_breadth_first_and_tunes_all_alike():
     planned = plan(FULL, list(FULL.sizes), METHODS, 3)
-    cells = {(one.task, one.settings.method, one.settings.decorrelated) for one in planned}
+    cells = {(run.task, run.settings.method, run.settings.decorrelated) for run in planned}
     assert len(cells) == (len(FULL.sizes) + len(FULL.decorrelated)) * len(METHODS)
     assert {task for task, _, decorrelated in cells if decorrelated} == set(FULL.decorrelated)
-    tuning = [one for one in planned if one.settings.seed == TUNING_SEED]
+    tuning = [run for run in planned if run.settings.seed == TUNING_SEED]
     assert len(tuning) == len(cells) * len(FULL.rates)
-    results = [one for one in planned if one.settings.seed != TUNING_SEED]
-    assert {len(set(one.candidates)) for one in results} == {len(FULL.rates)}
-    order = [(one.settings.decorrelated, one.settings.seed) for one in results]
+    results = [run for run in planned if run.settings.seed != TUNING_SEED]
+    assert {len(set(run.candidates)) for run in results} == {len(FULL.rates)}
+    order = [(run.settings.decorrelated, run.settings.seed) for run in results]
     assert order == sorted(order)
-    place = {key_of(*one[:2]): number for number, one in enumerate(planned)}
-    for number, one in enumerate(planned):
-        assert all(place[candidate] < number for candidate in one.candidates)
+    place = {key_of(*run[:2]): number for number, run in enumerate(planned)}
+    for number, run in enumerate(planned):
+        assert all(place[candidate] < number for candidate in run.candidates)
     assert len(place) == len(planned)
 
 
-def run_of(one, valid, seed_loss=1.0):
+def run_of(planned, valid, seed_loss=1.0):
     scores = [[valid, None]] * training.SHARES
     curve = {"updates": [1] * training.SHARES, "seconds": [1.0] * training.SHARES, "training_loss": []}
     curve |= {"valid": scores, "test": [[seed_loss, None]] * training.SHARES}
-    return {"task": one.task, "settings": one.settings._asdict(), "curve": curve, "seconds": 1.0}
+    return {"task": planned.task, "settings": planned.settings._asdict(), "curve": curve, "seconds": 1.0}
 
 
 def test_the_learning_rate_is_the_one_of_the_lowest_validation_loss(tmp_path):
@@ -265,7 +269,7 @@ def test_the_learning_rate_is_the_one_of_the_lowest_validation_loss(tmp_path):
     finished = study.Finished(tmp_path / "runs.jsonl")
     queue = study.Queue(planned, finished, math.inf)
     trials = [queue.take() for _ in QUICK.rates]
-    assert [one.settings.lr for one in trials] == list(QUICK.rates)
+    assert [trial.settings.lr for trial in trials] == list(QUICK.rates)
     queue.done(run_of(trials[0], math.nan))
     assert best_rate(planned[-1].candidates, finished.runs) is None
     queue.done(run_of(trials[1], 0.5))
@@ -311,8 +315,8 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     assert run.returncode == 0, run.stderr
     lines = path.read_text().splitlines(keepends=True)
     assert lines[: len(before)] == before
-    keys = [key_of(one["task"], training.Settings(**one["settings"])) for one in map(json.loads, lines)]
-    # Two learning rates, then the result, then the one of two thirds of the updates; none twice.
+    keys = [key_of(run["task"], training.Settings(**run["settings"])) for run in map(json.loads, lines)]
+    # Two learning rates, the result, and the run with two thirds of the updates; none twice.
     assert len(keys) == len(set(keys)) == 4
     assert {path.name for path in tmp_path.iterdir()} >= {"study.md", "study.json", "copying-5.png"}
 
@@ -331,20 +335,20 @@ def test_findings_of_a_table_computed_by_hand():
         row("anp", [0.9, 1.0]),
         row("anp-ls", [0.3, 0.3]),
     ]
-    found = study_report.findings("task", rows, memoryless=2.2)
-    assert found.best == "anp-ls"
-    assert found.share == pytest.approx((2.2 - 0.3) / (2.2 - 0.2))
-    assert found.share_in_more == pytest.approx((2.2 - 0.3) / (2.2 - 0.4))
-    assert found.keeps
+    finding = study_report.findings("task", rows, memoryless=2.2)
+    assert finding.best == "anp-ls"
+    assert finding.share == pytest.approx((2.2 - 0.3) / (2.2 - 0.2))
+    assert finding.share_in_more == pytest.approx((2.2 - 0.3) / (2.2 - 0.4))
+    assert finding.keeps
     spread = math.sqrt(2) / 10
-    assert found.margins["anp-ls"] == pytest.approx((1.0 - 0.3) / spread)
-    assert found.margins["anp"] == pytest.approx(0.05 / (1.5 * spread))
-    text = study_report.sentence(found)
+    assert finding.margins["anp-ls"] == pytest.approx((1.0 - 0.3) / spread)
+    assert finding.margins["anp"] == pytest.approx(0.05 / (1.5 * spread))
+    text = study_report.sentence(finding)
     assert "anp-ls beats" in text
     assert "anp is within the spread" in text
     # One seed is not compared with the mean of two.
     lucky = study_report.findings("task", [*rows, row("np + decorrelation", [0.1])], memoryless=2.2)
-    assert lucky == found
+    assert lucky == finding
     worse = study_report.findings("task", [*rows[:4], row("anp-ls", [0.9, 0.9])], memoryless=2.2)
     assert not worse.keeps
     # Where BPTT gains nothing over the memoryless optimum there is no share of its gain.
@@ -379,10 +383,10 @@ def test_quick_grid_orders_the_methods(tmp_path):
     assert run.returncode == 0, run.stderr
     record = json.loads((tmp_path / "study.json").read_text())["tasks"]
     for name in names:
-        loss = {one["name"]: one["loss"] for one in record[name]["methods"]}
+        loss = {method["name"]: method["loss"] for method in record[name]["methods"]}
         assert loss["bptt"] < loss["bptt-1"]
         assert loss["anp-ls"] < loss["bptt-1"]
         assert loss["anp-ls"] < loss["published-anp"]
         assert loss["anp-ls"] < record[name]["baselines"]["memoryless"]["loss"]
-    copying = {one["name"]: one["loss"] for one in record["copying-5"]["methods"]}
+    copying = {method["name"]: method["loss"] for method in record["copying-5"]["methods"]}
     assert copying["anp-ls"] < min(copying["np"], copying["wp"], copying["anp"])

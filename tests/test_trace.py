@@ -1,4 +1,4 @@
-"""How far one update walks: the files it enters, the frames above a rollout's first arithmetic, moves between rooms.
+"""The call path of an update: files entered, frames above a rollout's first arithmetic, moves between rooms.
 
 One update is `estimate_grad_` with "anp-ls" on the torch backend: `RNN` of one layer, Linear readout, mse, 32 rollouts,
 more than hidden units, so that the primal form runs. The same update has run before, so that caches are full.
@@ -47,7 +47,7 @@ MEMORY = (
 
 
 class Trace(NamedTuple):
-    """One update's walk."""
+    """The call path of an update."""
 
     files: int
     frames: int
@@ -67,7 +67,7 @@ class Trace(NamedTuple):
         )
 
     def report(self) -> str:
-        """The figures, the stack and the rooms, to read."""
+        """Return the figures, the stack and the rooms as text."""
         visits = [room for room, before in zip(self.rooms, (None, *self.rooms), strict=False) if room != before]
         return "\n".join((str(self), *self.stack, "files: " + " ".join(self.names), "rooms: " + " ".join(visits)))
 
@@ -113,7 +113,7 @@ def calls(update: Callable[[], object]) -> list[str]:
 
 
 class FirstArithmetic(TorchDispatchMode):
-    """Keeps the stack, innermost frame first, of the first arithmetic inside a function of a file of the package."""
+    """Records the stack, innermost frame first, of the first arithmetic inside a function of a file of the package."""
 
     def __init__(self, place: str, function: str) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class FirstArithmetic(TorchDispatchMode):
 
 
 def makes_memory(func: Any) -> bool:
-    """Say whether an operation gives out memory or a view, and computes nothing."""
+    """Return whether an operation only returns memory or a view, without arithmetic."""
     name = func.overloadpacket.__name__.removesuffix("_like")
     return func.is_view or name in MEMORY
 

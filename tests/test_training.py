@@ -1,4 +1,4 @@
-"""It learns: tasks that need memory of five and of ten steps, with and without credit for the future."""
+"""Training learns tasks that need memory of five and ten steps, with and without credit for the future."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_full_credit_learns_to_copy(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_without_discount_it_does_not(seed):
-    # The published rule: each step is credited with its own loss alone, which no memory can lower.
+    # The published rule credits each step with its own loss alone, and so does not learn to remember.
     how = anpgpu.Perturbation("anp", rollouts=16, discount=0.0)
     loss = loss_after_training(how, seed)
     assert loss >= NOT_LEARNED, f"loss {loss:.3f} nats"

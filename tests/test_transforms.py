@@ -1,6 +1,6 @@
 """`RNN` and the ops under torch.func, forward mode, checkpointing, autocast and deepcopy: right, or a clear error.
 
-What is right is compared with eager backward passes from the same seed.
+The references are eager backward passes from the same seed.
 """
 
 import copy
@@ -55,13 +55,13 @@ def test_gradients_of_torch_func_are_those_of_backward():
         return functional_call(rnn, parameters, (inputs,))[0].square().mean()
 
     attached = dict(rnn.named_parameters())
-    for given in (attached, {name: one.detach() for name, one in attached.items()}):
+    for values in (attached, {name: parameter.detach() for name, parameter in attached.items()}):
         torch.manual_seed(7)
-        assert same(list(grad(loss)(given).values()), expected)
+        assert same(list(grad(loss)(values).values()), expected)
         torch.manual_seed(7)
-        assert same(list(vjp(loss, given)[1](torch.tensor(1.0))[0].values()), expected)
+        assert same(list(vjp(loss, values)[1](torch.tensor(1.0))[0].values()), expected)
         torch.manual_seed(7)
-        assert same(list(jacrev(loss)(given).values()), expected)
+        assert same(list(jacrev(loss)(values).values()), expected)
 
 
 @pytest.mark.parametrize("over", ["inputs", "parameters"])
@@ -69,59 +69,63 @@ def test_gradients_of_torch_func_are_those_of_backward():
 def test_vmap_of_gradients_is_a_loop_over_slices(randomness, over):
     rnn = make_rnn(num_layers=2)
     inputs = torch.stack([inputs_of(), 2 * inputs_of()])
-    parameters = {name: torch.stack([one.detach(), 1.5 * one.detach()]) for name, one in rnn.named_parameters()}
+    parameters = {
+        name: torch.stack([parameter.detach(), 1.5 * parameter.detach()]) for name, parameter in rnn.named_parameters()
+    }
 
     def loss(parameters, inputs):
         return functional_call(rnn, parameters, (inputs,))[0].square().mean()
 
     def slice_of(index):
-        here = {name: one[index if over == "parameters" else 0] for name, one in parameters.items()}
-        return here, inputs[index if over == "inputs" else 0]
+        values = {name: stack[index if over == "parameters" else 0] for name, stack in parameters.items()}
+        return values, inputs[index if over == "inputs" else 0]
 
-    first = {name: one[0] for name, one in parameters.items()}
-    given, dims = ((first, inputs), (None, 0)) if over == "inputs" else ((parameters, inputs[0]), (0, None))
+    first = {name: stack[0] for name, stack in parameters.items()}
+    arguments, dims = ((first, inputs), (None, 0)) if over == "inputs" else ((parameters, inputs[0]), (0, None))
     torch.manual_seed(7)
-    found = vmap(grad(loss), in_dims=dims, randomness=randomness)(*given)
+    mapped = vmap(grad(loss), in_dims=dims, randomness=randomness)(*arguments)
     torch.manual_seed(7)
     for index in range(2):
         if randomness == "same":
             torch.manual_seed(7)
         expected = grad(loss)(*slice_of(index))
-        assert same([one[index] for one in found.values()], list(expected.values()))
+        assert same([gradients[index] for gradients in mapped.values()], list(expected.values()))
 
 
 def test_vmap_asks_how_to_draw_the_seed():
     rnn, inputs = make_rnn(), torch.stack([inputs_of(), 2 * inputs_of()])
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(rnn)(inputs)
-    found = vmap(lambda one: rnn(one)[0], randomness="different")(inputs)
-    assert_close(found, torch.stack([rnn(one)[0] for one in inputs]), "float32")
+    outputs = vmap(lambda sequence: rnn(sequence)[0], randomness="different")(inputs)
+    assert_close(outputs, torch.stack([rnn(sequence)[0] for sequence in inputs]), "float32")
 
 
 def test_backward_through_vmap():
     rnn, inputs = make_rnn(), torch.stack([inputs_of(), 2 * inputs_of()])
-    found = step(rnn, inputs, vmap(lambda one: rnn(one)[0], randomness="different"))
+    results = step(rnn, inputs, vmap(lambda sequence: rnn(sequence)[0], randomness="different"))
     assert rnn.last_estimate is None
-    expected = step(rnn, inputs, lambda batch: torch.stack([rnn(one)[0] for one in batch]))
-    assert_all_close(found, expected, "float32")
+    expected = step(rnn, inputs, lambda batch: torch.stack([rnn(sequence)[0] for sequence in batch]))
+    assert_all_close(results, expected, "float32")
 
 
 def test_vmap_of_the_ops():
     seeds = torch.arange(3)
     credit = randn(T, B, P)
-    found = vmap(lambda seed: functional.adjoint(credit, None, seed, method="np", units=H))(seeds)
+    sums = vmap(lambda seed: functional.adjoint(credit, None, seed, method="np", units=H))(seeds)
     assert torch.equal(
-        found, torch.stack([functional.adjoint(credit, None, one, method="np", units=H) for one in seeds])
+        sums, torch.stack([functional.adjoint(credit, None, seed, method="np", units=H) for seed in seeds])
     )
-    every = randn(2, T, B, P)
+    batches = randn(2, T, B, P)
     assert torch.equal(
-        vmap(lambda one: functional.returns(one, 0.5), in_dims=1, out_dims=1)(every.transpose(0, 1)).transpose(0, 1),
-        torch.stack([functional.returns(one, 0.5) for one in every]),
+        vmap(lambda delta_loss: functional.returns(delta_loss, 0.5), in_dims=1, out_dims=1)(
+            batches.transpose(0, 1)
+        ).transpose(0, 1),
+        torch.stack([functional.returns(delta_loss, 0.5) for delta_loss in batches]),
     )
 
 
 def exact_tangent(rnn, inputs):
-    """The directional derivative of the clean run along its own input, by an nn.RNN."""
+    """The directional derivative of the clean run along its input, by an nn.RNN."""
     twin = nn.RNN(FEATURES, H).requires_grad_(False)
     twin.load_state_dict(rnn.state_dict())
     return jvp(lambda values: twin(values)[0], (inputs,), (inputs,))[1]
@@ -154,9 +158,12 @@ def functional_calls():
     hidden = torch.tanh(randn(T, B, H))
     loss = LinearLoss(randn(T, B, H))
     return {
-        "rollout": (lambda one: functional.rollout(one, hidden, torch.eye(H), loss, 1, rollouts=P).delta_loss, hidden),
-        "returns": (lambda one: functional.returns(one, 0.5), randn(T, B, P)),
-        "adjoint": (lambda one: functional.adjoint(one, randn(T, B, P, H), 1), randn(T, B, P)),
+        "rollout": (
+            lambda preact: functional.rollout(preact, hidden, torch.eye(H), loss, 1, rollouts=P).delta_loss,
+            hidden,
+        ),
+        "returns": (lambda delta_loss: functional.returns(delta_loss, 0.5), randn(T, B, P)),
+        "adjoint": (lambda credit: functional.adjoint(credit, randn(T, B, P, H), 1), randn(T, B, P)),
     }
 
 
@@ -170,8 +177,8 @@ def test_the_ops_have_no_derivative(op):
     with pytest.raises(RuntimeError, match="ops of anpgpu have no derivative"):
         call(values.clone().requires_grad_()).sum().backward()
     with pytest.raises(RuntimeError, match="ops of anpgpu have no derivative"):
-        grad(lambda one: call(one).sum())(values)
-    run = torch.compile(lambda one: jvp(call, (one,), (one,))[1], fullgraph=True, backend="eager")
+        grad(lambda tensor: call(tensor).sum())(values)
+    run = torch.compile(lambda tensor: jvp(call, (tensor,), (tensor,))[1], fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="Unsupported"):
         run(values)
     with pytest.raises(RuntimeError, match="no autograd formula"):
@@ -186,7 +193,7 @@ def test_second_derivatives_raise():
         return functional_call(rnn, parameters, (inputs,))[0].square().mean()
 
     with pytest.raises(RuntimeError, match="once differentiable"):
-        grad(lambda given: grad(loss)(given)["weight_hh_l0"].sum())(parameters)
+        grad(lambda weights: grad(loss)(weights)["weight_hh_l0"].sum())(parameters)
     with pytest.raises(RuntimeError, match="randomness"):
         hessian(loss)(parameters)
     (first,) = torch.autograd.grad(rnn(inputs)[0].square().mean(), rnn.weight_hh_l0, create_graph=True)
@@ -194,7 +201,7 @@ def test_second_derivatives_raise():
         first.sum().backward()
     small = anpgpu.RNN(2, 2, perturbation=HOW).double()
     with pytest.raises(RuntimeError, match="once differentiable"):
-        torch.autograd.gradgradcheck(lambda one: small(one)[0], randn(2, 1, 2).double().requires_grad_())
+        torch.autograd.gradgradcheck(lambda values: small(values)[0], randn(2, 1, 2).double().requires_grad_())
 
 
 def test_batched_gradients_raise_or_are_right():
@@ -204,18 +211,18 @@ def test_batched_gradients_raise_or_are_right():
         torch.autograd.grad(total, rnn.weight_hh_l0, torch.eye(H), is_grads_batched=True, retain_graph=True)
     parameters = dict(rnn.named_parameters())
     torch.manual_seed(7)
-    found = jacrev(lambda given: functional_call(rnn, given, (inputs_of(),))[0].sum((0, 1)))(parameters)
+    jacobian = jacrev(lambda weights: functional_call(rnn, weights, (inputs_of(),))[0].sum((0, 1)))(parameters)
     torch.manual_seed(7)
     total = rnn(inputs_of())[0].sum((0, 1))
     rows = [torch.autograd.grad(total, rnn.weight_hh_l0, row, retain_graph=True)[0] for row in torch.eye(H)]
-    assert torch.equal(found["weight_hh_l0"], torch.stack(rows))
+    assert torch.equal(jacobian["weight_hh_l0"], torch.stack(rows))
 
 
 def test_compiled_torch_func_raises():
     rnn, inputs = make_rnn(), inputs_of()
-    parameters = {name: one.detach() for name, one in rnn.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in rnn.named_parameters()}
     run = torch.compile(
-        grad(lambda given: functional_call(rnn, given, (inputs,))[0].sum()), fullgraph=True, backend="eager"
+        grad(lambda weights: functional_call(rnn, weights, (inputs,))[0].sum()), fullgraph=True, backend="eager"
     )
     with pytest.raises(Exception, match="setup_context"):
         run(parameters)
@@ -233,7 +240,7 @@ def test_compiled_torch_func_raises():
 )
 def test_activation_checkpointing_gives_the_same_gradients(method, reentrant, compile_it):
     rnn = make_rnn(Perturbation(method, rollouts=4), num_layers=2, dropout=0.3)
-    # Reentrant checkpointing has gradients only where an input does, and wp none for inputs.
+    # Reentrant checkpointing needs an input with a gradient, and "wp" has none for the RNN's inputs.
     scale = torch.ones(1, requires_grad=True)
 
     def block(inputs, scale):
@@ -270,7 +277,10 @@ def test_operands_follow_autocast_and_sums_do_not(dtype, inside, torch_backend, 
     assert outputs.dtype == dtype
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     assert seen == [(name, torch.float32)] * 2
-    assert all(one.grad.dtype == torch.float32 and bool(one.grad.isfinite().all()) for one in rnn.parameters())
+    assert all(
+        parameter.grad.dtype == torch.float32 and bool(parameter.grad.isfinite().all())
+        for parameter in rnn.parameters()
+    )
     implementation.cache_clear()
 
 
@@ -288,12 +298,14 @@ def test_grad_scaler_skips_a_step_that_overflows(dtype):
         scaler.step(optimiser)
         scaler.update()
 
-    before = [one.detach().clone() for one in model.parameters()]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     update(torch.inf)
-    assert same(before, [one.detach() for one in model.parameters()])
+    assert same(before, [parameter.detach() for parameter in model.parameters()])
     assert scaler.get_scale() == 2.0**9
     update(1.0)
-    assert not any(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert not any(
+        torch.equal(parameter, updated) for parameter, updated in zip(before, model.parameters(), strict=True)
+    )
     assert scaler.get_scale() == 2.0**9
 
 
@@ -309,7 +321,6 @@ def test_a_parametrized_module_is_copied_after_a_forward_pass(parametrization, s
     expected = step(rnn, inputs_of())
     other = copy.deepcopy(copy.deepcopy(rnn))
     assert same(step(other, inputs_of()), expected)
-    # The frozen module runs as nn.RNN does, which keeps the computed weights too.
     assert_close(copy.deepcopy(other)(inputs_of())[0], rnn(inputs_of())[0], "float32")
 
 
