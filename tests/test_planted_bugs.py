@@ -144,6 +144,73 @@ BUGS = {
         "delta_loss",
         "test_robustness.py::test_rollouts_whose_loss_is_not_finite_are_left_out_and_counted[nan-np-False]",
     ),
+    "both directions share noise": Bug(
+        "estimators/by_layer.py",
+        "layer = _Layer(weights, activity, loss, index)",
+        "layer = _Layer(weights, activity, loss, number)",
+        "test_details.py::test_every_layer_and_direction_has_noise_of_its_own[backward]",
+    ),
+    "processes share the readout's noise": Bug(
+        "estimators/readout.py",
+        "rank=settings.process_rank,",
+        "rank=0,",
+        "test_details.py::test_processes_perturb_the_readout_with_different_noise",
+    ),
+    "dense weight noise repeats in every chunk of samples": Bug(
+        "estimators/weight_rollouts.py",
+        "time=samples.start),",
+        "time=0),",
+        "test_details.py::test_weight_noise_of_chunks_of_samples_is_that_of_the_whole[None]",
+    ),
+    "a sequence's value is credited at the last step there is": Bug(
+        "task/losses.py",
+        "shares[self.last_step[samples], torch.arange",
+        "shares[self.last_step[samples] * 0 - 1, torch.arange",
+        "test_details.py::test_a_sequences_value_is_credited_at_its_last_valid_step[np]",
+    ),
+    "dropout missing below, one direction": Bug(
+        "estimators/by_segment.py",
+        "above = above if mask is None else above * mask",
+        "above = above",
+        "test_details.py::test_dropout_is_in_the_gradient_that_the_layer_below_answers_to[False]",
+    ),
+    "dropout missing below, two directions": Bug(
+        "estimators/by_layer.py",
+        "above = d_inputs if mask is None else d_inputs * mask",
+        "above = d_inputs",
+        "test_details.py::test_dropout_is_in_the_gradient_that_the_layer_below_answers_to[True]",
+    ),
+    "an infinite gradient loses rollouts where time is cut": Bug(
+        "estimators/by_layer.py",
+        "sweep.finite |= trust.unsqueeze(1)",
+        "pass",
+        "test_details.py::test_a_gradient_that_is_not_finite_comes_back_however_time_is_cut[Division(samples=2, "
+        "rollouts=4, segments=3)]",
+    ),
+    "no floor under the ridge": Bug(
+        "kernels/least_squares.py",
+        "RIDGE_FLOOR = 8",
+        "RIDGE_FLOOR = 0",
+        "test_details.py::test_two_equal_rollouts_are_no_singular_system",
+    ),
+    "lost rollouts count in the mean return": Bug(
+        "kernels/least_squares.py",
+        "counted = how.finite.sum(-1, keepdim=True)",
+        "counted = how.finite.shape[-1]",
+        "test_details.py::test_a_lost_rollout_is_not_in_the_mean_that_is_taken_off",
+    ),
+    "halves agree in the first layer alone": Bug(
+        "estimators/found.py",
+        "return split_half(self.layers)",
+        "return split_half(self.layers[:1])",
+        "test_details.py::test_the_agreement_of_halves_is_over_all_layers",
+    ),
+    "rollouts do not follow the forward pass's autocast": Bug(
+        "ops/network.py",
+        "with _under(structure.autocast, left.inputs.device):",
+        "with _under(None, left.inputs.device):",
+        "test_details.py::test_the_forward_passs_autocast_decides_the_precision_of_the_rollouts[torch]",
+    ),
 }
 
 
