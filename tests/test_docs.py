@@ -170,6 +170,17 @@ def test_files_it_names_exist(path):
     assert missing == []
 
 
+@pytest.mark.parametrize(
+    "folder",
+    sorted(path.parent.name for path in (ROOT / "anpgpu").glob("*/__init__.py") if path.parent.name != "kernels"),
+)
+def test_internals_lists_the_files_of_each_folder(folder):
+    (row,) = re.findall(rf"^\| `{folder}/` \|.*$", TEXTS[ROOT / "docs" / "internals.md"], re.MULTILINE)
+    assert set(re.findall(r"`(\w+\.py)`", row)) == {
+        path.name for path in (ROOT / "anpgpu" / folder).glob("*.py") if path.name != "__init__.py"
+    }
+
+
 def test_tests_it_cites_exist():
     defined = {
         name

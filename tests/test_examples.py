@@ -2,11 +2,17 @@
 
 import csv
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import anpgpu
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -20,6 +26,7 @@ CASES = {
     "long_sequence": ([*SHARED, "--steps", "200"], "long_sequence.png"),
     "blackbox_loss": ([*SHARED, "--batch", "2"], "blackbox_loss.png"),
     "swap_into_pytorch": ([*SHARED, "--batch", "2"], "swap_into_pytorch.png"),
+    "constraints": ([*SHARED, "--batch", "2", "--delay", "1"], "constraints.png"),
 }
 
 
@@ -63,6 +70,40 @@ def test_digits_by_pixel_take_the_method_and_its_rollouts(run, tmp_path):
     assert "anp-ls" in printed
     assert "bptt" in printed
     assert (tmp_path / "results" / "digits_permuted.png").exists()
+
+
+def test_constraints_hold_while_the_loss_falls(run):
+    printed = run("constraints", "--quick")
+    rows = [re.split(r"  +", line) for line in printed.splitlines() if " yes: " in line or " NO: " in line]
+    assert [row[0] for row in rows] == ["none", "dale", "sparse", "low rank", "leaky"]
+    for _, first, last, holds in rows:
+        assert float(last) < 0.99 * float(first)
+        assert holds.startswith("yes: ")
+    seen = {row[0]: row[3] for row in rows}
+    assert seen["dale"] == "yes: 0 of 1024 weights have the wrong sign"
+    assert re.fullmatch(r"yes: 0 of \d{3} absent connections are not zero", seen["sparse"])
+    assert seen["low rank"] == "yes: rank 8 of 32"
+
+
+@pytest.mark.parametrize("name", ["dale", "sparse", "low rank", "leaky"])
+def test_a_broken_constraint_is_seen(name, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    example = runpy.run_path(str(EXAMPLES / "constraints.py"))
+    torch.manual_seed(0)
+    rnn = nn.RNN(3, 16)
+    constraint = example["CONSTRAINTS"][name]
+    constraint.impose(rnn)
+    anpgpu.swap_(rnn)
+    with torch.no_grad():
+        assert constraint.check(rnn)[0]
+
+    class Broken(nn.Module):
+        def forward(self, weight):
+            return weight.roll(1, 1) + 0.1 * torch.eye(len(weight))
+
+    parametrize.register_parametrization(rnn, "weight_hh_l0", Broken())
+    with torch.no_grad():
+        assert not constraint.check(rnn)[0]
 
 
 def test_weather_has_no_default_file(run, capsys):

@@ -149,6 +149,17 @@ def test_every_direct_dependency_is_pinned() -> None:
     assert names <= pins
 
 
+def test_pages_name_the_oldest_versions() -> None:
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    floors = dict(re.findall(r'"(torch|triton)>=([\d.]+)', declared))
+    text = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    assert f"torch {floors['torch']} and Triton {floors['triton']} or newer" in text
+    for name in ("README.md", "docs/compatibility.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert f"torch {floors['torch']}" in text
+        assert f"Triton {floors['triton']}" in text
+
+
 def test_wheel_built_from_the_sdist_holds_the_kernels_inside_the_package(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     keep_out = shutil.ignore_patterns(".*", "output", "build", "dist", "*.egg-info", "__pycache__", "results")
