@@ -220,7 +220,7 @@ class Decorrelation:
         Args:
             inputs: as the rnn's, or a PackedSequence; part of the data will do, such as a stretch of a long sequence.
             hx: initial state, as the rnn's.
-            lengths: valid steps of each sample, (B,), in [1, T]; padding is ignored.
+            lengths: valid steps of each sample, (B,), in [0, T]; padding is ignored.
 
         Raises:
             ValueError, TypeError: an argument is not of this form; the message quotes it.

@@ -20,7 +20,7 @@ from .registry import CELLS, ESTIMATORS, Estimator
 from .runtime.memory import default_memory
 from .runtime.ranges import entered
 from .runtime.settings import check_extent, new_seed, resolve
-from .task.losses import LossFunction
+from .task.black_box import LossFunction
 from .task.problem import Problem, canonical, packed_like
 
 
@@ -35,6 +35,7 @@ def estimate_grad_(
     hx: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     targets_per: str | None = None,
+    step_weight: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Estimate:
     """Estimate gradients from forward passes and add them to `.grad`, as `backward()` does, without an autograd graph.
@@ -47,16 +48,23 @@ def estimate_grad_(
         targets: per step, (T, B, O) or class indices (T, B), batch first where the inputs are; or per sequence, (B, O)
             or (B,): then only each sample's last valid step has a loss. Class -100 is ignored. For a callable loss, any
             tensor beginning with (T, B) or (B,), or None.
-        loss: "mse" or "cross_entropy", averaged over the steps that count (and outputs); or
+        loss: "mse" or "cross_entropy", averaged over the steps that count (and outputs); or `torch.nn.MSELoss` or
+            `torch.nn.CrossEntropyLoss` with any option but reduction="none" and class probabilities as targets; the
+            loss is then the module's of the outputs that count. Or a callable, other loss modules included,
             `loss(outputs, targets)` with outputs (T, B, p, O) and targets with a rollout axis of size 1, which returns
             (T, B, p) values per step or (B, p) per sequence. It may be called on part of the samples, may work in place
             and need not be differentiable; its values are averaged. Outputs past a sample's length are zero; targets
-            are as given. A Linear readout's weights are then perturbed. Values that no rollout changes, as those of a
-            step function at a small sigma, teach nothing: a warning says so, once, on the CPU.
+            are as given; a parameter `lengths` gets the lengths of the samples of the call, (B,) int64. A Linear
+            readout's weights are then perturbed. Values that no rollout changes, as those of a step function at a
+            small sigma, teach nothing: a warning says so, once, on the CPU.
         perturbation: the default is the rnn's own, or `Perturbation()`.
         hx: initial state, as the rnn's.
-        lengths: valid steps of each sample, (B,), in [1, T]; padding contributes nothing.
+        lengths: valid steps of each sample, (B,), in [0, T]; padding contributes nothing. A sample of length 0 has
+            outputs 0, its first state as the final one, and no loss, and is not counted in a mean.
         targets_per: "step" or "sequence", for targets of a callable loss whose sizes fit both.
+        step_weight: weight of each step's loss, (T, B), batch first where the inputs are; finite and not negative. The
+            mean becomes sum(weight * loss) / sum(weight), with class weights sum(weight * class weight) below. What
+            stands in padding is not read. On CUDA values are not checked, and a sum of 0 gives NaN.
         generator: where the update's one seed is drawn; the default is torch's default generator of the device.
 
     Returns:
@@ -74,7 +82,7 @@ def estimate_grad_(
     # Tensors of inference mode could not be used outside it, and some live longer than a call.
     with entered("estimate_grad_"), torch.inference_mode(False), torch.no_grad(), parametrize.cached():
         _compute_parametrized(rnn, readout)
-        problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths, targets_per)
+        problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths, targets_per, step_weight)
         work = problem if estimator.exact else _job(rnn, problem, perturbation, generator)
         # BPTT runs under the caller's autocast, as torch's own backward pass would.
         with nullcontext() if estimator.exact else torch.autocast(problem.inputs.device.type, enabled=False):

@@ -1,11 +1,13 @@
-"""The ops on tensors: `noise`, `rollout`, `returns`, `adjoint`; and `release_memory`.
+"""The ops on tensors: `noise`, `rollout`, `returns`, `adjoint`, `least_squares`; and `release_memory`.
 
 Shapes: T time steps, B batch, P rollouts per sample, H hidden units, O outputs; time first. Equations:
-`anpgpu.kernels.noise`, `.rollout` and `.adjoint`. Each op runs on its tensors' device; `backend=` chooses an
-implementation ("triton", "cupy", "numba", "torch") and raises where it is missing.
+`anpgpu.kernels.noise`, `.rollout`, `.adjoint` and `.least_squares`. Each op runs on its tensors' device; `backend=`
+chooses an implementation ("triton", "cupy", "numba", "torch") and raises where it is missing.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ __all__ = [
     "Rollout",
     "SquaredLoss",
     "adjoint",
+    "least_squares",
     "noise",
     "release_memory",
     "returns",
@@ -214,14 +217,7 @@ def adjoint(
     change = checks.working("credit", credit, 3)
     weight_by = _weight_by(method)
     if ESTIMATORS[method].stores_delta:
-        activity = checks.tensor("delta_a", delta_a)
-        if activity.dim() != 4 or activity.shape[:3] != change.shape:
-            raise ValueError(f"delta_a must have shape {(*change.shape, 'H')}, got {tuple(activity.shape)}")
-        if not activity.is_floating_point():
-            raise TypeError(f"delta_a must be floating, got {activity.dtype}")
-        if activity.device != change.device:
-            raise ValueError(f"delta_a must be on {change.device}, where credit is, got {activity.device}")
-        units = activity.shape[-1]
+        units = _activity(delta_a, change, "credit").shape[-1]
     elif delta_a is not None:
         kind = type(delta_a).__name__
         raise ValueError(f"method={method!r} regenerates its noise and takes delta_a=None, got {kind}")
@@ -247,9 +243,89 @@ def adjoint(
     return sums.sum(0) / rollouts
 
 
+def least_squares(
+    delta_loss: Tensor,
+    delta_a: Tensor,
+    seed: int | Tensor,
+    *,
+    discount: float = 1.0,
+    ridge: float = 0.01,
+    baseline: bool = False,
+    sigma: float = 1e-3,
+    noise: str = "rademacher",
+    counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
+    carry: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return the estimate of the adjoint dL/da by "anp-ls", (T, B, H), and the carry for the steps before, (B, P).
+
+    The returns of a sample's rollouts are regressed on their activity differences, last step first, and lose what later
+    noise did. A rollout that is not finite makes the estimates of its sample so: set its `delta_loss` and `delta_a`
+    to zero to leave it out.
+
+    Args:
+        delta_loss: loss differences, (T, B, P), float32 or float64.
+        delta_a: activity differences, (T, B, P, H), floating.
+        seed: the noise's key, as in `rollout`.
+        discount: gamma in [0, 1].
+        ridge: regularisation relative to the mean squared activity difference of a rollout, at least 0.
+        baseline: whether the mean return of a sample's rollouts is taken off first.
+        sigma: standard deviation of the noise, as in `rollout`.
+        noise: kind of noise, as in `rollout`.
+        counters: as in `rollout`.
+        carry: what this function returned for the steps after these, (B, P); None is zero.
+        backend: "auto", "triton", "cupy", "numba" or "torch"; it generates the noise, and numba runs the recursion.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message quotes it.
+
+    Source: derived in `anpgpu.kernels.least_squares`.
+    """
+    change = checks.working("delta_loss", delta_loss, 3)
+    units = _activity(delta_a, change, "delta_loss").shape[-1]
+    whole("delta_a's H", units, 1)
+    time, batch, rollouts = change.shape
+    if not 0 <= real("discount", discount) <= 1:
+        raise ValueError(f"discount must be in [0, 1], got {discount!r}")
+    if not 0 <= real("ridge", ridge) < math.inf:
+        raise ValueError(f"ridge must be finite and not negative, got {ridge!r}")
+    checks.flag("baseline", baseline)
+    if carry is not None:
+        checks.shaped("carry", carry, (batch, rollouts), change)
+    options = _options(change, rollouts, sigma, noise)
+    check_backend(backend)
+    adjoint, before = underived(
+        torch.ops.anpgpu.least_squares,
+        change,
+        delta_a,
+        change.new_zeros((batch, rollouts)) if carry is None else carry,
+        checks.seed(seed, change.device),
+        float(discount),
+        float(ridge),
+        baseline,
+        options.sigma,
+        noise,
+        list(checks.counters(counters, (time, batch, rollouts, units), noise)),
+        backend,
+    )
+    return adjoint, before
+
+
 def release_memory() -> int:
     """Give back what updates on the CPU left allocated for the next one, up to 256 MiB; return how many bytes."""
     return release()
+
+
+def _activity(delta_a: object, change: Tensor, name: str) -> Tensor:
+    """Return activity differences, (T, B, P, H), that fit credit or loss differences of that name; raise otherwise."""
+    activity = checks.tensor("delta_a", delta_a)
+    if activity.dim() != 4 or activity.shape[:3] != change.shape:
+        raise ValueError(f"delta_a must have shape {(*change.shape, 'H')}, got {tuple(activity.shape)}")
+    if not activity.is_floating_point():
+        raise TypeError(f"delta_a must be floating, got {activity.dtype}")
+    if activity.device != change.device:
+        raise ValueError(f"delta_a must be on {change.device}, where {name} is, got {activity.device}")
+    return activity
 
 
 def _weight_by(method: str) -> str:

@@ -104,7 +104,7 @@ def least_squares(
     adjoint = delta_loss.new_empty((3, time, batch, units))
     credit = torch.empty_like(delta_loss)
     grown = torch.zeros((), dtype=torch.int64, device=delta_a.device)
-    step_bytes = batch * rollouts * units * delta_loss.itemsize
+    step_bytes = max(1, batch) * rollouts * units * delta_loss.itemsize
     length = max(1, min(time, BLOCK_BYTES.get(delta_a.device.type, BLOCK_BYTES["cuda"]) // step_bytes))
     for stop in range(time, 0, -length):
         start = max(0, stop - length)

@@ -389,7 +389,7 @@ def test_wrong_arguments_are_quoted():
     with pytest.raises(TypeError, match="got GRU"):
         Decorrelation(nn.GRU(I, H))
     rnn, _, attached = decorrelated()
-    with pytest.raises(ValueError, match=r"lengths must be in \[1, 6\], got \[0, 6, 7\]"):
+    with pytest.raises(ValueError, match=r"lengths must be in \[0, 6\], got \[0, 6, 7\]"):
         attached.update_(draw(T, B, I), lengths=[0, 6, 7])
     with pytest.raises(RuntimeError, match=r"input\.size"):
         attached.update_(draw(T, B, I + 1))

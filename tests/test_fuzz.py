@@ -189,6 +189,42 @@ def check_adjoint(call):
             assert_alone(sums, call, functional.adjoint, ("credit",))
 
 
+@st.composite
+def least_squares_calls(draw):
+    time, batch, rollouts, units = draw(SIZES)
+    dtype, content = draw(st.sampled_from(FLOATS)), draw(st.sampled_from(CONTENTS))
+    sigma = draw(SIGMAS)
+    arguments = {
+        "delta_loss": draw(tensor((time, batch, rollouts), dtype, content)),
+        "delta_a": sigma * draw(tensor((time, batch, rollouts, units), dtype)),
+        "seed": draw(SEEDS),
+        "discount": draw(st.sampled_from([0, 0.5, 1.0])),
+        "ridge": draw(st.sampled_from([0.1, 0.5])),
+        "baseline": draw(st.booleans()),
+        "sigma": sigma,
+        "noise": draw(st.sampled_from(["rademacher", "gaussian"])),
+        "counters": draw(COUNTERS),
+        "carry": draw(st.one_of(st.none(), tensor((batch, rollouts), dtype))),
+        "backend": "auto",
+    }
+    return Call(*draw(spoilt(arguments)), content=content, autocast=draw(st.booleans()))
+
+
+def check_least_squares(call):
+    found = tried("least_squares", functional.least_squares, call)
+    if found is not None:
+        delta_loss, delta_a = call.arguments["delta_loss"], call.arguments["delta_a"]
+        estimate, carry = found
+        assert estimate.shape == (*delta_loss.shape[:2], delta_a.shape[-1])
+        assert carry.shape == delta_loss.shape[1:]
+        assert estimate.dtype == carry.dtype == delta_loss.dtype
+        if not estimate.is_meta:
+            if call.content in MODERATE and not call.spoiled:
+                assert bool(estimate.isfinite().all())
+                assert bool(carry.isfinite().all())
+            assert_alone(estimate, call, lambda **given: functional.least_squares(**given)[0], ("delta_loss",))
+
+
 def losses(time, batch, units, dtype, content, kind=None):
     """Every kind of loss, with or without a readout."""
 
@@ -337,6 +373,7 @@ TARGETS = {
     "Purpose": (purpose_calls(), check_purpose),
     "returns": (returns_calls(), check_returns),
     "adjoint": (adjoint_calls(), check_adjoint),
+    "least_squares": (least_squares_calls(), check_least_squares),
     "rollout": (rollout_calls(), check_rollout),
     **{
         kind.__name__: (rollout_calls(kind), check_loss(kind))

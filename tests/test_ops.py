@@ -100,6 +100,12 @@ SAMPLES = {
                  list(Counters()), "auto"),
         lambda: (randn(T, B, P), None, torch.tensor(3), "noise", H, 1e-3, "gaussian", "fp32", list(Counters()), "auto"),
     ],
+    "least_squares": [
+        lambda: (randn(T, B, P), randn(T, B, P, H), randn(B, P), torch.tensor(3), 0.9, 0.1, False, 1e-3, "rademacher",
+                 list(Counters()), "auto"),
+        lambda: (randn(T, B, P), randn(T, B, P, H), randn(B, P), torch.tensor(3), 1.0, 0.0, True, 0.5, "gaussian",
+                 list(Counters()), "torch"),
+    ],
     "rnn": [
         rnn_arguments,
         lambda: rnn_arguments(3, 2, dropout=True),

@@ -100,13 +100,13 @@ def test_public_names_are_what_all_says():
         "unswap_",
     }
     assert sorted(set(anpgpu.__all__)) == sorted(anpgpu.__all__)
-    assert set(functional.__all__) >= {"noise", "rollout", "returns", "adjoint"}
+    assert set(functional.__all__) >= {"noise", "rollout", "returns", "adjoint", "least_squares"}
     assert all(hasattr(functional, name) for name in functional.__all__)
 
 
 def test_every_public_entry_has_a_docstring():
     entries = [getattr(anpgpu, name) for name in anpgpu.__all__ if callable(getattr(anpgpu, name))]
-    entries += [getattr(functional, name) for name in ("noise", "rollout", "returns", "adjoint")]
+    entries += [getattr(functional, name) for name in ("noise", "rollout", "returns", "adjoint", "least_squares")]
     assert all(entry.__doc__ and len(entry.__doc__) > 30 for entry in entries)
 
 
@@ -339,7 +339,8 @@ ESTIMATE_CASES = [
     bad(RuntimeError, r"hidden size.*\(1, 2, 4\)", hx=torch.zeros(1, 3, 4)),
     bad(TypeError, "hx.*tuple", hx=(torch.zeros(1, 2, 4),)),
     bad(ValueError, r"lengths.*\(3,\)", lengths=[5, 5, 5]),
-    bad(ValueError, "lengths.*0", lengths=[5, 0]),
+    bad(ValueError, "lengths.*-1", lengths=[5, -1]),
+    bad(ValueError, "lengths.*0", lengths=[0, 0]),
     bad(ValueError, "lengths.*6", lengths=[6, 5]),
     bad(TypeError, "lengths.*float32", lengths=torch.tensor([5.0, 5.0])),
     bad(ValueError, "PackedSequence.*lengths", inputs=packed(), lengths=[5, 5]),

@@ -164,10 +164,14 @@ def functional_calls():
         ),
         "returns": (lambda delta_loss: functional.returns(delta_loss, 0.5), randn(T, B, P)),
         "adjoint": (lambda credit: functional.adjoint(credit, randn(T, B, P, H), 1), randn(T, B, P)),
+        "least_squares": (
+            lambda change: functional.least_squares(change, randn(T, B, P, H), 1)[0],
+            randn(T, B, P),
+        ),
     }
 
 
-@pytest.mark.parametrize("op", ["rollout", "returns", "adjoint"])
+@pytest.mark.parametrize("op", ["rollout", "returns", "adjoint", "least_squares"])
 def test_the_ops_have_no_derivative(op):
     call, values = functional_calls()[op]
     with pytest.raises(NotImplementedError, match="forward mode"):

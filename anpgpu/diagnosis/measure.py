@@ -25,7 +25,8 @@ from anpgpu.estimate import estimate_grad_
 from anpgpu.estimators.found import Estimate
 from anpgpu.perturbation import Perturbation, check_perturbation
 from anpgpu.registry import ESTIMATORS
-from anpgpu.task.losses import LossFunction
+from anpgpu.task.black_box import LossFunction
+from anpgpu.task.problem import loss_class
 
 from .advice import Diagnosis, Row, advise, cheapest, closest_sigma, cost_of, discounted
 from .alignment import Alignment, alignment
@@ -55,6 +56,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     hx: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     targets_per: str | None = None,
+    step_weight: Tensor | None = None,
     progress: bool = True,
 ) -> Diagnosis:
     """Compare perturbation estimates with the true gradient of this batch, and recommend a setting.
@@ -76,7 +78,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
         readout: as in `estimate_grad_`, like inputs, targets and loss. The readout's own gradient is not compared.
         inputs: a batch of the usual size, (T, B, I), (B, T, I) with batch_first, (T, I), or a PackedSequence.
         targets: per step or per sequence.
-        loss: "mse", "cross_entropy" or a callable.
+        loss: "mse", "cross_entropy", a loss module of torch's or a callable.
         perturbation: the current setting; the default is the rnn's own, or `Perturbation()`. Knobs that are not varied
             (noise, ridge, precision, ...) keep its values.
         methods: methods of `Perturbation`, except "bptt".
@@ -89,6 +91,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
         hx: initial state, as the rnn's.
         lengths: valid steps of each sample, (B,).
         targets_per: as in `estimate_grad_`.
+        step_weight: weight of each step's loss, (T, B), as in `estimate_grad_`.
         progress: whether to show a progress bar.
 
     Returns:
@@ -143,6 +146,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
             hx=hx.detach() if isinstance(hx, Tensor) else hx,
             lengths=lengths,
             targets_per=targets_per,
+            step_weight=step_weight,
             generator=generator,
         )
         grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for _, weight in trained]
@@ -153,7 +157,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # The table says where a setting moves nothing.
         warnings.filterwarnings("ignore", message="no rollout changed the loss")
-        truth, unseen = _true_gradient(estimate, trained[0][1].device.type, lenient=callable(loss))
+        truth, unseen = _true_gradient(estimate, trained[0][1].device.type, lenient=loss_class(loss).black_box)
         owner = torch.cat([torch.full((weight.numel(),), number) for number, (_, weight) in enumerate(trained)])
         members = {kind: [kind in name for name, _ in trained] for kind in PARTS}
         masks = {kind: torch.tensor(which)[owner] for kind, which in members.items() if any(which)}

@@ -32,7 +32,7 @@ def one_direction(job: Job) -> FoundOfProblem:
         hidden=hidden,
         itemsize=problem.inputs.element_size(),
         outputs=problem.outputs_size if problem.loss.black_box or job.perturb_readout else 0,
-        clean_floats=3 * layers * hidden + 2 * features + 4 * problem.outputs_size,
+        clean_floats=3 * layers * hidden + 2 * features + 4 * problem.outputs_size * problem.loss.rows_per_output,
         layers=layers,
         at_once=problem.loss.black_box,
     )

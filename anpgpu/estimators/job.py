@@ -39,7 +39,7 @@ class Job(NamedTuple):
         weights = [
             weight for layer in problem.network.layers for side in layer for weight in side if weight is not None
         ]
-        readout = (problem.weight_o, problem.bias_o, problem.loss.targets.values)
+        readout = (problem.weight_o, problem.bias_o, problem.loss.targets.values, problem.loss.weight)
         optional = [tensor for tensor in readout if tensor is not None]
         seed = self.settings.share.agree(self.seed, problem.inputs, problem.h_0, *weights, *optional, *masks)
         return self._replace(seed=seed)

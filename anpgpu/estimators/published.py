@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anpgpu.kernels.loss import OutputsOnly
+from anpgpu.kernels.loss import OutputsOnly, output_deviation
 from anpgpu.kernels.noise import Counters, NoiseSteps, Purpose, padded
 from anpgpu.kernels.rollout import Rollout
 from anpgpu.network.cells import LayerRun
@@ -127,7 +127,7 @@ def published(job: Job) -> FoundOfProblem:
         else:
             result.loss += loss.values(outputs, steps, EVERYONE).sum()
             spec = loss.spec(None, outputs, steps, EVERYONE, False, None)
-            delta_loss = spec.differences(slice(0, len(outputs)), delta_o)
+            delta_loss = spec.differences(slice(0, len(outputs)), output_deviation(spec.readout, delta_o))
         finite = torch.isfinite(delta_loss).all(0) & torch.isfinite(perturbed.delta_h).all(-1)
         raise_if_lost(finite, 0, settings.options.sigma)
         # Converts a step's share of the mean over the sequence into the mean over the samples that count at the step.
@@ -187,11 +187,10 @@ def _segments(job: Job) -> list[slice]:
 def _share_of_steps(problem: Problem, steps: slice) -> Tensor:
     """Return the weight of each step's mean over samples in the reported loss, (L,); 0 for a step without a loss."""
     loss = problem.loss
-    if not loss.black_box:
-        return loss.weight[steps].sum(1)
-    length = len(problem.inputs)
-    # A caller's loss per sequence belongs to the last step alone.
-    return torch.full((length,), 1.0 if loss.per_sequence else 1.0 / length, device=problem.inputs.device)
+    if loss.black_box and loss.per_sequence:
+        # A caller's loss per sequence belongs to the last step alone.
+        return torch.ones(len(problem.inputs), device=problem.inputs.device)
+    return loss.weight[steps].sum(1)
 
 
 class _Perturbed:

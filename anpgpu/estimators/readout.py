@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anpgpu.kernels.adjoint import returns
+from anpgpu.kernels.loss import output_deviation
 from anpgpu.kernels.noise import Counters, NoiseSteps, Purpose, padded
 from anpgpu.runtime.memory import FIXED_BYTES
 from anpgpu.runtime.ranges import within
@@ -30,7 +31,7 @@ def perturb_readout(
     """Return the estimate of dL/do, (T, b, O), from clean outputs of some samples, (T, b, O)."""
     time, batch, width = outputs.shape
     total, sigma = settings.options.rollouts, settings.options.sigma
-    rollout_bytes = outputs.element_size() * max(1, time * batch * (6 * width + 4))
+    rollout_bytes = outputs.element_size() * max(1, time * batch * (6 * width * problem.loss.rows_per_output + 4))
     step = min(total, max(1, (max_memory - FIXED_BYTES) // rollout_bytes))
     loss, whole = problem.loss, slice(0, time)
     change = BlackBoxChange(problem, outputs, samples) if loss.black_box else None
@@ -57,7 +58,10 @@ def perturb_readout(
         buffer = outputs.new_empty((1, batch, count, padded(width)))
         for step_index in range(time):
             delta_o[step_index] = injected.fill(step_index, buffer)[0]
-        delta_loss = spec.differences(whole, delta_o) if change is None else change.of(delta_o)
+        if change is None:
+            delta_loss = spec.differences(whole, output_deviation(spec.readout, delta_o))
+        else:
+            delta_loss = change.of(delta_o)
         usable = torch.isfinite(delta_loss).all(0)
         finite[:, first : first + count] = usable
         credit = returns(torch.where(usable, delta_loss, 0), 1.0 if loss.black_box and loss.per_sequence else 0.0)

@@ -52,8 +52,12 @@ class CheckpointedRun:
 
 
 def keep_final(h_n: Tensor, run: CleanRun, steps: slice, last_step: Tensor) -> None:
-    """Write the state after each sample's last valid step into h_n, (layers, b, H), if the step is in this segment."""
-    inside = ((last_step >= steps.start) & (last_step < steps.stop)).unsqueeze(-1)
+    """Write the state after each sample's last valid step into h_n, (layers, b, H), if the step is in this segment.
+
+    A sample of length 0 has last_step -1: its first state is its final one.
+    """
+    first = last_step.clamp(min=0)
+    inside = ((first >= steps.start) & (first < steps.stop)).unsqueeze(-1)
     index = (last_step - steps.start + 1).clamp(0, steps.stop - steps.start)
     for number, (layer,) in enumerate(run.layers):
         state = layer.states[index, torch.arange(len(index), device=index.device)]

@@ -1,8 +1,8 @@
 """The ops as PyTorch's transforms see them: opaque, with known result shapes, and without a derivative.
 
-`anpgpu.functional` checks arguments and calls `torch.ops.anpgpu.{noise, rollout, returns, adjoint}`. Compilers do not
-trace into them. PyTorch takes the forward-mode derivative of such an op to be zero, silently: `underived` wraps it in
-an autograd function that raises instead.
+`anpgpu.functional` checks arguments and calls `torch.ops.anpgpu.{noise, rollout, returns, adjoint, least_squares}`.
+Compilers do not trace into them. PyTorch takes the forward-mode derivative of such an op to be zero, silently:
+`underived` wraps it in an autograd function that raises instead.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from anpgpu.kernels.cell import CellForms
+from anpgpu.kernels.least_squares import least_squares as regress
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import Rollout, RolloutOptions
-from anpgpu.registry import CELLS
+from anpgpu.registry import BACKENDS, CELLS
 from anpgpu.runtime.dispatch import choose_backend, implementation, stored_dtype
 from anpgpu.runtime.ranges import entered
 
@@ -249,3 +250,38 @@ def adjoint(
 @adjoint.register_fake
 def _(credit: Tensor, delta_a: Tensor | None, seed: Tensor, weight_by: str, units: int, *rest: Any) -> Tensor:
     return credit.new_empty((2, *credit.shape[:2], units))
+
+
+@torch.library.custom_op(
+    "anpgpu::least_squares",
+    mutates_args=(),
+    schema="(Tensor delta_loss, Tensor delta_a, Tensor carry, Tensor seed, float discount, float ridge, bool baseline, "
+    "float sigma, str noise, SymInt[] counters, str backend) -> (Tensor, Tensor)",
+)
+def least_squares(
+    delta_loss: Tensor, delta_a: Tensor, carry: Tensor, seed: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the estimate, (T, B, H), and the carry, (B, P), both contiguous; see `anpgpu.kernels.least_squares`."""
+    discount, ridge, baseline, sigma, noise, counters, backend = rest
+    chosen = choose_backend(backend, delta_loss.device, delta_loss.dtype)
+    with torch.autocast(delta_loss.device.type, enabled=False), entered("least_squares"):
+        result = regress(
+            delta_loss,
+            delta_a,
+            carry,
+            seed,
+            finite=torch.ones_like(carry, dtype=torch.bool),
+            discount=discount,
+            ridge=ridge,
+            baseline=baseline,
+            options=RolloutOptions(delta_loss.shape[2], sigma, noise),
+            counters=Counters(*counters),
+            draw=implementation("noise", chosen),
+            recursion=implementation("deflate", chosen) if BACKENDS[chosen].own_recursion else None,
+        )
+    return result.adjoint.sum(0), result.carry.contiguous()
+
+
+@least_squares.register_fake
+def _(delta_loss: Tensor, delta_a: Tensor, carry: Tensor, seed: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return delta_loss.new_empty((*delta_loss.shape[:2], delta_a.shape[-1])), delta_loss.new_empty(carry.shape)

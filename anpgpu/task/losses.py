@@ -1,8 +1,8 @@
 """Losses of `estimate_grad_`: values, exact output gradients, and the form that rollouts use.
 
-All tensors are time first and batched; padded and ignored steps have weight zero. A loss is the mean over the steps
-that count, so the weights sum to one. There is a class per loss, in the table `registry.LOSSES`; a callable is a
-`BlackBox`.
+All tensors are time first and batched; padded and ignored steps have weight zero. A loss is a weighted sum over the
+steps that count, by default their mean. There is a class per loss, in the table `registry.LOSSES`; torch's loss modules
+are these losses with `LossOptions`; any other callable is a `black_box.BlackBox`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
-from anpgpu.kernels.loss import CrossEntropyLoss, Loss, OutputsOnly, SquaredLoss
+from anpgpu.kernels.loss import CrossEntropyLoss, Loss, SquaredLoss
 from anpgpu.network.weights import in_processing_order
 from anpgpu.registry import LOSSES
 
 IGNORE_INDEX = -100
 """Targets with this class have no cross-entropy, as in `torch.nn.CrossEntropyLoss`."""
-
-LossFunction = Callable[[Tensor, "Tensor | None"], Tensor]
-"""loss(outputs (T, B, p, O), targets with a rollout axis of size 1) -> (T, B, p) or (B, p)."""
-
 
 Order = Callable[[Tensor], Tensor]
 """Brings values, (L, b, ...), from time order into the processing order of a layer's direction."""
@@ -38,6 +34,19 @@ class Targets(NamedTuple):
     """Whether `values` has a time axis; without one only each sample's last valid step has a loss."""
 
 
+class LossOptions(NamedTuple):
+    """The options of torch's loss modules; the defaults are those of a loss given by name."""
+
+    summed: bool = False
+    """reduction="sum" instead of "mean"."""
+    class_weight: Tensor | None = None
+    """Weight of each class, (O,)."""
+    ignore_index: int = IGNORE_INDEX
+    """Class without a loss."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes, in [0, 1]."""
+
+
 class MeasuredLoss:
     """The loss of a batch of sequences, for any of its steps and samples; base of every loss.
 
@@ -45,18 +54,32 @@ class MeasuredLoss:
         targets: in canonical form.
         valid: steps within each sample's length, (T, B) bool.
         last_step: each sample's last valid step, (B,) int64.
+        options: of torch's loss module.
+        step_weight: weight of each step's loss, (T, B) float64; None is 1.
     """
 
+    module: type[nn.Module] | None = None
+    """torch's module that is this loss."""
     black_box = False
     """Whether only the caller can measure it."""
     moved = False
     """Whether some rollout changed a caller's loss; known on the CPU alone."""
+    rows_per_output = 1
+    """Rows of the rollouts' readout for each output."""
     returned: torch.dtype | None = None
     """The type of a caller's values."""
 
-    def __init__(self, targets: Targets, valid: Tensor, last_step: Tensor) -> None:
-        self.targets, self.valid, self.last_step = targets, valid, last_step
+    def __init__(
+        self,
+        targets: Targets,
+        valid: Tensor,
+        last_step: Tensor,
+        options: LossOptions,
+        step_weight: Tensor | None = None,
+    ) -> None:
+        self.targets, self.valid, self.last_step, self.options = targets, valid, last_step, options
         self.per_sequence = not targets.per_step
+        self.rows_per_output = 2 if options.label_smoothing else 1
         values, counted = targets.values, valid
         time, batch = counted.shape
         assert values is not None  # noqa: S101  (for the type checker; named losses have targets)
@@ -65,13 +88,32 @@ class MeasuredLoss:
             # Expanded without a copy: other steps have weight zero.
             values = values.unsqueeze(0).expand(time, *values.shape)
         counted = self.counted(counted, values)
-        count = counted.sum()
-        if batch and counted.device.type == "cpu" and not count:
-            raise ValueError(f"no step has a loss: every target is ignore_index ({IGNORE_INDEX}) or beyond its length")
-        self.weight = counted.to(torch.float64) / count
+        weight = counted.to(torch.float64) if step_weight is None else torch.where(counted, step_weight, 0)
+        factor, share = self.factors(values)
+        total = (weight * share).sum()
+        if batch and weight.device.type == "cpu" and not (total if not options.summed else weight.sum()):
+            self.refuse_nothing(counted, weight)
+        self.weight = weight * factor if options.summed else weight * factor / total
         """Weight of each step in the reported loss, (T, B) float64."""
         self.dense = values
         """Targets with a time axis, also where they are per sequence."""
+
+    @classmethod
+    def options_of(cls, loss: object) -> LossOptions:
+        """Return the options of a loss module, or the defaults of a name.
+
+        Raises:
+            ValueError: an option that no loss of a whole batch has; the message quotes it.
+        """
+        if cls.module is None or not isinstance(loss, cls.module):
+            return LossOptions()
+        reduction = loss.reduction
+        if reduction not in {"mean", "sum"}:
+            raise ValueError(
+                f"loss must have reduction='mean' or 'sum', got reduction={reduction!r}: an update needs one number; "
+                "weigh steps with step_weight"
+            )
+        return LossOptions(summed=reduction == "sum")
 
     @staticmethod
     def tail(outputs: int) -> tuple[int, ...] | None:
@@ -79,7 +121,7 @@ class MeasuredLoss:
         raise NotImplementedError
 
     @staticmethod
-    def checked(targets: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+    def checked(targets: Tensor, outputs: int, dtype: torch.dtype, options: LossOptions) -> Tensor:
         """Return targets in the working type; raise TypeError or ValueError if they do not suit this loss."""
         raise NotImplementedError
 
@@ -87,6 +129,20 @@ class MeasuredLoss:
         """Return which of the valid steps, (T, B) bool, have a loss."""
         del targets
         return valid
+
+    def factors(self, targets: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Return what multiplies a step's loss in torch's sum, and what it counts for in torch's mean, (T, B) each."""
+        del targets
+        return 1.0, 1.0
+
+    def refuse_nothing(self, counted: Tensor, weight: Tensor) -> None:
+        """Raise ValueError where no step, of those that are counted, has a weight; the message names what took it."""
+        if not counted.any():
+            ignored = self.options.ignore_index
+            raise ValueError(f"no step has a loss: every target is ignore_index ({ignored}) or beyond its length")
+        if not weight.any():
+            raise ValueError("step_weight must not sum to 0 over the steps that have a loss")
+        raise ValueError(f"loss.weight must not sum to 0 over the targets' classes, got {self.options.class_weight}")
 
     def each(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each step, (L, b), without its weight."""
@@ -149,7 +205,9 @@ class MeasuredLoss:
 
 @LOSSES.add("mse")
 class MeanSquaredError(MeasuredLoss):
-    """The squared error, averaged over outputs and over the steps that count."""
+    """The squared error, averaged over outputs and over the steps that count; or summed over both."""
+
+    module = nn.MSELoss
 
     @staticmethod
     def tail(outputs: int) -> tuple[int, ...]:
@@ -157,12 +215,16 @@ class MeanSquaredError(MeasuredLoss):
         return (outputs,)
 
     @staticmethod
-    def checked(targets: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+    def checked(targets: Tensor, outputs: int, dtype: torch.dtype, options: LossOptions) -> Tensor:
         """Return targets in the working type; raise TypeError unless they are floating."""
-        del outputs
+        del outputs, options
         if not targets.dtype.is_floating_point:
             raise TypeError(f"targets of loss='mse' must be floating, got {targets.dtype}")
         return targets.detach().to(dtype)
+
+    def factors(self, targets: Tensor) -> tuple[float, float]:
+        """Return O twice: torch sums and counts the numbers of a step."""
+        return float(targets.shape[-1]), float(targets.shape[-1])
 
     def each(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean squared error of each step."""
@@ -186,7 +248,35 @@ class MeanSquaredError(MeasuredLoss):
 
 @LOSSES.add("cross_entropy")
 class CrossEntropy(MeasuredLoss):
-    """Cross-entropy with class indices, averaged over the steps that count; class -100 is ignored."""
+    """Cross-entropy with class indices, averaged over the steps that count, with every option of torch's module.
+
+    With class weights w, label smoothing eps and C classes, torch's loss of a step of class y is
+
+        (1 - eps) w_y CE(y) + eps / C sum_c w_c CE(c)  =  A_y (a_y CE(y) + (1 - a_y) sum_c u_c CE(c))
+        A_y = (1 - eps) w_y + eps / C sum_c w_c,  a_y = (1 - eps) w_y / A_y,  u_c = w_c / sum w
+
+    and its mean divides by sum w_y over the steps. A_y is part of the step's weight. What remains is the cross-entropy
+    of a target whose logit is a_y o_y + (1 - a_y) u . o, so that rollouts measure it in the kernels' own form, without
+    cancellation: the readout gets a row of that kind for each class, of probability 0, behind the rows of the classes.
+    Smoothing so doubles the outputs of the last layer's rollouts. Derived here.
+    """
+
+    module = nn.CrossEntropyLoss
+
+    @classmethod
+    def options_of(cls, loss: object) -> LossOptions:
+        """Return the options of a `torch.nn.CrossEntropyLoss`."""
+        options = super().options_of(loss)
+        if not isinstance(loss, nn.CrossEntropyLoss):
+            return options
+        if not 0 <= loss.label_smoothing <= 1:
+            raise ValueError(f"loss.label_smoothing must be in [0, 1], got {loss.label_smoothing!r}")
+        weight: Tensor | None = loss.weight
+        return options._replace(
+            class_weight=None if weight is None else weight.detach(),
+            ignore_index=loss.ignore_index,
+            label_smoothing=float(loss.label_smoothing),
+        )
 
     @staticmethod
     def tail(outputs: int) -> tuple[int, ...]:
@@ -195,9 +285,16 @@ class CrossEntropy(MeasuredLoss):
         return ()
 
     @staticmethod
-    def checked(targets: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+    def checked(targets: Tensor, outputs: int, dtype: torch.dtype, options: LossOptions) -> Tensor:
         """Return the targets; raise TypeError unless they are int64, ValueError unless they are classes."""
         del dtype
+        weight = options.class_weight
+        if weight is not None and weight.shape != (outputs,):
+            raise ValueError(f"loss.weight must have shape ({outputs},), one for a class, got {tuple(weight.shape)}")
+        if weight is not None and weight.device != targets.device:
+            raise RuntimeError(f"loss.weight is on {weight.device}, the targets on {targets.device}")
+        if weight is not None and not weight.is_cuda and not bool((weight.isfinite() & (weight >= 0)).all()):
+            raise ValueError(f"loss.weight must be finite and not negative, got {weight.tolist()}")
         if targets.dtype != torch.int64:
             raise TypeError(
                 f"targets of loss='cross_entropy' must be class indices of dtype int64, got {targets.dtype}"
@@ -205,24 +302,44 @@ class CrossEntropy(MeasuredLoss):
         if targets.is_cuda:
             # Reading values would make the host wait for the GPU.
             return targets
-        wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= outputs))]
+        ignored = options.ignore_index
+        wrong = targets[(targets != ignored) & ((targets < 0) | (targets >= outputs))]
         if len(wrong):
-            raise ValueError(f"class indices must be in [0, {outputs - 1}] or {IGNORE_INDEX}, got {int(wrong[0])}")
+            raise ValueError(f"class indices must be in [0, {outputs - 1}] or {ignored}, got {int(wrong[0])}")
         return targets
 
     def counted(self, valid: Tensor, targets: Tensor) -> Tensor:
         """Leave out the steps whose class is ignored."""
-        return valid & (targets != IGNORE_INDEX)
+        return valid & (targets != self.options.ignore_index)
+
+    def factors(self, targets: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Return A_y and w_y of each step."""
+        weight = self.options.class_weight
+        if weight is None:
+            return 1.0, 1.0
+        weight, smoothing = weight.double(), self.options.label_smoothing
+        index = self._in_range(targets)
+        return ((1 - smoothing) * weight + smoothing * weight.mean())[index], weight[index]
 
     def each(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each step."""
-        flat = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
-        return flat.view(targets.shape)
+        index = self._in_range(targets)
+        if not self.options.label_smoothing:
+            flat = F.cross_entropy(outputs.flatten(0, 1), index.flatten(), reduction="none")
+            return flat.view(targets.shape)
+        own, spread = self._smoothing(outputs)
+        logs, own = torch.log_softmax(outputs, dim=-1), own[index]
+        return -own * logs.gather(-1, index.unsqueeze(-1)).squeeze(-1) - (1 - own) * (logs @ spread)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return softmax(o) minus the target's indicator."""
-        gradient = torch.softmax(outputs, dim=-1)
-        return gradient.scatter_add_(-1, _in_range(targets).unsqueeze(-1), -torch.ones_like(gradient[..., :1]))
+        """Return softmax(o) minus the target's indicator, or what smoothing makes of it."""
+        gradient, index = torch.softmax(outputs, dim=-1), self._in_range(targets).unsqueeze(-1)
+        own = torch.ones_like(gradient[..., :1])
+        if self.options.label_smoothing:
+            share, spread = self._smoothing(outputs)
+            own = share[index]
+            gradient -= (1 - own) * spread
+        return gradient.scatter_add_(-1, index, -own)
 
     def rollout_loss(
         self,
@@ -233,110 +350,23 @@ class CrossEntropy(MeasuredLoss):
         order: Order,
     ) -> Loss:
         """Return the cross-entropy of the kernels."""
-        return CrossEntropyLoss(readout, order(torch.softmax(outputs, dim=-1)), order(_in_range(targets)), weight)
+        probs, index = torch.softmax(outputs, dim=-1), self._in_range(targets)
+        if self.options.label_smoothing:
+            own, spread = self._smoothing(outputs)
+            rows = torch.diag(torch.ones_like(own)) if readout is None else readout
+            smooth = own.unsqueeze(-1) * rows + (1 - own).unsqueeze(-1) * (spread @ rows)
+            readout, probs, index = torch.cat((rows, smooth)), F.pad(probs, (0, len(own))), index + len(own)
+        return CrossEntropyLoss(readout, order(probs), order(index), weight)
 
+    def _smoothing(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and u, (O,) each."""
+        smoothing, classes = self.options.label_smoothing, outputs.shape[-1]
+        weight = self.options.class_weight
+        weight = outputs.new_ones(classes) if weight is None else weight
+        weight = weight.double() / weight.sum(dtype=torch.float64)
+        own = (1 - smoothing) * weight
+        return (own / (own + smoothing / classes)).to(outputs.dtype), weight.to(outputs.dtype)
 
-class BlackBox(MeasuredLoss):
-    """A loss that the caller computes, which need not be differentiable.
-
-    Args:
-        loss: see `LossFunction`.
-        targets: in canonical form, or without values.
-        valid: steps within each sample's length, (T, B) bool.
-        last_step: each sample's last valid step, (B,) int64.
-        padded: whether some steps are not valid.
-    """
-
-    black_box = True
-
-    def __init__(self, loss: LossFunction, targets: Targets, valid: Tensor, last_step: Tensor, *, padded: bool) -> None:
-        self.loss, self.targets, self.valid, self.last_step, self.padded = loss, targets, valid, last_step, padded
-        self.per_sequence = False
-        """Set by the first call, from the shape of its result."""
-        self.weight = torch.empty(0)
-
-    @staticmethod
-    def tail(outputs: int) -> None:
-        """Return None: targets may have any shape after (T, B) or (B,)."""
-        del outputs
-
-    @staticmethod
-    def checked(targets: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
-        """Return the targets as they are."""
-        del outputs, dtype
-        return targets
-
-    def spec(
-        self,
-        readout: Tensor | None,
-        outputs: Tensor,
-        steps: slice,
-        samples: slice,
-        reverse: bool,
-        lengths: Tensor | None,
-    ) -> Loss:
-        """Return `OutputsOnly`, which makes rollouts return delta_o."""
-        del outputs, steps, samples, reverse, lengths
-        return OutputsOnly(readout)
-
-    def call(self, outputs: Tensor, samples: slice) -> Tensor:
-        """Call the caller's loss; return each step's share of the reported loss, (T, b, p).
-
-        Args:
-            outputs: (T, b, p, O), which the caller may overwrite. What stands past a sample's length becomes zero.
-            samples: which.
-        """
-        time, batch, rollouts, _ = outputs.shape
-        targets, valid = self._rollout_targets(samples), self.valid[:, samples]
-        if self.padded:
-            outputs = torch.where(valid[..., None, None], outputs, 0)
-        try:
-            values = self.loss(outputs, targets)
-        except RuntimeError as error:
-            # Adds the shapes to torch's own errors; errors of the caller's pass unchanged.
-            if type(error) is not RuntimeError or targets is None:
-                raise
-            raise RuntimeError(
-                f"{error}; the loss was called with outputs of shape {tuple(outputs.shape)} and targets of shape "
-                f"{tuple(targets.shape)}, {targets.dtype}"
-            ) from error
-        if not isinstance(values, Tensor):
-            raise TypeError(f"the loss must return a tensor, got {type(values).__name__}")
-        if values.shape not in {(time, batch, rollouts), (batch, rollouts)}:
-            raise ValueError(
-                f"the loss must return shape (T, B, p) = {(time, batch, rollouts)} or (B, p) = {(batch, rollouts)}, "
-                f"got {tuple(values.shape)}"
-            )
-        self.returned = values.dtype
-        values = (values if torch.is_grad_enabled() else values.detach()).to(outputs.dtype)
-        if values.dim() == 3:
-            return torch.where(valid.unsqueeze(-1), values / self.valid.sum(), 0)
-        self.per_sequence = True
-        shares = outputs.new_zeros((time, batch, rollouts))
-        shares[self.last_step[samples], torch.arange(batch, device=outputs.device)] = values / self.valid.shape[1]
-        return shares
-
-    def _rollout_targets(self, samples: slice) -> Tensor | None:
-        values = self.targets.values
-        if values is None:
-            return None
-        # A copy: the caller may work in place.
-        return (values[:, samples].unsqueeze(2) if self.targets.per_step else values[samples].unsqueeze(1)).clone()
-
-
-def loss_class(loss: object) -> type[MeasuredLoss]:
-    """Return the class of a loss, from its name or a callable.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: there is no loss of that name; the message lists those that exist.
-    """
-    if callable(loss):
-        return BlackBox
-    kind: type[MeasuredLoss] = LOSSES[loss] if isinstance(loss, str) else LOSSES.find(loss)
-    return kind
-
-
-def _in_range(target: Tensor) -> Tensor:
-    """Return class indices with the ignored ones moved into range; their weight is zero."""
-    return target.clamp(min=0)
+    def _in_range(self, targets: Tensor) -> Tensor:
+        """Return class indices with the ignored ones moved into range; their weight is zero."""
+        return torch.where(targets == self.options.ignore_index, 0, targets)

@@ -13,10 +13,11 @@ from anpgpu.checks import one_of
 from anpgpu.network.cells import cell_name
 from anpgpu.network.stack import Network
 from anpgpu.network.weights import valid_steps
-from anpgpu.registry import CELLS
+from anpgpu.registry import CELLS, LOSSES
 from anpgpu.runtime.settings import working_dtype
 
-from .losses import BlackBox, LossFunction, MeasuredLoss, Targets, loss_class
+from .black_box import BlackBox, LossFunction
+from .losses import LossOptions, MeasuredLoss, Targets
 
 VARYING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 """Modules whose function depends, in training mode, on a random draw or on what else is in the batch."""
@@ -107,12 +108,14 @@ def canonical(
     hx: Tensor | None,
     lengths: Tensor | Sequence[int] | None,
     targets_per: str | None = None,
+    step_weight: Tensor | None = None,
 ) -> Problem:
     """Check the arguments of `estimate_grad_`, where they are described, and return them in canonical form."""
     if not isinstance(rnn, nn.RNN):
         raise TypeError(f"rnn must be an anpgpu.RNN or a torch.nn.RNN, got {type(rnn).__name__}")
     kind = loss_class(loss)
-    _check_readout(readout, loss, rnn.hidden_size * (2 if rnn.bidirectional else 1))
+    options = kind.options_of(loss)
+    _check_readout(readout, kind, loss, rnn.hidden_size * (2 if rnn.bidirectional else 1))
     network, values, h_0, sizes, layout = sequences(rnn, inputs, hx, lengths)
     dtype = values.dtype
     if readout is not None:
@@ -128,18 +131,49 @@ def canonical(
     weight_o = None if linear is None else linear.weight.detach().to(dtype)
     bias_o = None if linear is None or linear.bias is None else linear.bias.detach().to(dtype)
     outputs = network.hidden_size * network.directions if weight_o is None else weight_o.shape[0]
-    if callable(loss) and readout is not None and linear is None:
-        loss = _behind(readout, loss)
     if targets_per is not None:
         one_of("targets_per", targets_per, ("step", "sequence"))
-    canonical_targets = _targets(targets, kind, layout, (time, batch, outputs), values, targets_per)
+    canonical_targets = _targets(targets, kind, options, layout, (time, batch, outputs), values, targets_per)
+    if not canonical_targets.per_step and sizes is not None and not bool((sizes > 0).all()):
+        raise ValueError(f"lengths must be at least 1 where a sequence has one target, got {sizes.tolist()}")
+    weight = None
+    if step_weight is not None:
+        if not canonical_targets.per_step and not kind.black_box:
+            raise ValueError("step_weight weighs a loss of each step, but targets are one for each sequence")
+        weight = _step_weight(step_weight, layout, valid)
     measured = (
-        BlackBox(loss, canonical_targets, valid, last_step, padded=sizes is not None)
-        if callable(loss)
-        else kind(canonical_targets, valid, last_step)
+        BlackBox(
+            loss,
+            canonical_targets,
+            valid,
+            last_step,
+            weight,
+            padded=sizes is not None,
+            readout=None if linear is not None else readout,
+        )
+        if kind.black_box and callable(loss)
+        else kind(canonical_targets, valid, last_step, options, weight)
     )
     dropout = _dropout(rnn.dropout) if rnn.training and rnn.dropout else None
     return Problem(network, weight_o, bias_o, values, h_0, sizes, measured, dropout, layout)
+
+
+def loss_class(loss: object) -> type[MeasuredLoss]:
+    """Return the class of a loss, from its name, a loss module of torch's, or another callable.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: there is no loss of that name; the message lists those that exist.
+    """
+    for kind in LOSSES.values() if isinstance(loss, nn.Module) else ():
+        known: type[MeasuredLoss] = kind
+        # A module derived from torch's that computes something else is its author's own.
+        if known.module is not None and isinstance(loss, known.module) and type(loss).forward is known.module.forward:
+            return known
+    if callable(loss):
+        return BlackBox
+    named: type[MeasuredLoss] = LOSSES[loss] if isinstance(loss, str) else LOSSES.find(loss)
+    return named
 
 
 def sequences(
@@ -194,7 +228,7 @@ def _same_device(name: str, given: Tensor, inputs: Tensor) -> None:
         raise RuntimeError(f"{name} is on {given.device}, the inputs on {inputs.device}")
 
 
-def _check_readout(readout: nn.Module | None, loss: str | LossFunction, width: int) -> None:
+def _check_readout(readout: nn.Module | None, kind: type[MeasuredLoss], loss: str | LossFunction, width: int) -> None:
     if readout is None:
         return
     if isinstance(readout, nn.Linear):
@@ -205,7 +239,7 @@ def _check_readout(readout: nn.Module | None, loss: str | LossFunction, width: i
         return
     if not isinstance(readout, nn.Module):
         raise TypeError(f"readout must be a torch.nn.Linear or None, got {type(readout).__name__}")
-    if not callable(loss):
+    if not kind.black_box:
         raise TypeError(
             f"readout must be a torch.nn.Linear or None with loss={loss!r}, got {type(readout).__name__}; "
             "use loss.backward() through anpgpu.RNN for other heads"
@@ -221,11 +255,6 @@ def _check_readout(readout: nn.Module | None, loss: str | LossFunction, width: i
             f"the parameters of readout {type(readout).__name__} cannot be estimated: only a torch.nn.Linear's can; "
             "freeze them, or use loss.backward() through anpgpu.RNN"
         )
-
-
-def _behind(readout: nn.Module, loss: LossFunction) -> LossFunction:
-    """Return the loss as a function of the hidden states, with a readout without trainable parameters inside."""
-    return lambda hidden, targets: loss(readout(hidden), targets)
 
 
 def _padded(
@@ -284,14 +313,17 @@ def _lengths(lengths: Tensor | Sequence[int] | None, time: int, batch: int) -> T
         raise ValueError(
             f"lengths must have shape (B,) = ({batch},), got {sizes.tolist()} of shape {tuple(sizes.shape)}"
         )
-    if batch and not (int(sizes.min()) >= 1 and int(sizes.max()) <= time):
-        raise ValueError(f"lengths must be in [1, {time}], got {sizes.tolist()}")
+    if batch and not (int(sizes.min()) >= 0 and int(sizes.max()) <= time):
+        raise ValueError(f"lengths must be in [0, {time}], got {sizes.tolist()}")
+    if batch and not bool(sizes.any()):
+        raise ValueError(f"lengths must not all be 0, got {sizes.tolist()}")
     return sizes.long()
 
 
 def _targets(
     targets: Tensor | None,
     kind: type[MeasuredLoss],
+    options: LossOptions,
     layout: Layout,
     sizes: tuple[int, int, int],
     inputs: Tensor,
@@ -325,8 +357,27 @@ def _targets(
         what = " or ".join(str(shapes[name]) for name in fits if targets_per in {None, name})
         raise ValueError(f"targets must have shape {what}, got {shape}")
     if wanted[0] == "step":
-        return Targets(kind.checked(layout.time_first(targets), outputs, inputs.dtype), True)
-    return Targets(kind.checked(targets if layout.batched else targets.unsqueeze(0), outputs, inputs.dtype), False)
+        return Targets(kind.checked(layout.time_first(targets), outputs, inputs.dtype, options), True)
+    targets = targets if layout.batched else targets.unsqueeze(0)
+    return Targets(kind.checked(targets, outputs, inputs.dtype, options), False)
+
+
+def _step_weight(step_weight: object, layout: Layout, valid: Tensor) -> Tensor:
+    """Return the weight of each step, (T, B) float64, from the caller's layout; `valid` is (T, B) bool."""
+    if not isinstance(step_weight, Tensor):
+        raise TypeError(f"step_weight must be a tensor, got {type(step_weight).__name__}")
+    if step_weight.dtype.is_complex:
+        raise TypeError(f"step_weight must be real, got {step_weight.dtype}")
+    _same_device("step_weight", step_weight, valid)
+    wanted = tuple(layout.restore(valid).shape)
+    if tuple(step_weight.shape) != wanted:
+        raise ValueError(f"step_weight must have shape {wanted}, got {tuple(step_weight.shape)}")
+    weight = layout.time_first(step_weight.detach()).to(torch.float64)
+    if not weight.is_cuda:
+        wrong = weight[valid & ~((weight >= 0) & weight.isfinite())]
+        if len(wrong):
+            raise ValueError(f"step_weight must be finite and not negative, got {float(wrong[0])}")
+    return weight
 
 
 def _dropout(probability: float) -> Callable[[Tensor], Tensor]:
