@@ -72,8 +72,8 @@ class Estimator:
     """Whether the activity differences of all steps, (T, B, P, H), are kept until they are credited."""
     whole_samples: bool = False
     """Whether all rollouts of a sample are needed at once; then samples are divided and shared, not rollouts."""
-    keeps_state: bool = False
-    """Whether it keeps state from one update to the next."""
+    one_rollout: bool = False
+    """Whether it has one rollout, which processes cannot share."""
     weights_only: bool = False
     """Whether inputs and first states get no gradient."""
     measures_losses: bool = False
@@ -91,6 +91,8 @@ class Estimator:
         """Raise ValueError where the knobs of a `Perturbation` do not go with this estimator."""
         if perturbation.baseline and perturbation.shard_rollouts and not cls.whole_samples:
             raise ValueError("baseline=True needs all rollouts of a sample in one process, got shard_rollouts=True")
+        if cls.one_rollout and perturbation.shard_rollouts:
+            raise ValueError(f"method={perturbation.method!r} has one rollout, which shard_rollouts=True cannot share")
 
     @classmethod
     def extra_floats(cls, rollouts: int, hidden: int) -> int:

@@ -163,7 +163,7 @@ BUGS = {
         "test_details.py::test_weight_noise_of_chunks_of_samples_is_that_of_the_whole[None]",
     ),
     "a sequence's value is credited at the last step there is": Bug(
-        "task/losses.py",
+        "task/black_box.py",
         "shares[self.last_step[samples], torch.arange",
         "shares[self.last_step[samples] * 0 - 1, torch.arange",
         "test_details.py::test_a_sequences_value_is_credited_at_its_last_valid_step[np]",

@@ -57,6 +57,7 @@ WEIGHT_NOISE_BYTES = 96
 class Published(Estimator):
     """A rule as published: one rollout of Gaussian noise, in `estimate_grad_` alone."""
 
+    one_rollout = True
     weights_only = True
     measures_losses = True
     discounted = False
@@ -65,10 +66,8 @@ class Published(Estimator):
 
     @classmethod
     def check(cls, perturbation: Any) -> None:
-        """Raise ValueError unless this is one rollout of Gaussian noise in one process."""
+        """Raise ValueError unless this is one rollout of Gaussian noise."""
         super().check(perturbation)
-        if perturbation.shard_rollouts:
-            raise ValueError(f"method={perturbation.method!r} has one rollout, which shard_rollouts=True cannot share")
         if (perturbation.rollouts, perturbation.noise) != (1, "gaussian"):
             raise ValueError(
                 f"method={perturbation.method!r} is one rollout of Gaussian noise: it needs rollouts=1 and "
