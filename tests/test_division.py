@@ -7,7 +7,9 @@ from torch import nn
 
 import anpgpu
 from anpgpu import Perturbation
+from anpgpu.registry import CELLS
 from anpgpu.runtime.memory import Division, Shape, divide, needed_bytes, segments_of
+from anpgpu.runtime.settings import resolve
 
 T, B, I, H, O, P = 7, 3, 3, 6, 3, 5  # noqa: E741  (the design's names)
 METHODS = ("anp", "np", "anp-ls", "wp")
@@ -29,9 +31,10 @@ def sequence_error(outputs, targets):
     return (outputs - targets).abs().sum(-1).mean(0)
 
 
-def divisions_of(method):
-    """The divisions of a method: least squares never divides rollouts."""
-    return [division for division in DIVISIONS if division.rollouts == P or method != "anp-ls"]
+def divisions_of(method, loss=None):
+    """The divisions there are: least squares never divides rollouts, nor does anp that regresses sequences' values."""
+    at_once = method == "anp-ls" or (method == "anp" and loss == "per sequence")
+    return [division for division in DIVISIONS if division.rollouts == P or not at_once]
 
 
 def force(monkeypatch, division):
@@ -40,6 +43,14 @@ def force(monkeypatch, division):
     # Weight perturbation has no activity to divide.
     block = (division.samples, division.rollouts)
     monkeypatch.setattr("anpgpu.estimators.weights._WeightShape.divide", lambda *_: block)
+
+
+@pytest.mark.parametrize(("method", "whole"), [("np", False), ("anp", True), ("anp-ls", True), ("wp", True)])
+def test_what_regresses_sequences_values_takes_all_rollouts_of_a_sample(method, whole):
+    settings = resolve(Perturbation(method), CELLS["tanh"], torch.zeros(1))
+    shape = settings.shape(time=3, batch=2, hidden=4, itemsize=4, at_once=True)
+    assert shape.whole_samples == whole
+    assert settings.shape(time=3, batch=2, hidden=4, itemsize=4).whole_samples == (method == "anp-ls")
 
 
 def gradients(*modules):
@@ -102,7 +113,7 @@ def test_backward_does_not_depend_on_division(monkeypatch, method, network):
 def test_estimate_grad_does_not_depend_on_division(monkeypatch, method, network, loss):
     how = Perturbation(method, rollouts=P, sigma=1e-3, discount=0.9)
     whole = estimate(how, LOSSES[loss], **NETWORKS[network])
-    for division in divisions_of(method):
+    for division in divisions_of(method, loss):
         force(monkeypatch, division)
         divided = estimate(how, LOSSES[loss], **NETWORKS[network])
         assert_close(divided, whole, "float64")
