@@ -18,6 +18,7 @@ from .network.weights import valid_steps
 from .perturbation import Perturbation, check_perturbation
 from .registry import CELLS, ESTIMATORS, Estimator
 from .runtime.memory import default_memory
+from .runtime.processes import shared_update
 from .runtime.ranges import entered
 from .runtime.settings import check_extent, new_seed, resolve
 from .task.black_box import LossFunction
@@ -72,25 +73,29 @@ def estimate_grad_(
 
     Raises:
         ValueError, TypeError: an argument is not of this form; the message quotes it.
-        RuntimeError: as `torch.nn.RNN`; or no rollout of a sample is finite. `.grad` is then unchanged.
+        RuntimeError: as `torch.nn.RNN`; no rollout of a sample is finite; or, with shard_rollouts=True, another process
+            failed (not on CUDA, where gradients are then NaN). `.grad` is then unchanged.
         MemoryError: `max_memory` is too little for one rollout.
     """
     perturbation = check_perturbation(getattr(rnn, "perturbation", None) if perturbation is None else perturbation)
     estimator = ESTIMATORS[perturbation.method]
-    for name, tensor in (("inputs", inputs.data if isinstance(inputs, PackedSequence) else inputs), ("hx", hx)):
+    values = inputs.data if isinstance(inputs, PackedSequence) else inputs
+    for name, tensor in (("inputs", values), ("hx", hx)):
         _check_leaf(name, tensor, perturbation, estimator)
+    shared = perturbation.shard_rollouts and not estimator.exact and isinstance(values, Tensor)
     # Tensors of inference mode could not be used outside it, and some live longer than a call.
     with entered("estimate_grad_"), torch.inference_mode(False), torch.no_grad(), parametrize.cached():
-        _compute_parametrized(rnn, readout)
-        problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths, targets_per, step_weight)
-        work = problem if estimator.exact else _job(rnn, problem, perturbation, generator)
-        # BPTT runs under the caller's autocast, as torch's own backward pass would.
-        with nullcontext() if estimator.exact else torch.autocast(problem.inputs.device.type, enabled=False):
-            try:
-                result: FoundOfProblem = estimator.walk(problem.network.directions)(work)
-            except NonFiniteRolloutsError as error:
-                _blame_targets(problem, error)
-                raise
+        with shared_update(values.device) if shared else nullcontext():
+            _compute_parametrized(rnn, readout)
+            problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths, targets_per, step_weight)
+            work = problem if estimator.exact else _job(rnn, problem, perturbation, generator)
+            # BPTT runs under the caller's autocast, as torch's own backward pass would.
+            with nullcontext() if estimator.exact else torch.autocast(problem.inputs.device.type, enabled=False):
+                try:
+                    result: FoundOfProblem = estimator.walk(problem.network.directions)(work)
+                except NonFiniteRolloutsError as error:
+                    _blame_targets(problem, error)
+                    raise
         if problem.loss.black_box and problem.inputs.device.type == "cpu" and not estimator.exact:
             _warn_unmoved(problem, perturbation)
         _add_gradients(rnn, readout, inputs, hx, problem, result)

@@ -39,7 +39,8 @@ class Perturbation:
             float64 parameters, the autocast dtype under autocast, bf16 on CUDA, float32 on the CPU).
         backend: "triton", "cupy", "numba", "torch", or "auto": triton for CUDA tensors; numba for float32 on the
             CPU, where it is installed; torch otherwise.
-        max_memory: bytes the rollouts may use; None is an eighth of the device's total memory.
+        max_memory: bytes the rollouts may use; None is an eighth of the device's total memory. Processes that share
+            rollouts all use the smallest limit among them.
         shard_rollouts: split the rollouts between the processes of torch.distributed's default group, which all hold
             the same model and the same batch; the update equals that of a single process, up to rounding. "anp-ls"
             splits samples instead. Use False with DistributedDataParallel, where each process has its own samples.

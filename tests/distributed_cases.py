@@ -218,30 +218,34 @@ def samples_sharded(rank, count, wrap=DistributedDataParallel):
     return gradients
 
 
-def process(rank, count, folder):
+def everything(rank, count):
+    """All cases of this file."""
+    return {
+        "updates": updates(True),
+        "train": train(True, rank),
+        "generators": generators(True),
+        "errors": errors(rank),
+        "ddp": samples_sharded(rank, count),
+        "example": {share: example("ddp").train(share, 3, batch=12) for share in ("samples", "rollouts")},
+    }
+
+
+def process(rank, count, folder, work, timeout):
     """One of `count` processes."""
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count, timeout=TIMEOUT
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count, timeout=timeout
     )
     try:
-        report = {
-            "updates": updates(True),
-            "train": train(True, rank),
-            "generators": generators(True),
-            "errors": errors(rank),
-            "ddp": samples_sharded(rank, count),
-            "example": {share: example("ddp").train(share, 3, batch=12) for share in ("samples", "rollouts")},
-        }
-        torch.save(report, f"{folder}/{rank}.pt")
+        torch.save(work(rank, count), f"{folder}/{rank}.pt")
     finally:
         distributed.destroy_process_group()
 
 
-def run(count, folder):
-    """Run `count` processes until all end or one fails; return the report of each."""
+def run(count, folder, work=everything, timeout=TIMEOUT):
+    """Run `work(rank, count)` in processes to their end, or to the first that fails; return the report of each."""
     context = multiprocessing.start_processes(
-        process, args=(count, str(folder)), nprocs=count, join=False, start_method="spawn"
+        process, args=(count, str(folder), work, timeout), nprocs=count, join=False, start_method="spawn"
     )
     # `join` returns False while a process still runs, and raises the error of one that failed.
     for _ in range(180):

@@ -48,7 +48,8 @@ class Backward(NamedTuple):
     """The arguments of the walk, and of an estimator in a backward pass."""
 
     settings: Settings
-    max_memory: int | None
+    max_memory: int
+    """Bytes."""
     lengths: Tensor | None
     lowest: int
     """The lowest layer that needs a gradient; layers below it get zeros."""

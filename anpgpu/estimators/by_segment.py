@@ -37,7 +37,8 @@ def one_direction(job: Job) -> FoundOfProblem:
         at_once=problem.loss.black_box,
     )
     masks = draw_masks(problem)
-    work = functools.partial(_estimate, job.agreed(*masks), masks, shape)
+    job = job.agreed(*masks)
+    work = functools.partial(_estimate, job, masks, shape)
     return within_memory(shape, job.max_memory, problem.inputs.device, work, alone=settings.share.alone)
 
 

@@ -30,7 +30,7 @@ class Job(NamedTuple):
     """Whether the readout's gradient is estimated from perturbed outputs."""
 
     def agreed(self, *masks: Tensor) -> Job:
-        """Return the job with the same seed in all processes that share its rollouts.
+        """Return the job with the same seed and memory limit in all processes that share its rollouts.
 
         Raises:
             RuntimeError: the processes do not hold the same batch, weights and dropout masks.
@@ -41,8 +41,9 @@ class Job(NamedTuple):
         ]
         readout = (problem.weight_o, problem.bias_o, problem.loss.targets.values, problem.loss.weight)
         optional = [tensor for tensor in readout if tensor is not None]
-        seed = self.settings.share.agree(self.seed, problem.inputs, problem.h_0, *weights, *optional, *masks)
-        return self._replace(seed=seed)
+        held = (problem.inputs, problem.h_0, *weights, *optional, *masks)
+        seed, max_memory = self.settings.share.agree(self.seed, self.max_memory, *held)
+        return self._replace(seed=seed, max_memory=max_memory)
 
 
 def draw_masks(problem: Problem) -> tuple[Tensor, ...]:

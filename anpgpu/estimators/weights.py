@@ -144,7 +144,8 @@ def all_weights(job: Job) -> FoundOfProblem:
             "method='wp' in estimate_grad_ does not go with dropout between layers: call rnn.eval(), set "
             "rnn.dropout = 0, or use method='anp' or 'np'"
         )
-    device, work = job.problem.inputs.device, functools.partial(_estimate, job.agreed())
+    job = job.agreed()
+    device, work = job.problem.inputs.device, functools.partial(_estimate, job)
     return within_memory(_WholeProblem(job), job.max_memory, device, work, alone=job.settings.share.alone)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +24,8 @@ from anpgpu.network.stack import CleanRun, Network, joined, run_network
 from anpgpu.network.weights import in_processing_order, valid_steps
 from anpgpu.perturbation import Perturbation
 from anpgpu.registry import CELLS
+from anpgpu.runtime.memory import default_memory
+from anpgpu.runtime.processes import shared_update
 from anpgpu.runtime.ranges import within
 from anpgpu.runtime.settings import check_extent, resolve, working_dtype
 
@@ -178,19 +181,22 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
     """
     left, lowest, structure, scalars = _taken_apart(rest)
     perturbation = Perturbation(*scalars)
-    with _under(structure.autocast, left.inputs.device):
-        settings = resolve(perturbation, CELLS[structure.cell], left.weights[1])
-    check_extent(len(left.states), *left.inputs.shape[:2])
+    device = left.inputs.device
     # Loss differences and sums stay in the working type, also where backward() is called under autocast.
-    with torch.autocast(left.inputs.device.type, enabled=False):
+    with (
+        shared_update(device) if perturbation.shard_rollouts else nullcontext(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        with _under(structure.autocast, device):
+            settings = resolve(perturbation, CELLS[structure.cell], left.weights[1])
+        check_extent(len(left.states), *left.inputs.shape[:2])
         dtype = working_dtype(left.weights[0].dtype)
         network = structure.network(left.weights).to(dtype)
         grad_outputs, grad_h_n = grad_outputs.to(dtype), grad_h_n.to(dtype)
-        seed = settings.share.agree(left.seed, grad_outputs, grad_h_n, left.inputs, *left.weights)
+        limit = default_memory(device) if perturbation.max_memory is None else perturbation.max_memory
+        seed, limit = settings.share.agree(left.seed, limit, grad_outputs, grad_h_n, left.inputs, *left.weights)
         run = _rebuild(left, structure, dtype)
-        work = Backward(
-            settings, perturbation.max_memory, left.lengths, lowest, network, run, seed, grad_outputs, grad_h_n
-        )
+        work = Backward(settings, limit, left.lengths, lowest, network, run, seed, grad_outputs, grad_h_n)
         estimate: Found = settings.estimator.backward(work) if left.inputs.shape[1] else work.found
     kind, sums = (
         left.inputs.dtype,

@@ -202,7 +202,7 @@ class Divisible(Protocol[Parts]):
 
 def within_memory(
     whole: Divisible[Parts],
-    max_memory: int | None,
+    max_memory: int,
     device: torch.device,
     work: Callable[[Parts], Result],
     *,
@@ -212,7 +212,7 @@ def within_memory(
 
     Args:
         whole: the work before division.
-        max_memory: bytes to begin with, or fewer if memory ran out on that device before; None is the default.
+        max_memory: bytes to begin with, or fewer if memory ran out on that device before.
         device: where the work runs.
         work: called with a division, possibly several times: it must have no effect before it returns.
         alone: False where other processes divide alike and would wait for this one: running out is then an error.
@@ -221,7 +221,6 @@ def within_memory(
         MemoryError: `max_memory` is too little.
         torch.OutOfMemoryError: memory ran out at the smallest division; the message says what that needs.
     """
-    max_memory = default_memory(device) if max_memory is None else max_memory
     parts = whole.divide(max_memory, device.type)
     limit = _lowered.get(device, max_memory)
     while alone and limit < max_memory:
