@@ -207,8 +207,8 @@ BUGS = {
     ),
     "rollouts do not follow the forward pass's autocast": Bug(
         "ops/network.py",
-        "with _under(structure.autocast, left.inputs.device):",
-        "with _under(None, left.inputs.device):",
+        "with _under(structure.autocast, device):",
+        "with _under(None, device):",
         "test_details.py::test_the_forward_passs_autocast_decides_the_precision_of_the_rollouts[torch]",
     ),
 }
