@@ -103,5 +103,6 @@ def check_perturbation(perturbation: Perturbation | None) -> Perturbation:
 
 def check_backend(backend: object) -> None:
     """Raise unless `backend` is the name of a backend, or "auto"."""
-    if backend != AUTO:
+    # An array would compare element by element.
+    if not isinstance(backend, str) or backend != AUTO:
         BACKENDS.find(backend, also=(AUTO,))

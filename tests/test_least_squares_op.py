@@ -1,5 +1,6 @@
 """`anpgpu.functional.least_squares`: the adjoint of backpropagation, in pieces of time, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 from loss_cases import B, H, T, draw
@@ -83,6 +84,7 @@ def test_least_squares_of_nothing_and_of_nan():
         ({"counters": 3}, TypeError, "counters must be anpgpu.functional.Counters, got int"),
         ({"carry": torch.zeros(B, 3)}, ValueError, r"carry must have shape \(3, 2\), got \(3, 3\)"),
         ({"backend": "jax"}, ValueError, "backend must be one of .*got 'jax'"),
+        ({"backend": np.zeros(3)}, TypeError, r"backend must be a str.*got array\("),
     ],
 )
 def test_least_squares_quotes_what_does_not_fit(change, error, message):

@@ -71,6 +71,26 @@ def test_a_smoothed_loss_does_not_depend_on_division(segments, monkeypatch):
     assert_close(problem.gradient, expected, "unridged")
 
 
+@pytest.mark.parametrize("sigma", [1e-3, 2.0])
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("method", ["np", "anp-ls"])
+def test_compiled_kernels_measure_a_smoothed_loss_as_torch_does(method, head, sigma):
+    pytest.importorskip("numba")
+    gradients = []
+    for backend in ("torch", "numba"):
+        torch.manual_seed(0)
+        rnn, readout = nn.RNN(I, O), nn.Linear(O, O) if head else None
+        loss = nn.CrossEntropyLoss(CLASS_WEIGHT.float(), ignore_index=1, label_smoothing=0.3)
+        anpgpu.estimate_grad_(
+            rnn, readout, draw(T, B, I).float(), torch.arange(T * B).view(T, B) % O, loss,
+            perturbation=Perturbation(method, rollouts=8, sigma=sigma, backend=backend, precision="fp32"),
+            step_weight=torch.rand(T, B, generator=torch.Generator().manual_seed(2)), lengths=[6, 0, 3],
+            generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+        gradients.append(rnn.weight_hh_l0.grad)
+    assert_close(gradients[1], gradients[0], "float32_long")
+
+
 @pytest.mark.parametrize("module", ["mse, sum", "everything"])
 @pytest.mark.parametrize("method", ["np", "wp"])
 def test_modules_are_measured_without_bias(method, module):
