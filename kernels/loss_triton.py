@@ -32,13 +32,13 @@ SERIES_UP_TO = tl.constexpr(PLAIN_FORM_ABOVE)
 
 
 class LossRows(NamedTuple):
-    """What a loss reads of the clean run; None where it reads nothing."""
+    """What a loss reads of the clean run; absent where it reads nothing."""
 
-    signal: Rows | None
+    signal: Rows
     """Gradient, error or probabilities, (time, batch, outputs)."""
-    target: Scalars | None
+    target: Scalars
     """Class indices, (time, batch)."""
-    share: Scalars | None
+    share: Scalars
     """Weight of each step in the reported loss, (time, batch); where it is 0, the step has no loss."""
 
 
@@ -243,10 +243,10 @@ def loss_arguments(loss: Loss | None) -> LossArguments:
     """
     check_loss(loss)
     if loss is None:
-        return LossArguments(NO_LOSS, LossRows(None, None, None), None)
+        return LossArguments(NO_LOSS, LossRows(rows_of(None), scalars_of(None), scalars_of(None)), None)
     if loss.kind not in LOSSES:
         raise ValueError(f"backend triton has no loss of kind {loss.kind!r}, only {sorted(LOSSES)}")
     form = LOSSES[loss.kind]
-    signal = rows_of(getattr(loss, form.signal)) if form.signal else None
+    signal = rows_of(getattr(loss, form.signal) if form.signal else None)
     target, share = getattr(loss, "target", None), getattr(loss, "weight", None)
     return LossArguments(form, LossRows(signal, scalars_of(target), scalars_of(share)), loss.readout)

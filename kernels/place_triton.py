@@ -13,27 +13,31 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """A tensor (time, batch, units) of the clean run: its pointer and strides."""
+    """A tensor (time, batch, units) of the clean run: its pointer and strides, all None where there is none.
+
+    An absent tensor is no None instead of the tuple: Triton 3.6 then forgets, in loops, what it knows of the strides of
+    a tensor beside it.
+    """
 
     ptr: Any
-    step_stride: int
-    sample_stride: int
-    unit_stride: int
+    step_stride: int | None
+    sample_stride: int | None
+    unit_stride: int | None
 
 
 class Scalars(NamedTuple):
-    """A tensor (time, batch) of the clean run: its pointer and strides."""
+    """A tensor (time, batch) of the clean run: its pointer and strides, all None where there is none."""
 
     ptr: Any
-    step_stride: int
-    sample_stride: int
+    step_stride: int | None
+    sample_stride: int | None
 
 
 class CleanRows(NamedTuple):
-    """The two tensors of the clean run that a cell takes, (time, batch, hidden) each; None where it takes none."""
+    """The two tensors of the clean run that a cell takes, (time, batch, hidden) each; absent where it takes none."""
 
-    first: Rows | None
-    second: Rows | None
+    first: Rows
+    second: Rows
 
 
 class Stored(NamedTuple):
@@ -77,14 +81,14 @@ class TilePlace(NamedTuple):
     """Whether a row is the program's own."""
 
 
-def rows_of(tensor: Tensor | None) -> Rows | None:
+def rows_of(tensor: Tensor | None) -> Rows:
     """Return a tensor (T, B, H) as kernels take it."""
-    return None if tensor is None else Rows(tensor, *tensor.stride())
+    return Rows(None, None, None, None) if tensor is None else Rows(tensor, *tensor.stride())
 
 
-def scalars_of(tensor: Tensor | None) -> Scalars | None:
+def scalars_of(tensor: Tensor | None) -> Scalars:
     """Return a tensor (T, B) as kernels take it."""
-    return None if tensor is None else Scalars(tensor, *tensor.stride())
+    return Scalars(None, None, None) if tensor is None else Scalars(tensor, *tensor.stride())
 
 
 def stored_in(delta_a: Tensor | None) -> Stored | None:

@@ -212,9 +212,10 @@ def fused_kernel(
         weights, start_ptr, seed_ptr, place, sizes, sigma, counters_low, counters_high,
         DOT, BLOCK_ROWS, BLOCK_UNITS, BLOCK_OUTPUTS,
     )  # fmt: skip
-    weight, readout, stream, scale = begun.weight, begun.readout, begun.stream, begun.scale
+    weight, stream, scale = begun.weight, begun.stream, begun.scale
+    readout = begun.readout if weights.readout is not None else None
     deviation = tl.cast(1.0 if SCALED or BY_NOISE else scale, tl.float32)
-    written = Results(results.delta_loss, None, results.delta_h)
+    written = Results(results.delta_loss, None, None, results.delta_h)
     carried, noise = begun.product, None
     if not BY_NOISE:
         carried += noise_of_step(stream, 0, place, carried, deviation, NOISE, FAST)

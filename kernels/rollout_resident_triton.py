@@ -19,7 +19,7 @@ from .launch_triton import capability, clean_of, constexprs, start_in, weights_i
 from .loss_triton import LossArguments
 from .noise import Counters
 from .noise_triton import counter_words, noise_tile, pin, unpack_counters
-from .place_triton import Stored, load_rows, place_of_program, stored_in
+from .place_triton import load_rows, place_of_program
 from .rollout import Rollout, RolloutOptions
 from .tiles import RolloutLaunch, takes_quotient_rows
 
@@ -38,7 +38,9 @@ class Results(NamedTuple):
 
     measured: Any
     """delta_loss (time, batch, rollouts) or delta_o (time, batch, rollouts, outputs), float32; None without a loss."""
-    delta_a: Stored | None
+    delta_a: Any
+    """(time, batch, rollouts, stride), or None."""
+    stride: int | None
     delta_h: Any
     """Deviation of the state after the last step, (batch, rollouts, hidden)."""
 
@@ -64,7 +66,7 @@ class Beginning(NamedTuple):
     weight: Any
     """W_hh transposed, (units, units)."""
     readout: Any
-    """W_o transposed, (units, outputs), or None."""
+    """W_o transposed, (units, outputs); without a readout `weight` again."""
     product: Any
     """W_hh times the first delta_h / scale, (rows, units), float32: delta_a / scale without its noise."""
     stream: Stream
@@ -86,7 +88,8 @@ def begin(
     real = unit < sizes.units
     both = real[:, None] & real[None, :]
     weight = tl.load(weights.recurrent + unit[None, :] * sizes.units + unit[:, None], both, 0.0)
-    readout = None
+    # Triton 3.6 cannot return None.
+    readout = weight
     if weights.readout is not None:
         output = tl.arange(0, BLOCK_OUTPUTS)
         mask = real[:, None] & (output < sizes.outputs)[None, :]
@@ -127,15 +130,15 @@ def noise_of_step(stream, step, place, like, scale, NOISE: tl.constexpr, FAST: t
 
 
 @triton.jit
-def _store(delta_a, stored, step, place, FULL: tl.constexpr):
+def _store(delta_a, results, step, place, FULL: tl.constexpr):
     """Store delta_a of one step."""
     first_row = place.first_row + tl.cast(step, tl.int64) * place.rows_of_step
     unit = tl.arange(0, delta_a.shape[1])
-    stride = delta_a.shape[1] if FULL else stored.stride
+    stride = delta_a.shape[1] if FULL else results.stride
     mask = place.exists[:, None] if FULL else place.exists[:, None] & (unit < stride)[None, :]
     # 64 bits from the start: the compiler finds no constants in a sum that is widened later.
-    delta_a_ptr = stored.ptr + first_row * stride + (place.local.to(tl.int64)[:, None] * stride + unit[None, :])
-    tl.store(delta_a_ptr, delta_a.to(stored.ptr.dtype.element_ty), mask)
+    delta_a_ptr = results.delta_a + first_row * stride + (place.local.to(tl.int64)[:, None] * stride + unit[None, :])
+    tl.store(delta_a_ptr, delta_a.to(results.delta_a.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -159,18 +162,19 @@ def observe(
 ):
     """Take delta_a / scale of one step, (rows, units), write the step's results and return what is `Observed`.
 
-    readout: as in `Beginning`. place: `Place` of the program. Other arguments as in `resident_kernel`.
+    readout: W_o transposed, (units, outputs), or None. place: `Place` of the program. Other arguments as in
+    `resident_kernel`.
     """
     SCALED: tl.constexpr = PRECISION == "fp16"
     BLOCK: tl.constexpr = delta_a.shape[1]
     if SCALED:
         delta_a = delta_a * scale
     if results.delta_a is not None:
-        _store(delta_a, results.delta_a, step, place, FULL)
+        _store(delta_a, results, step, place, FULL)
     first, second = None, None
-    if clean.first is not None:
+    if clean.first.ptr is not None:
         first = load_rows(clean.first, step, place, sizes.units, FULL, SAMPLES, BLOCK)
-    if clean.second is not None:
+    if clean.second.ptr is not None:
         second = load_rows(clean.second, step, place, sizes.units, FULL, SAMPLES, BLOCK)
     inverse = 1.0 / scale if SCALED else 1.0
     delta_h = CELL(delta_a, first, second, inverse, SCALED, FAST, PRECISION == "fp32", WIDE)
@@ -225,19 +229,20 @@ def resident_kernel(
         DOT, BLOCK_ROWS, BLOCK_UNITS, BLOCK_OUTPUTS,
     )  # fmt: skip
     weight, scale, stream = begun.weight, begun.scale, begun.stream
+    readout = begun.readout if weights.readout is not None else None
     deviation = tl.cast(1.0 if SCALED else scale, tl.float32)
     delta_a = begun.product
     delta_a += noise_of_step(stream, 0, place, delta_a, deviation, NOISE, FAST)
     tl.debug_barrier()
     for step in tl.range(0, time - 1, num_stages=1):
         delta_h = observe(
-            delta_a, begun.readout, clean, loss, results, step, place, sizes, scale,
+            delta_a, readout, clean, loss, results, step, place, sizes, scale,
             CELL, LOSS, PRECISION, FAST, WIDE, FULL, SAMPLES,
         ).delta_h  # fmt: skip
         noise = noise_of_step(stream, step + 1, place, delta_a, deviation, NOISE, FAST)
         delta_a = tl.dot(delta_h.to(weight.dtype), weight, noise, input_precision=DOT)
     delta_h = observe(
-        delta_a, begun.readout, clean, loss, results, time - 1, place, sizes, scale,
+        delta_a, readout, clean, loss, results, time - 1, place, sizes, scale,
         CELL, LOSS, PRECISION, FAST, WIDE, FULL, SAMPLES,
     ).delta_h  # fmt: skip
     if SCALED:
@@ -276,7 +281,8 @@ def run_resident(
         start_in(delta_h0, options),
         Results(
             results.delta_loss if results.delta_o is None else results.delta_o,
-            stored_in(results.delta_a),
+            results.delta_a,
+            None if results.delta_a is None else results.delta_a.shape[-1],
             results.delta_h,
         ),
         seed,

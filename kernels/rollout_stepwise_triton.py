@@ -18,7 +18,7 @@ from .launch_triton import OPERAND_DTYPES, clean_of, constexprs, state_scale
 from .loss_triton import LossArguments, linear_sum
 from .noise import Counters
 from .noise_triton import counter_words, noise_tile, pin, unpack_counters
-from .place_triton import Rows, gather_rows, gather_scalars, stored_in, tile_of_program
+from .place_triton import Rows, gather_rows, gather_scalars, rows_of, stored_in, tile_of_program
 from .rollout import Rollout, RolloutOptions
 from .tiles import PARTIAL_STEPS, UNIT_SUM_BLOCK, RolloutLaunch
 
@@ -31,12 +31,12 @@ class States(NamedTuple):
 
 
 class LinearPart(NamedTuple):
-    """What the step kernel does of a linear loss; None where it has none."""
+    """What the step kernel does of a linear loss; absent where it has none."""
 
-    grad: Rows | None
-    """(time, batch, hidden)."""
     sums: Any
     """Partial sums of the loss difference, (slots, unit tiles, rows), float32."""
+    grad: Rows
+    """(time, batch, hidden)."""
 
 
 class StepSizes(NamedTuple):
@@ -122,14 +122,14 @@ def step_kernel(
         tl.store(stored.ptr + offset, delta_a.to(stored.ptr.dtype.element_ty), exists & (unit < stored.stride))
 
     first, second = None, None
-    if clean.first is not None:
+    if clean.first.ptr is not None:
         first = gather_rows(clean.first, step, sample, unit, inside)
-    if clean.second is not None:
+    if clean.second.ptr is not None:
         second = gather_rows(clean.second, step, sample, unit, inside)
     delta_h = CELL(delta_a, first, second, 1.0 / scale if SCALED else 1.0, SCALED, FAST, ACCURATE, WIDE)
     new_ptr = states.after + row.to(tl.int64) * inner + unit
     tl.store(new_ptr, delta_h.to(states.after.dtype.element_ty), exists & (unit < inner))
-    if linear.grad is not None:
+    if linear.sums is not None:
         part = linear_sum(delta_h, gather_rows(linear.grad, step, sample, unit, inside))[:, None]
         if SCALED:
             part = part * scale
@@ -233,7 +233,7 @@ def measure_kernel(
     change = tl.zeros((BLOCK_ROWS,), tl.float32)
     top, total, biggest = change, change, change
     of_target = None
-    if loss.target is not None:
+    if loss.target.ptr is not None:
         target = gather_scalars(loss.target, step, sample)
         of_target = _output_of_target(state_ptr, readout_ptr, row, target, inner, BLOCK_INNER)
         if PRECISION == "fp16":
@@ -284,9 +284,9 @@ def run_stepwise(
     if delta_h0 is not None:
         states.before[:rows, :units] = (delta_h0 / scale).reshape(rows, units)
     slots = min(time, PARTIAL_STEPS)
-    linear = LinearPart(None, None)
+    linear = LinearPart(None, rows_of(None))
     if loss.form.measured and not loss.form.of_outputs:
-        linear = LinearPart(loss.rows.signal, preact.new_empty((slots, unit_tiles, rows), dtype=torch.float32))
+        linear = LinearPart(preact.new_empty((slots, unit_tiles, rows), dtype=torch.float32), loss.rows.signal)
     measure = _measurement(launch, loss, options, inner, units, rows, row_tiles, results)
     low, high = counter_words(counters)
     clean, stored, flags = clean_of(preact, hidden, options), stored_in(results.delta_a), constexprs(options)

@@ -15,6 +15,7 @@ ARCHES = (80, 89, 90, 100)
 OPERANDS = {"bf16": "*bf16", "fp16": "*fp16", "tf32": "*fp32", "fp32": "*fp32"}
 STORED = {"bf16": "*bf16", "fp16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}
 NONE = ("=", None)
+NO_ROWS, NO_SCALARS = Rows(NONE, NONE, NONE, NONE), Scalars(NONE, NONE, NONE)
 MANY = 1024
 OUTPUTS = 10
 
@@ -33,16 +34,16 @@ def clean_rows(precision, cell, wide, units=16, quotient=False):
     """Return what of the clean run a cell takes."""
     wide = wide or precision == "fp32"
     tensors = CELLS[f"{cell}_deviation"].clean_rows(torch.zeros(1), torch.zeros(1), wide, quotient)
-    return CleanRows(*(NONE if tensor is None else rows(units) for tensor in tensors))
+    return CleanRows(*(NO_ROWS if tensor is None else rows(units) for tensor in tensors))
 
 
 def loss_rows(loss, units=16):
     """Return what a loss reads of the clean run."""
     scalars = {kind: Scalars(kind, "i32:16", ("=", 1)) for kind in ("*i64", "*fp32")}
     return LossRows(
-        rows(units) if loss in {"linear", "squared", "cross_entropy"} else NONE,
-        scalars["*i64"] if loss == "cross_entropy" else NONE,
-        scalars["*fp32"] if loss in {"squared", "cross_entropy"} else NONE,
+        rows(units) if loss in {"linear", "squared", "cross_entropy"} else NO_ROWS,
+        scalars["*i64"] if loss == "cross_entropy" else NO_SCALARS,
+        scalars["*fp32"] if loss in {"squared", "cross_entropy"} else NO_SCALARS,
     )
 
 
@@ -92,7 +93,8 @@ def resident_case(
         "start_ptr": OPERANDS[precision] if start else NONE,
         "results": Results(
             "*fp32" if loss != "none" else NONE,
-            Stored(STORED[precision], "i32:16") if store else NONE,
+            STORED[precision] if store else NONE,
+            "i32:16" if store else NONE,
             STORED[precision],
         ),
         "seed_ptr": "*i64",
@@ -127,7 +129,7 @@ def step_case(
         "clean": clean_rows(precision, cell, wide),
         "weight_ptr": OPERANDS[precision],
         "states": States(OPERANDS[precision], OPERANDS[precision]),
-        "linear": LinearPart(rows() if linear else NONE, "*fp32" if linear else NONE),
+        "linear": LinearPart("*fp32" if linear else NONE, rows() if linear else NO_ROWS),
         "stored": Stored(STORED[precision], "i32:16") if store else NONE,
         "seed_ptr": "*i64",
         "step": "i32",

@@ -11,9 +11,13 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton")
 
 import compile_kernels
+import torch
 import triton
 
-from anpgpu.kernels import cell_triton
+from anpgpu.kernels import adjoint_triton, cell_triton, rollout_triton
+from anpgpu.kernels.cell import RELU, TANH
+from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
+from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.kernels.tiles import SHARED_BYTES
 
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
@@ -100,3 +104,62 @@ def test_a_shared_reciprocal_overwrites_none_of_its_operands(tmp_path, monkeypat
     pairs = re.findall(r"mul\.f32 both, (%r\d+), (%r\d+);.*?mul\.f32 (%r\d+), both", ptx, re.DOTALL)
     assert len(pairs) >= 4
     assert all(first not in {left, right} for left, right, first in pairs)
+
+
+class NoGpu:
+    """A driver of Triton that knows a target, on which kernels are compiled and not launched."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """Names of the kernels that launchers compile, instead of launching them."""
+    from triton.runtime import driver, jit
+
+    names, run = [], jit.JITFunction.run
+
+    def without_launch(self, *arguments, grid, warmup, **named):
+        names.append(self.fn.__name__)
+        return run(self, *arguments, grid=grid, warmup=True, **named)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(jit.JITFunction, "run", without_launch)
+    # The real driver looks for a GPU when it is first asked.
+    monkeypatch.setattr(driver, "_active", NoGpu())
+    return names
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"), [(16, {"resident_kernel", "fused_kernel"}), (300, {"step_kernel", "measure_kernel"})]
+)
+def test_launchers_hand_kernels_arguments_that_compile(compiled, units, expected):
+    """As the table's cases say them by hand: absent tensors, strides of 1, functions as arguments."""
+    time, batch, rollouts, outputs = 2, 2, 64, 3
+    preact, weight, readout = torch.randn(time, batch, units), torch.randn(units, units), torch.randn(outputs, units)
+    error, share = torch.randn(time, batch, outputs), torch.rand(time, batch)
+    target = torch.zeros(time, batch, dtype=torch.int64)
+    losses = (
+        LinearLoss(preact),
+        SquaredLoss(readout, error, share),
+        CrossEntropyLoss(readout, error.softmax(-1), target, share),
+        OutputsOnly(readout),
+        None,
+    )
+    seed, start = torch.tensor(1), torch.zeros(batch, rollouts, units)
+    for loss, cell, store in zip(losses, (TANH, RELU, TANH, RELU, TANH), (True, False, True, False, True), strict=True):
+        options = RolloutOptions(rollouts, 1e-3, cell=cell, precision="bf16", store_delta_a=store)
+        named = {"options": options, "delta_h0": start if store else None}
+        rollout_triton.rollout(preact, preact, weight, loss, seed, **named)
+        if loss is not None and loss.measured:
+            adjoint_triton.rollout_adjoint(preact, preact, weight, loss, seed, weight_by="activity", **named)
+    assert expected <= set(compiled)
