@@ -31,8 +31,8 @@ from report import table, write
 from anpgpu.kernels.tiles import RolloutLaunch, rollout_launch
 
 DISCLAIMER = (
-    "A model, not a measurement: no kernel of this library has been timed on any GPU. "
-    "profiling/model.py --check RESULTS.json compares it with the first one that is."
+    "A model, not a measurement. profiling/model.py --check RESULTS.json compares it with a result file of "
+    "profiling/compare.py made on a GPU; there is none yet."
 )
 COMPILED = Path(__file__).resolve().parent.parent / "tests" / "compiled.json"
 

@@ -3,7 +3,7 @@
     python profiling/time_ops.py [--quick] [--hidden 128,500] [--rows 16384] [--output FILE]
 
 Correctness is checked first; on wrong results nothing is timed. Operations are 2 H^2 per rollout and step, never noise;
-the ceiling is a large matrix product in the same run. Without a GPU the CPU form runs: small shapes, the torch backend.
+the ceiling is a large matrix product in the same run. Without a GPU the CPU form runs: small shapes.
 The result file is rewritten after every case, so that an interrupted run keeps its results.
 """
 
@@ -212,7 +212,7 @@ def main() -> None:
     repeats = arguments.repeats or (3 if arguments.quick else 11)
     host = machine()
     output = arguments.output or RESULTS / f"time_ops-{short_name(host)}-{host['date']}.json"
-    form = "GPU form" if device.type == "cuda" else "CPU form, no GPU was found: small shapes, the torch backend"
+    form = "GPU form" if device.type == "cuda" else "CPU form, no GPU was found: small shapes"
     print(f"{line(host)}\n{form}\n")
     record: dict[str, object] = {"machine": host, "form": device.type, "quick": arguments.quick, "repeats": repeats}
     record["backend"] = arguments.backend

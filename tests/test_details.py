@@ -184,6 +184,14 @@ def test_the_agreement_of_halves_is_over_all_layers():
     assert float(found.split_half) == pytest.approx(-7 / 25)
 
 
+@pytest.mark.parametrize("scale", [1e25, 1e-30])
+def test_the_agreement_of_halves_does_not_depend_on_the_size_of_the_gradients(scale):
+    # The squares are out of float32's range.
+    layers = [sums_of(3 * scale, 3 * scale), sums_of(4 * scale, -4 * scale)]
+    assert float(split_half(layers)) == pytest.approx(-7 / 25)
+    assert split_half(layers).dtype == torch.float32
+
+
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_the_forward_passs_autocast_decides_the_precision_of_the_rollouts(monkeypatch, backend):
     rnn, _ = build(Perturbation("np", rollouts=4, backend=backend), dtype=torch.float32)

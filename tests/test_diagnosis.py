@@ -320,6 +320,13 @@ def test_advice_is_one_sentence_that_tells_what_is_missing(setting, others, said
     assert "use anp-ls" in advise((setting, *others), setting, row("anp-ls"), 0.05, None)
 
 
+def test_advice_predicts_nothing_for_a_setting_that_it_advises_against():
+    current, best = row(cosine=0.5, limit=1.0, agreement=0.25), row("anp-ls", cosine=0.9, limit=1.0, agreement=0.81)
+    text = advise((current, best), current, best, 0.05, None)
+    assert re.search(r"cosine 0\.50, what is missing is variance; use anp-ls .*rollouts would give about 0\.95", text), text
+    assert text.count("would give") == 1
+
+
 def test_advice_warns_of_a_small_discount():
     short, full = row(discount=0.5, cosine=0.66), row(cosine=0.33)
     assert "diagnose again" in advise((short, full), full, short, 0.05, None)

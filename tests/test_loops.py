@@ -81,7 +81,7 @@ def test_grad_scaler_finds_overflow_skips_the_update_and_goes_on():
     inputs, targets = data()
     model = Model()
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    # The loss is near 1: times 2**127 nothing overflows, but its gradient through fp16 operands of the head does.
+    # The loss is near 1: times 2**40 it is finite, but its gradient through fp16 operands of the head is not.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     scales, moved = [], []
     for _ in range(30):

@@ -199,7 +199,9 @@ def closest_sigma(rows: Sequence[Row], near: Perturbation, tolerance: float, uns
 
 def advise(rows: Sequence[Row], current: Row, best: Row, tolerance: float, unseen: str | None) -> str:
     """Return one sentence: what the current setting lacks, and what to use instead."""
-    text = f"{_name(current.perturbation)}: {_lack(rows, current, tolerance, unseen)}"
+    # What more rollouts would bring the current setting is worth a word only where it is kept.
+    lack = _lack(rows, current, tolerance, unseen, predict=best is current)
+    text = f"{_name(current.perturbation)}: {lack}"
     if best is not current:
         text += f"; use {_name(best.perturbation)}: {_lack(rows, best, tolerance, unseen)}"
     if unseen is not None:
@@ -216,7 +218,7 @@ def _name(setting: Perturbation) -> str:
     return f"{setting.method} with {setting.rollouts} rollouts{discount}, sigma {setting.sigma:g}"
 
 
-def _lack(rows: Sequence[Row], row: Row, tolerance: float, unseen: str | None) -> str:
+def _lack(rows: Sequence[Row], row: Row, tolerance: float, unseen: str | None, *, predict: bool = True) -> str:
     total = row.total
     if row.score(unseen) == -math.inf:
         return row.error or "no estimate, it is zero or not finite"
@@ -227,8 +229,11 @@ def _lack(rows: Sequence[Row], row: Row, tolerance: float, unseen: str | None) -
         return text + "little is missing"
     # cosine = limit sqrt(agreement): the smaller factor is the one to improve.
     if not total.limit < math.sqrt(max(total.agreement, 0.0)):
+        text += "what is missing is variance"
+        if not predict:
+            return text
         more = f": {2 * row.perturbation.rollouts} rollouts would give about {total.predicted(2):.2f}"
-        return text + "what is missing is variance" + (more if math.isfinite(total.limit) else "; use more rollouts")
+        return text + (more if math.isfinite(total.limit) else "; use more rollouts")
     return text + f"what is missing is bias, which more rollouts do not lower: {_cause(rows, row, tolerance)}"
 
 

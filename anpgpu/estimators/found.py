@@ -101,11 +101,12 @@ def split_half(sums: Sequence[GradientSums]) -> Tensor:
 
     It shows the estimate's variance, not its bias; NaN where a half is zero, as with one rollout.
     """
-    parts = [tensor.flatten(1) for layer in sums for tensor in layer.tensors]
+    # The squares of gradients of 1e20 or 1e-23 leave float32's range.
+    parts = [tensor.flatten(1).double() for layer in sums for tensor in layer.tensors]
     dot, first, second = (
         torch.stack([flat[left] @ flat[right] for flat in parts]).sum() for left, right in ((0, 1), (0, 0), (1, 1))
     )
-    return dot / (first.sqrt() * second.sqrt())
+    return (dot / (first.sqrt() * second.sqrt())).to(sums[0].tensors[0].dtype)
 
 
 class Found:
