@@ -323,7 +323,8 @@ def test_advice_is_one_sentence_that_tells_what_is_missing(setting, others, said
 def test_advice_predicts_nothing_for_a_setting_that_it_advises_against():
     current, best = row(cosine=0.5, limit=1.0, agreement=0.25), row("anp-ls", cosine=0.9, limit=1.0, agreement=0.81)
     text = advise((current, best), current, best, 0.05, None)
-    assert re.search(r"cosine 0\.50, what is missing is variance; use anp-ls .*rollouts would give about 0\.95", text), text
+    assert "cosine 0.50, what is missing is variance; use anp-ls" in text
+    assert "rollouts would give about 0.95" in text
     assert text.count("would give") == 1
 
 
