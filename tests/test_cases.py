@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anpgpu
 from anpgpu import Perturbation
+from anpgpu.runtime import memory
 
 T, B, I, H, O = 6, 3, 2, 4, 2  # noqa: E741  (the design's names)
 METHODS = ("np", "anp", "anp-ls", "wp")
@@ -442,3 +443,44 @@ def test_memory_that_an_update_left_can_be_released():
     anpgpu.estimate_grad_(rnn, head, torch.randn(50, B, I), torch.randn(50, B, O))
     assert anpgpu.functional.release_memory() > 0
     assert anpgpu.functional.release_memory() == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        ("0::/job/step\n", {"job/memory.max": "4096\n", "job/step/memory.max": "max\n"}, [4096]),
+        ("0::/inside\n", {"memory.max": "8192\n"}, [8192]),
+        (
+            "5:cpu:/cpus\n4:memory:/job\n",
+            {"memory/job/memory.limit_in_bytes": "1024\n", "memory/memory.limit_in_bytes": "2048\n"},
+            [1024, 2048],
+        ),
+        ("5:cpu:/cpus\n", {"cpus/memory.max": "1\n"}, []),
+        (None, {"memory.max": "1\n"}, []),
+    ],
+)
+def test_a_containers_limit_is_read(tmp_path, groups, files, limits):
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    if groups is not None:
+        own.write_text(groups)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    assert memory._cgroup_limits(root, own) == limits
+
+
+def test_the_default_of_memory_is_a_share_of_the_smallest_limit(monkeypatch):
+    whole = memory._host_memory.__wrapped__
+    machine = whole()
+    monkeypatch.setattr(memory, "_cgroup_limits", lambda *_: [1 << 30, 2 << 30])
+    assert whole() == min(1 << 30, machine)
+    monkeypatch.setattr(memory, "_host_memory", whole)
+    assert memory.default_memory(torch.device("cpu")) == min(1 << 30, machine) // memory.DEFAULT_SHARE
+
+
+def test_where_there_is_no_sysconf_memory_has_a_default(monkeypatch):
+    # As on Windows.
+    monkeypatch.delattr("os.sysconf")
+    monkeypatch.delattr("os.sysconf_names")
+    monkeypatch.setattr(memory, "_cgroup_limits", lambda *_: [])
+    assert memory._host_memory.__wrapped__() == memory.UNKNOWN_MEMORY
