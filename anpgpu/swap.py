@@ -14,13 +14,12 @@ def swap_(model: nn.Module, perturbation: Perturbation | None = None) -> int:
     """Replace every `torch.nn.RNN` inside a model, in place, by an `anpgpu.RNN` with the same parameters.
 
     Parameters stay the same objects, so an existing optimiser goes on working; hooks and names stay too. An
-    `anpgpu.RNN` that is already there takes the new perturbation. The model itself may be the RNN.
+    `anpgpu.RNN` that is already there takes the new perturbation. The model itself may be the RNN. Recurrent modules
+    that cannot be swapped (LSTM, GRU, cells) are left alone, and a warning names them.
 
     Args:
         model: any module.
         perturbation: how gradients are estimated; the default is `Perturbation()`.
-
-    Recurrent modules that cannot be swapped (LSTM, GRU, cells) are left alone, and a warning names them.
 
     Returns:
         Number of RNNs that now learn by perturbation.

@@ -101,12 +101,18 @@ def split_half(sums: Sequence[GradientSums]) -> Tensor:
 
     It shows the estimate's variance, not its bias; NaN where a half is zero, as with one rollout.
     """
-    # The squares of gradients of 1e20 or 1e-23 leave float32's range.
-    parts = [tensor.flatten(1).double() for layer in sums for tensor in layer.tensors]
-    dot, first, second = (
-        torch.stack([flat[left] @ flat[right] for flat in parts]).sum() for left, right in ((0, 1), (0, 0), (1, 1))
-    )
-    return (dot / (first.sqrt() * second.sqrt())).to(sums[0].tensors[0].dtype)
+    dot, first, second = torch.stack([_products(tensor[:2]) for layer in sums for tensor in layer.tensors]).sum(0)
+    cosine: Tensor = dot / (first * second).sqrt()
+    return cosine.to(sums[0].weight_hh.dtype)
+
+
+def _products(halves: Tensor) -> Tensor:
+    """Return the product of two halves, (2, ...), and each half's square, (3,) float64.
+
+    The squares of gradients of 1e20 or 1e-23 leave float32's range.
+    """
+    left, right = halves.flatten(1).double().unbind()
+    return torch.stack([left @ right, left @ left, right @ right])
 
 
 class Found:

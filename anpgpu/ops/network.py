@@ -198,10 +198,8 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
         run = _rebuild(left, structure, dtype)
         work = Backward(settings, limit, left.lengths, lowest, network, run, seed, grad_outputs, grad_h_n)
         estimate: Found = settings.estimator.backward(work) if left.inputs.shape[1] else work.found
-    kind, sums = (
-        left.inputs.dtype,
-        [total for layer in estimate.layers for total in layer.totals(biases=structure.biases)],
-    )
+    kind = left.inputs.dtype
+    sums = [total for layer in estimate.layers for total in layer.totals(biases=structure.biases)]
     gradients = [estimate.inputs.to(kind).contiguous(), estimate.h_0.to(kind).contiguous()]
     if lowest:
         gradients = [gradient.new_empty(0) for gradient in gradients]
