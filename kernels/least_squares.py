@@ -15,6 +15,7 @@ their factors are computed for a block of steps at once; only matrix-vector prod
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ RIDGE_FLOOR = 8
 
 BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Activity that is regressed at once: as much as a core's cache holds, or enough systems to fill a GPU."""
+
+SAFE_TRACES = (1e-26, 1e34)
+"""Traces of Gram matrices whose entries, factors and solutions stay normal float32 numbers."""
 
 LEAF = 32
 """Matrices up to this size are factored by LAPACK."""
@@ -63,6 +67,8 @@ class Deflation(NamedTuple):
     """Of the noise: "rademacher" or "gaussian"."""
     counters: Counters
     """Of the block's first step."""
+    unit: Tensor
+    """What the activity differences of each step and sample are given in units of, (L, B); the noise is not."""
 
 
 def least_squares(
@@ -82,6 +88,9 @@ def least_squares(
 ) -> LeastSquares:
     """Estimate the adjoint of a block of steps from all rollouts of its samples.
 
+    Loss differences are in units of a power of two of each sample, which is taken out again at the end: gradients of
+    1e30 by noise of 1e-3 would otherwise leave float32's range on the way.
+
     Args:
         delta_loss: loss differences, (T, B, P); zero where a rollout does not count.
         delta_a: activity differences, (T, B, P, H).
@@ -99,6 +108,8 @@ def least_squares(
     time, batch, rollouts, units = delta_a.shape
     # Scaling delta_a and sigma by a constant scales nothing below but the result.
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
+    loss_unit = _power_of_two(torch.maximum(_largest(delta_loss, 0, 2), _largest(carry, 1))).unsqueeze(-1)
+    delta_loss, carry = delta_loss / loss_unit, carry / loss_unit
     own = recursion if options.noise == "rademacher" else None
     all_finite = not delta_a.is_cuda and bool(finite.all())
     adjoint = delta_loss.new_empty((3, time, batch, units))
@@ -112,7 +123,7 @@ def least_squares(
         activity = delta_a[steps].to(delta_loss.dtype)
         activity = activity if scale == 1.0 else activity * scale
         activity = activity if all_finite else torch.where(finite.unsqueeze(-1), activity, 0)
-        gram = _smaller_gram(activity)
+        activity, gram, unit = _in_units(activity)
         halves = _half_grams(gram, activity)
         factor, bad = _factored(gram, ridge, finite)
         grown += bad
@@ -124,14 +135,17 @@ def least_squares(
             sigma=options.sigma * scale,
             kind=options.noise,
             counters=counters._replace(time=counters.time + start),
+            unit=unit,
         )
         run = own if own is not None and dual(activity) else functools.partial(deflate, draw=draw)
         carry = run(delta_loss[steps], activity, factor, carry, seed, how, estimate=together, credit=credit[steps])
         for half, gram in enumerate(halves):
             estimate = _half(activity[..., half::2, :], gram, credit[steps, :, half::2], ridge, finite[:, half::2])
-            adjoint[half, steps] = estimate / 2
+            adjoint[half, steps] = estimate.div_(2 * unit.unsqueeze(-1))
             together -= adjoint[half, steps]
-    return LeastSquares(adjoint.mul_(scale), carry, grown)
+    # The two factors' product may leave the range of a result that does not.
+    adjoint = adjoint if scale == 1.0 else adjoint.mul_(scale)
+    return LeastSquares(adjoint.mul_(loss_unit), carry * loss_unit, grown)
 
 
 def deflate(
@@ -150,7 +164,7 @@ def deflate(
 
     Args:
         delta_loss: loss differences, (L, B, P).
-        activity: activity differences, (L, B, P, H).
+        activity: activity differences, (L, B, P, H), in units of `how.unit`.
         factor: lower Cholesky factors of their Gram matrices with the ridge, of the dual or the primal form.
         carry: deflated return of the step after the last, (B, P).
         seed: 0-dim int64 tensor, the noise's key.
@@ -171,6 +185,7 @@ def deflate(
             solution = activity[step].mT @ solve(factor[step], target)
         else:
             solution = solve(factor[step], activity[step].mT @ target)
+        solution /= how.unit[step, :, None, None]
         estimate[step] = solution.squeeze(-1)
         carry = (target - later[step] @ solution).squeeze(-1).mul_(how.discount)
     return carry
@@ -186,6 +201,35 @@ def solve(factor: Tensor, target: Tensor) -> Tensor:
 def dual(activity: Tensor) -> bool:
     """Say whether activity differences, (..., P, H), are regressed in the dual form, P x P."""
     return activity.shape[-2] <= activity.shape[-1]
+
+
+def _in_units(activity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return activity differences, (L, B, P, H), in units whose squares fit, Gram matrices, and the units, (L, B).
+
+    The units are powers of two of the size of each step and sample. On the CPU they are 1 where all fits as it is; on
+    CUDA asking would make the host wait.
+    """
+    if not activity.is_cuda:
+        gram = _smaller_gram(activity)
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if bool(((trace > SAFE_TRACES[0]) & (trace < SAFE_TRACES[1])).all()):
+            return activity, gram, torch.ones_like(trace)
+    unit = _power_of_two(_largest(activity, 2, 3))
+    activity = activity / unit[..., None, None]
+    return activity, _smaller_gram(activity), unit
+
+
+def _largest(values: Tensor, *dims: int) -> Tensor:
+    """Return the largest magnitude along some axes, which are not empty."""
+    largest: Tensor = torch.linalg.vector_norm(values, math.inf, dims)
+    return largest
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """Return a power of two of about that size whose inverse is a normal number; 1 where it is 0 or not finite."""
+    tiny = torch.finfo(size.dtype).tiny
+    power = (size / torch.frexp(size).mantissa).clamp(tiny, 1 / tiny)
+    return torch.where(torch.isfinite(power), power, 1)
 
 
 def _factored(gram: Tensor, ridge: float, finite: Tensor) -> tuple[Tensor, Tensor]:

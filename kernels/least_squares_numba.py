@@ -66,6 +66,7 @@ def _deflate(
     factor: Any,
     words: Any,
     sigma: Any,
+    unit: Any,
     carry: Any,
     finite: Any,
     discount: Any,
@@ -92,6 +93,8 @@ def _deflate(
             for rollout in range(rollouts):
                 row = (step * batch + sample) * rollouts + rollout
                 _add_row(estimate, step, sample, weights[rollout], activity, row)
+            for place in range(estimate.shape[2]):
+                estimate[step, sample, place] /= unit[step, sample]
             for rollout in range(rollouts):
                 later = sigma * _signed_sum(words, step, sample, rollout, estimate)
                 carry[sample, rollout] = discount * (credit[step, sample, rollout] - later)
@@ -118,6 +121,7 @@ def deflate(
         factor.contiguous().numpy(),
         words,
         _F(how.sigma),
+        how.unit.numpy(),
         following.numpy(),
         how.finite.contiguous().numpy(),
         _F(how.discount),

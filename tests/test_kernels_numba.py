@@ -287,10 +287,11 @@ def test_deflation_is_the_references(shape, baseline, discount):
     factor = torch.linalg.cholesky(gram).float().double()
     delta_loss = draw(length, batch, rollouts, seed=1).float().double() * finite
     carry = draw(batch, rollouts, seed=2).float().double()
-    how = Deflation(finite, discount, baseline, 0.3, "rademacher", WHERE)
+    unit = 0.5 + torch.rand(length, batch, generator=torch.Generator().manual_seed(4))
     results = []
     for deflate, dtype in ((deflate_in_torch, torch.float64), (least_squares_numba.deflate, torch.float32)):
         inputs = [tensor.to(dtype) for tensor in (delta_loss, factor, carry)]
+        how = Deflation(finite, discount, baseline, 0.3, "rademacher", WHERE, unit.to(dtype))
         estimate, credit = torch.empty(length, batch, units, dtype=dtype), torch.empty_like(inputs[0])
         after = deflate(
             inputs[0], room.to(dtype)[..., :units], *inputs[1:], SEED, how, estimate=estimate, credit=credit
