@@ -189,9 +189,7 @@ def indefinite(monkeypatch: pytest.MonkeyPatch, *where: int) -> None:
 
 
 @pytest.mark.parametrize("rollouts", [4, 9])
-def test_a_system_without_a_factor_is_counted_and_harms_nothing(
-    rollouts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_without_a_factor_is_counted_and_harms_nothing(rollouts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     activity, delta_loss = torch.randn(3, 2, rollouts, 6), torch.randn(3, 2, rollouts)
     clean = regressed(activity, delta_loss)
     indefinite(monkeypatch, 1, 0)
