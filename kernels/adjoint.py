@@ -10,12 +10,14 @@ Ahmad 2023, arXiv:2310.00965; the discounted return is derived in the README.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .loss import Loss, loss_of_steps
 from .noise import Counters, NoiseSteps, padded
-from .rollout import RolloutOptions, rollout
+from .rollout import Rollout, RolloutOptions, rollout
 
 STEPS_AT_A_TIME = 8
 """Steps of rollouts whose activity is stored until it is summed, at discount 0."""
@@ -117,6 +119,18 @@ def adjoint(
     return sums
 
 
+def finite_rollouts(delta_loss: Tensor, delta_h: Tensor) -> Tensor:
+    """Return which rollouts, (B, P), have finite loss differences, (T, B, P), and a finite last delta_h, (B, P, H)."""
+    return torch.isfinite(delta_h).all(-1) & torch.isfinite(delta_loss).all(0)
+
+
+def run_finite(run: Callable[..., Rollout], *arguments: object, options: RolloutOptions, **named: object) -> Tensor:
+    """Return `finite_rollouts` of rollouts that a backend's `rollout` runs for nothing else."""
+    moved = run(*arguments, options=options._replace(store_delta_a=False), **named)
+    assert moved.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
+    return finite_rollouts(moved.delta_loss, moved.delta_h)
+
+
 def rollout_adjoint(
     preact: Tensor,
     hidden: Tensor,
@@ -128,20 +142,27 @@ def rollout_adjoint(
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
     delta_h0: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run rollouts and sum their adjoint at discount 0, where each step's credit is known at once.
 
-    Nothing of size (T, B, P, H) is stored. Arguments as in `rollout` and `adjoint`.
+    Nothing of size (T, B, P, H) is stored: what a rollout that overflows has added before cannot be taken out again, so
+    rollouts run twice where that matters. Arguments as in `rollout` and `adjoint`; `finite` are the rollouts that
+    count, (B, P) bool, or None: those that `finite_rollouts` finds in these steps.
 
     Returns:
-        The sums of `adjoint`, (2, T, B, H); delta_loss, (T, B, P); the last delta_h, (B, P, H). Steps of a rollout
-        whose loss difference is not finite add nothing.
+        The sums of `adjoint`, (2, T, B, H), to which rollouts that do not count add nothing at any step; delta_loss,
+        (T, B, P); the last delta_h, (B, P, H).
     """
     time, batch, units = preact.shape
     sums = preact.new_empty((2, time, batch, units))
     delta_loss = preact.new_empty((time, batch, options.rollouts))
     storing = options._replace(store_delta_a=by_activity(weight_by))
     delta_h = delta_h0
+    if finite is None:
+        finite = run_finite(
+            rollout, preact, hidden, weight_hh, loss, seed, options=options, counters=counters, delta_h0=delta_h0
+        )
     for start in range(0, time, STEPS_AT_A_TIME):
         steps = slice(start, min(start + STEPS_AT_A_TIME, time))
         first = counters._replace(time=counters.time + start)
@@ -157,7 +178,7 @@ def rollout_adjoint(
         )
         assert block.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
         delta_h, delta_loss[steps] = block.delta_h, block.delta_loss
-        credit = torch.nan_to_num(block.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
+        credit = torch.where(finite, block.delta_loss, 0)
         sums[:, steps] = adjoint(
             credit, block.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=first
         )

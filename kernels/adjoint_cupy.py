@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .adjoint import by_activity, weighted_activity
+from .adjoint import by_activity, run_finite, weighted_activity
 from .loss import Loss, loss_of_steps
 from .noise import Counters
 from .noise_cupy import KINDS, NOISE_SOURCE, counter_words, launch
@@ -154,6 +154,7 @@ def rollout_adjoint(
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
     delta_h0: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run rollouts and sum their adjoint at discount 0, step by step; the contract is `adjoint.rollout_adjoint`."""
     time, batch, units = preact.shape
@@ -161,6 +162,10 @@ def rollout_adjoint(
     delta_loss = preact.new_empty((time, batch, options.rollouts))
     storing = options._replace(store_delta_a=by_activity(weight_by))
     delta_h = delta_h0
+    if finite is None:
+        finite = run_finite(
+            rollout, preact, hidden, weight_hh, loss, seed, options=options, counters=counters, delta_h0=delta_h0
+        )
     for step in range(time):
         now, at_step = slice(step, step + 1), counters._replace(time=counters.time + step)
         result = rollout(
@@ -175,7 +180,7 @@ def rollout_adjoint(
         )
         assert result.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
         delta_h, delta_loss[now] = result.delta_h, result.delta_loss
-        credit = torch.nan_to_num(result.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
+        credit = torch.where(finite, result.delta_loss, 0)
         sums[:, now] = adjoint(
             credit, result.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=at_step
         )

@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adjoint import by_activity, weighted_activity
-from .launch_triton import cell_of
+from .adjoint import by_activity, finite_rollouts, run_finite, weighted_activity
+from .launch_triton import cell_of, stored_dtype
 from .loss import Loss, loss_of_steps
 from .noise import UNITS_PER_GROUP, Counters
 from .noise_triton import counter_words, noise_tile, unpack_counters
 from .rollout import RolloutOptions
-from .rollout_fused_triton import added, fused_rollouts, preferred_launch
+from .rollout_fused_triton import Counted, FusedResults, added, as_bytes, fused_rollouts, preferred_launch, tiles_of
 from .rollout_triton import rollout
 from .tiles import (
     INTERPRETED,
@@ -346,11 +346,13 @@ def rollout_adjoint(
     options: RolloutOptions,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
     delta_h0: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run rollouts and sum their adjoint at discount 0; see `adjoint.rollout_adjoint`.
 
     In one kernel where a program can hold whole rollouts. Elsewhere no activity is stored where rollouts are weighted
-    by their noise, and that of a few steps at a time, read back at once, where by their activity.
+    by their noise, and that of a few steps at a time, read back at once, where by their activity; where those are not
+    all steps, and `finite` is None, rollouts run twice.
     """
     cell_of(options)
     launch = preferred_launch(preact, weight_hh, loss, weight_by, options)
@@ -366,6 +368,7 @@ def rollout_adjoint(
             options=options,
             counters=counters,
             delta_h0=delta_h0,
+            finite=finite,
         )
     time, batch, units = preact.shape
     sums = preact.new_empty((2, time, batch, units), dtype=torch.float32)
@@ -373,6 +376,10 @@ def rollout_adjoint(
     keep = options._replace(store_delta_a=by_activity(weight_by))
     length = stored_steps(batch, options.rollouts, units) if keep.store_delta_a else max(1, time)
     delta_h = delta_h0
+    if finite is None and length < time:
+        finite = run_finite(
+            rollout, preact, hidden, weight_hh, loss, seed, options=options, counters=counters, delta_h0=delta_h0
+        )
     for start in range(0, time, length):
         steps = slice(start, min(start + length, time))
         first = counters._replace(time=counters.time + start)
@@ -388,7 +395,9 @@ def rollout_adjoint(
         )
         assert block.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
         delta_h, delta_loss[steps] = block.delta_h, block.delta_loss
-        credit = torch.nan_to_num(block.delta_loss, nan=0.0, posinf=0.0, neginf=0.0)
+        if finite is None:
+            finite = finite_rollouts(block.delta_loss, block.delta_h)
+        credit = torch.where(finite, block.delta_loss, 0)
         sums[:, steps] = adjoint(
             credit, block.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=first
         )
@@ -408,16 +417,23 @@ def _fused_adjoint(
     options: RolloutOptions,
     counters: Counters,
     delta_h0: Tensor | None,
+    finite: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `rollout_adjoint` does, with the fused kernel."""
+    """Do what `rollout_adjoint` does, with the fused kernel.
+
+    Where `finite` is None, a second launch mends the tiles of rollouts that turned out not to be finite. It is always
+    made, as asking whether there are any would make the host wait.
+    """
     time, batch, units = preact.shape
     delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
     tiles = triton.cdiv(options.rollouts, launch.block_rows)
-    length = time if tiles == 1 else fused_steps(tiles, batch, units)
-    sums, delta_h = [], delta_h0
-    for start in range(0, time, length):
-        steps = slice(start, min(start + length, time))
-        partials, delta_h = fused_rollouts(
+    length = time if tiles == 1 else min(time, fused_steps(tiles, batch, units))
+
+    def run(start: int, counted: Counted, first: Tensor | None, partials: Tensor) -> Tensor:
+        """Run the steps of `partials`, and return their last delta_h."""
+        steps = slice(start, start + partials.shape[2])
+        last = preact.new_empty((batch, options.rollouts, units), dtype=stored_dtype(options))
+        fused_rollouts(
             launch,
             preact[steps],
             hidden[steps],
@@ -427,9 +443,35 @@ def _fused_adjoint(
             weight_by=weight_by,
             options=options,
             counters=counters._replace(time=counters.time + start),
-            delta_h0=delta_h,
-            delta_loss=delta_loss[steps],
+            delta_h0=first,
+            counted=counted,
+            results=FusedResults(delta_loss[steps], last, partials),
         )
-        sums.append(added(partials))
-    assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
-    return sums[0] if len(sums) == 1 else torch.cat(sums, 1), delta_loss, delta_h.to(preact.dtype)
+        return last
+
+    def summed(counted: Counted) -> tuple[Tensor, Tensor]:
+        """Return the sums of all steps, as many at a time as there is room for, and the last delta_h."""
+        sums, delta_h = preact.new_empty((2, time, batch, units), dtype=torch.float32), delta_h0
+        for start in range(0, time, length):
+            partials = preact.new_empty((tiles, 2, min(length, time - start), batch, units), dtype=torch.float32)
+            delta_h = run(start, counted, delta_h, partials)
+            sums[:, start : start + length] = added(partials)
+        assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
+        return sums, delta_h
+
+    everything = Counted(None, None)
+    if finite is not None:
+        sums, delta_h = summed(Counted(as_bytes(finite), None))
+    elif length == time:
+        partials = preact.new_empty((tiles, 2, time, batch, units), dtype=torch.float32)
+        delta_h = run(0, everything, delta_h0, partials)
+        finite = finite_rollouts(delta_loss, delta_h)
+        run(0, Counted(as_bytes(finite), as_bytes(tiles_of(~finite, launch.block_rows))), delta_h0, partials)
+        sums = added(partials)
+    else:
+        sums, delta_h = summed(everything)
+        finite = finite_rollouts(delta_loss, delta_h)
+        lost = ~finite.all(1)
+        again, _ = summed(Counted(as_bytes(finite), as_bytes(lost.unsqueeze(1).expand(-1, tiles))))
+        sums = torch.where(lost.unsqueeze(-1), again, sums)
+    return sums, delta_loss, delta_h.to(preact.dtype)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adjoint import SAFE_TO_SQUARE, by_activity
-from .launch_triton import OPERAND_DTYPES, capability, clean_of, constexprs, start_in, stored_dtype, weights_in
+from .launch_triton import OPERAND_DTYPES, capability, clean_of, constexprs, start_in, weights_in
 from .loss import Loss
 from .loss_triton import loss_arguments
 from .noise import Counters
@@ -43,8 +43,21 @@ class FusedResults(NamedTuple):
     """Sums of each tile of rollouts, (tiles, 2, time, batch, hidden), float32."""
 
 
+class Counted(NamedTuple):
+    """What a launch is limited to; each is None where it is not.
+
+    What a rollout that overflows has added at earlier steps is known only when the kernel is through. A second launch
+    goes through the tiles of such rollouts without them; the programs of all others return at once.
+    """
+
+    finite: Any
+    """Rollouts that count, (batch, rollouts), contiguous, int8."""
+    wanted: Any
+    """Whether a tile is run, (batch, tiles), contiguous, int8."""
+
+
 class TileSums(NamedTuple):
-    """Where the sums of the program's tile and sample are."""
+    """Where the sums of the program's tile and sample are, and what counts in them."""
 
     ptr: Any
     """Those of the even rollouts at the first step."""
@@ -52,6 +65,8 @@ class TileSums(NamedTuple):
     """Elements from the sums of the even to those of the odd rollouts."""
     parity: Any
     """Parity of the tile's first rollout."""
+    counted: Any
+    """Rows that count, (rows,)."""
 
 
 class Credited(NamedTuple):
@@ -158,7 +173,7 @@ def _step(
     if SCALED:
         divisor = divisor * scale
     factor = 1.0 if BY_NOISE else tl.cast(sizes.units, tl.float32)
-    usable = place.exists & (tl.abs(delta_loss) < float("inf")) & (divisor > 0.0)
+    usable = sums.counted & (tl.abs(delta_loss) < float("inf")) & (divisor > 0.0)
     share = tl.where(usable, delta_loss * factor / tl.where(usable, divisor, 1.0), 0.0)
     halves = _add_rollouts(tile.summand, share, PRODUCT)
     unit = tl.arange(0, carried.shape[1])[None, :]
@@ -174,6 +189,7 @@ def fused_kernel(
     weights,  # Weights
     start_ptr,  # (batch, rollouts, hidden), contiguous, operand type: first delta_h / scale; None is zero
     results,  # FusedResults
+    counted,  # Counted
     seed_ptr,  # ()
     clean,  # CleanRows: what of the clean run the cell takes
     loss,  # LossRows
@@ -203,11 +219,17 @@ def fused_kernel(
     """
     SCALED: tl.constexpr = PRECISION == "fp16"
     DOT: tl.constexpr = "ieee" if PRECISION == "fp32" else "tf32"
+    if counted.wanted is not None:  # noqa: SIM102  (the outer condition is the compiler's)
+        if tl.load(counted.wanted + tl.program_id(0)) == 0:
+            return
     place = place_of_program(batch, rollouts, BLOCK_ROWS, 1)
+    counts = place.exists
+    if counted.finite is not None:
+        counts = tl.load(counted.finite + place.first_row + place.local, counts, 0) != 0
     half = tl.cast(time, tl.int64) * batch * sizes.units
     tile = tl.program_id(0) % tl.cdiv(rollouts, BLOCK_ROWS)
     sums_ptr = results.sums + (2 * tile * half + place.first_sample * sizes.units)
-    sums = TileSums(sums_ptr, half, (tl.cast(counters_high, tl.int64) & 1).to(tl.int32))
+    sums = TileSums(sums_ptr, half, (tl.cast(counters_high, tl.int64) & 1).to(tl.int32), counts)
     begun = begin(
         weights, start_ptr, seed_ptr, place, sizes, sigma, counters_low, counters_high,
         DOT, BLOCK_ROWS, BLOCK_UNITS, BLOCK_OUTPUTS,
@@ -312,25 +334,24 @@ def fused_rollouts(
     options: RolloutOptions,
     counters: Counters,
     delta_h0: Tensor | None,
-    delta_loss: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Run rollouts in the tiles of `tiles.fused_launch`; arguments as in `adjoint.rollout_adjoint`.
+    counted: Counted,
+    results: FusedResults,
+) -> None:
+    """Run rollouts in the tiles of `tiles.fused_launch`, and write `results`.
 
-    Loss differences go to `delta_loss`, (T, B, P), contiguous, float32. Returns the sums of each tile of a sample's
-    rollouts, (tiles, 2, T, B, H), and the last delta_h, (B, P, H).
+    Other arguments as in `adjoint.rollout_adjoint`.
     """
     time, batch, units = preact.shape
     arguments = loss_arguments(loss)
     tiles = triton.cdiv(options.rollouts, launch.block_rows)
-    sums = preact.new_empty((tiles, 2, time, batch, units), dtype=torch.float32)
-    delta_h = preact.new_empty((batch, options.rollouts, units), dtype=stored_dtype(options))
     low, high = counter_words(counters)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(preact):
         fused_kernel[(batch * tiles,)](
             weights_in(weight_hh, arguments.readout, options),
             start_in(delta_h0, options),
-            FusedResults(delta_loss, delta_h, sums),
+            results,
+            counted,
             seed,
             clean_of(preact, hidden, options),
             arguments.rows,
@@ -354,4 +375,16 @@ def fused_rollouts(
             maxnreg=launch.registers,
             enable_fp_fusion=True,
         )
-    return sums, delta_h
+
+
+def tiles_of(lost: Tensor, block_rows: int) -> Tensor:
+    """Return which tiles, (batch, tiles), hold any of some rollouts, (batch, rollouts) bool."""
+    batch, rollouts = lost.shape
+    tiles = triton.cdiv(rollouts, block_rows)
+    filled = torch.nn.functional.pad(lost, (0, tiles * block_rows - rollouts))
+    return filled.view(batch, tiles, block_rows).any(-1)
+
+
+def as_bytes(mask: Tensor) -> Tensor:
+    """Return a bool tensor as the kernel reads it."""
+    return mask.contiguous().view(torch.int8)

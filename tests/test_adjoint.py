@@ -3,6 +3,7 @@
 import importlib
 import math
 
+import overflow_cases
 import pytest
 import torch
 from oracles import discounted, noise_block, one_step_adjoint, true_adjoint
@@ -212,3 +213,14 @@ def test_an_unknown_weighting_raises(backend):
         arguments = (preact, preact.tanh(), draw(5, 5).float(), LinearLoss(preact), seed)
         with pytest.raises(ValueError, match="weight_by must be 'noise' or 'activity', got None"):
             module.rollout_adjoint(*arguments, weight_by=None, options=RolloutOptions(4, 0.1))
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("method", ["np", "anp"])
+def test_a_rollout_that_overflows_later_adds_nothing_before(method, known, monkeypatch):
+    monkeypatch.setattr(adjoint_module, "STEPS_AT_A_TIME", 1)
+    arguments, named, finite = overflow_cases.case(7, torch.tensor(SEED), Counters())
+    found = adjoint_module.rollout_adjoint(
+        *arguments, weight_by=ESTIMATORS[method].weight_by, finite=finite if known else None, **named
+    )
+    overflow_cases.assert_left_out(found, arguments, named, finite, method, "float32_long")

@@ -1,5 +1,6 @@
 """The Triton adjoint in Triton's interpreter, float32, against the torch reference."""
 
+import overflow_cases
 import pytest
 import tolerances
 import torch
@@ -8,8 +9,10 @@ from anpgpu.kernels import adjoint as reference, tiles
 from anpgpu.kernels.loss import LinearLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.registry import ESTIMATORS
 
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
+rollout_fused_triton = pytest.importorskip("anpgpu.kernels.rollout_fused_triton", reason="needs Triton")
 
 pytestmark = pytest.mark.interpreter
 
@@ -213,3 +216,21 @@ def test_rollout_adjoint(weight_by, monkeypatch):
             finite = torch.isfinite(wanted)
             assert torch.equal(torch.isfinite(actual), finite)
             tolerances.assert_close(actual[finite], wanted[finite], "float32_long")
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in")
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("method", ["np", "anp"])
+def test_a_rollout_that_overflows_later_adds_nothing_before(method, known, monkeypatch):
+    arguments, named, finite = overflow_cases.case(7, SEED, OFFSETS[1])
+    weight_by = ESTIMATORS[method].weight_by
+    assert (
+        rollout_fused_triton.preferred_launch(arguments[0], arguments[2], arguments[3], weight_by, named["options"])
+        is None
+    )
+    for stored in (tiles.STORED_BYTES, 1):
+        monkeypatch.setattr(tiles, "STORED_BYTES", stored)
+        found = adjoint_triton.rollout_adjoint(
+            *arguments, weight_by=weight_by, finite=finite if known else None, **named
+        )
+        overflow_cases.assert_left_out(found, arguments, named, finite, method, "fp32_adjoint")

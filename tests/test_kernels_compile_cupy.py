@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import overflow_cases
 import pytest
 import tolerances
 import torch
@@ -32,7 +33,7 @@ from anpgpu.kernels import (
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
-from anpgpu.registry import CELLS
+from anpgpu.registry import CELLS, ESTIMATORS
 
 pytestmark = pytest.mark.compile
 
@@ -379,6 +380,13 @@ def test_rollout_adjoint(weight_by, with_start):
         actual = adjoint_cupy.rollout_adjoint(*arguments, **named)
         for left, right in zip(actual, adjoint_reference.rollout_adjoint(*arguments, **named), strict=True):
             assert_close(left, right, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("method", ["np", "anp"])
+def test_a_rollout_that_overflows_later_adds_nothing_before(method):
+    arguments, named, finite = overflow_cases.case(7, SEED, COUNTERS[2])
+    found = adjoint_cupy.rollout_adjoint(*arguments, weight_by=ESTIMATORS[method].weight_by, **named)
+    overflow_cases.assert_left_out(found, arguments, named, finite, method, TOLERANCE[torch.float32])
 
 
 # NVRTC

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import overflow_cases
 import pytest
 import tolerances
 import torch
@@ -71,7 +72,8 @@ def tiles_of(arguments, options, product=False):
 
 def run(arguments, start, method, options, product=False, counters=OFFSET):
     launch = tiles_of(arguments, options, product)
-    named = {"weight_by": ESTIMATORS[method].weight_by, "options": options, "counters": counters, "delta_h0": start}
+    named = {"weight_by": ESTIMATORS[method].weight_by, "options": options, "counters": counters}
+    named |= {"delta_h0": start, "finite": None}
     return adjoint_triton._fused_adjoint(launch, *arguments, **named)
 
 
@@ -147,6 +149,27 @@ def test_a_rollout_that_is_not_finite_adds_nothing(method, product):
         assert torch.equal(deviation[1].isfinite(), alive)
     tolerances.assert_close(actual[1][alive], expected[1][alive], "float32_long")
     tolerances.assert_close(actual[2][alive[0]], expected[2][alive[0]], "float32_long")
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in")
+@pytest.mark.parametrize("stored", [1 << 28, 1])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rollout_that_overflows_later_adds_nothing_before(method, known, stored, monkeypatch):
+    monkeypatch.setattr(tiles, "STORED_BYTES", stored)
+    # Of one tile of rollouts, and of two, of which a sample may lose rollouts in one alone.
+    for rollouts in (7, 70):
+        arguments, named, finite = overflow_cases.case(rollouts, SEED, OFFSET)
+        launch = tiles_of(arguments, named["options"])
+        assert launch.block_rows < 70
+        found = adjoint_triton._fused_adjoint(
+            launch,
+            *arguments,
+            weight_by=ESTIMATORS[method].weight_by,
+            finite=finite if known else None,
+            **named,
+        )
+        overflow_cases.assert_left_out(found, arguments, named, finite, method, "fp32_adjoint")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")

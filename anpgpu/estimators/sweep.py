@@ -188,6 +188,7 @@ class Sweep:
                 options=block.options,
                 counters=block.counters,
                 delta_h0=start,
+                finite=self.finite[:, block.rollouts] if self.segmented else None,
             )
         self._mark(block.rollouts, delta_h, delta_loss)
         self.rule.add_sums(sums)
