@@ -57,7 +57,7 @@ def estimate_grad_(
             and need not be differentiable; its values are averaged. Outputs past a sample's length are zero; targets
             are as given; a parameter `lengths` gets the lengths of the samples of the call, (B,) int64. A Linear
             readout's weights are then perturbed. Values that no rollout changes, as those of a step function at a
-            small sigma, teach nothing: a warning says so, once, on the CPU.
+            small sigma, teach nothing: `Estimate.moved` is 0, and on the CPU a warning says so, once.
         perturbation: the default is the rnn's own, or `Perturbation()`.
         hx: initial state, as the rnn's.
         lengths: valid steps of each sample, (B,), in [0, T]; padding contributes nothing. A sample of length 0 has
@@ -69,7 +69,7 @@ def estimate_grad_(
         generator: where the update's one seed is drawn; the default is torch's default generator of the device.
 
     Returns:
-        `Estimate`: clean loss, outputs and final state, rollouts skipped, split-half cosine.
+        `Estimate`: clean loss, outputs and final state, split-half cosine, counts of rollouts.
 
     Raises:
         ValueError, TypeError: an argument is not of this form; the message quotes it.
@@ -96,8 +96,9 @@ def estimate_grad_(
                 except NonFiniteRolloutsError as error:
                     _blame_targets(problem, error)
                     raise
-        if problem.loss.black_box and problem.inputs.device.type == "cpu" and not estimator.exact:
-            _warn_unmoved(problem, perturbation)
+        moved = None if estimator.exact else result.moved
+        if moved is not None and moved.device.type == "cpu":
+            _warn_unmoved(problem, perturbation, moved)
         _add_gradients(rnn, readout, inputs, hx, problem, result)
         outputs = result.outputs
         if problem.lengths is not None:
@@ -109,6 +110,7 @@ def estimate_grad_(
             skipped=result.skipped,
             split_half=result.split_half,
             ridge_grown=result.ridge_grown,
+            moved=moved,
         )
 
 
@@ -136,10 +138,10 @@ def _blame_targets(problem: Problem, error: NonFiniteRolloutsError) -> None:
         raise NonFiniteRolloutsError(f"targets hold {count} values that are not finite: {error}") from error
 
 
-def _warn_unmoved(problem: Problem, perturbation: Perturbation) -> None:
+def _warn_unmoved(problem: Problem, perturbation: Perturbation, moved: Tensor) -> None:
     """Warn where no rollout changed a caller's loss, so that every gradient is zero; Python shows it once a place."""
     loss = problem.loss
-    if loss.moved or not problem.inputs.shape[1]:
+    if moved or not problem.inputs.shape[1]:
         return
     warnings.warn(
         f"no rollout changed the loss, whose values are {loss.returned}, and every gradient is zero: "

@@ -83,7 +83,8 @@ def estimate(how, loss="mse", **options):
     hx = torch.zeros(len(rnn.all_weights), B, H, dtype=torch.float64).requires_grad_(how.method != "wp")
     seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how, hx=hx)
     grads = [leaf.grad for leaf in leaves(rnn, head)]
-    return flat([*grads, hx.grad, seen.loss, seen.outputs, seen.h_n, seen.split_half, seen.skipped])
+    moved = [] if seen.moved is None else [seen.moved]
+    return flat([*grads, hx.grad, seen.loss, seen.outputs, seen.h_n, *moved, seen.split_half, seen.skipped])
 
 
 def updates(shard):

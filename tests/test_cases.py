@@ -1,7 +1,6 @@
 """Cases that users met: small inputs with the right answer, each for a kind of fault."""
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -364,29 +363,6 @@ def test_swap_names_what_it_leaves_alone():
         anpgpu.swap_(nn.Sequential(nn.Linear(2, 3), nn.LSTM(3, 3)))
     with pytest.raises(ValueError, match=r"no nn\.RNN"):
         anpgpu.swap_(nn.Linear(2, 3))
-
-
-# Losses that nothing can be learnt from.
-
-
-def wrong(outputs, targets):
-    return outputs.argmax(-1) != targets
-
-
-def test_a_loss_that_no_rollout_moves_is_told_once():
-    rnn, head = network("np", dtype=torch.float32)
-    inputs, labels = torch.randn(T, B, I), torch.randint(O, (T, B))
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("default")
-        for _ in range(3):
-            anpgpu.estimate_grad_(rnn, head, inputs, labels, wrong)
-    assert len(told) == 1
-    assert "bool" in str(told[0].message)
-    assert "sigma=0.001" in str(told[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rnn.perturbation = Perturbation("np", rollouts=64, sigma=0.5)
-        anpgpu.estimate_grad_(rnn, head, inputs, labels, wrong)
 
 
 # Errors that name what is wrong.

@@ -92,6 +92,7 @@ def estimate(how, loss="mse", **options):
     seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how)
     grads = [leaf.grad.flatten() for leaf in (*rnn.parameters(), *head.parameters())]
     rest = [tensor.flatten().double() for tensor in (seen.loss, seen.outputs, seen.h_n, seen.skipped)]
+    rest += [] if seen.moved is None else [seen.moved.double().view(1)]
     return torch.cat([*grads, *rest]), torch.get_rng_state()
 
 

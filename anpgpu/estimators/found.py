@@ -36,6 +36,10 @@ class Estimate(NamedTuple):
     ridge_grown: Tensor
     """Number of least-squares systems ("anp-ls") whose Cholesky factorisation failed with the given ridge; they were
     solved with a ridge as large as the system itself. 0-dim int64."""
+    moved: Tensor | None = None
+    """Number of rollouts that changed a callable loss, over samples, the last layer's directions, and the readout's
+    rollouts; 0-dim int64. At 0 every gradient is zero: on the CPU a warning says so, on CUDA, where nothing makes the
+    host wait, this number alone. None for other losses, and with method "bptt"."""
 
 
 class NonFiniteRolloutsError(RuntimeError):
@@ -171,13 +175,14 @@ class FoundOfProblem(Found):
         self.outputs = problem.inputs.new_zeros((time, batch, problem.outputs_size))
         self.h_n = torch.zeros_like(problem.h_0)
         self.loss = problem.inputs.new_zeros(())
+        self.moved = None if problem.loss.moved is None else problem.loss.moved.zero_()
         self.weight_o = None if problem.weight_o is None else torch.zeros_like(problem.weight_o)
         self.bias_o = None if problem.bias_o is None else torch.zeros_like(problem.bias_o)
 
     def sum_(self, share: Share) -> None:
         """Sum the results of the processes that share the rollouts."""
         share.sum_(*self.weights, self.inputs, self.h_0)
-        share.sum_(self.skipped, self.ridge_grown)
+        share.sum_(self.skipped, self.ridge_grown, *(() if self.moved is None else (self.moved,)))
         if share.by_samples:
             # Each process has run only its samples, of the clean network, too.
             readout = [gradient for gradient in (self.weight_o, self.bias_o) if gradient is not None]

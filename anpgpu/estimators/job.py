@@ -88,8 +88,8 @@ class BlackBoxChange:
     def of(self, delta_o: Tensor) -> Tensor:
         """Return (T, b, p) loss differences of delta_o, (T, b, p, O)."""
         change = self.problem.loss.call(self.outputs + delta_o, self.samples) - self.clean
-        if not change.is_cuda:
-            self.problem.loss.moved |= bool((change != 0).any())
+        if self.problem.loss.moved is not None:
+            self.problem.loss.moved += ((change != 0).any(0) & torch.isfinite(change).all(0)).sum()
         return self._spread(delta_o, change.sum(0)) if self.spread else change
 
     def _spread(self, delta_o: Tensor, values: Tensor) -> Tensor:

@@ -241,6 +241,8 @@ def _estimate(job: Job, division: Division) -> FoundOfProblem:
     )
     result.layers = [side for layer in estimate.sums for side in layer]
     result.skipped = estimate.skipped
+    if result.moved is not None:
+        job.settings.share.sum_(result.moved)
     return result
 
 

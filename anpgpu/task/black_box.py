@@ -52,6 +52,7 @@ class BlackBox(MeasuredLoss):
     ) -> None:
         self.loss, self.targets, self.valid, self.last_step, self.padded = loss, targets, valid, last_step, padded
         self.readout, self.takes_lengths, self.weighted = readout, _takes_lengths(loss), step_weight is not None
+        self.moved = torch.zeros((), dtype=torch.int64, device=valid.device)
         self.per_sequence = False
         """Set by the first call, from the shape of its result."""
         weight = valid.to(torch.float64) if step_weight is None else torch.where(valid, step_weight, 0)

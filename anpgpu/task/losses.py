@@ -62,8 +62,8 @@ class MeasuredLoss:
     """torch's module that is this loss."""
     black_box = False
     """Whether only the caller can measure it."""
-    moved = False
-    """Whether some rollout changed a caller's loss; known on the CPU alone."""
+    moved: Tensor | None = None
+    """Number of rollouts that changed a caller's loss so far, 0-dim int64, see `Estimate`."""
     rows_per_output = 1
     """Rows of the rollouts' readout for each output."""
     returned: torch.dtype | None = None
