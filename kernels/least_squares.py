@@ -215,7 +215,8 @@ def _in_units(activity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if bool(((trace > SAFE_TRACES[0]) & (trace < SAFE_TRACES[1])).all()):
             return activity, gram, torch.ones_like(trace)
     unit = _power_of_two(_largest(activity, 2, 3))
-    activity = activity / unit[..., None, None]
+    # On CUDA leaving out rollouts has made a copy; on the CPU this may be the caller's tensor.
+    activity = activity.div_(unit[..., None, None]) if activity.is_cuda else activity / unit[..., None, None]
     return activity, _smaller_gram(activity), unit
 
 
