@@ -6,6 +6,7 @@ BIN := .venv/bin/
 ifeq ($(BIN),.venv/bin/)
 READY := .venv/.ready
 TESTABLE := .venv/.testable
+OLDEST := .venv/oldest-triton/.ready
 endif
 
 # The tests' tensors are small: a second thread brings little, and where cores are shared its spinning costs a lot.
@@ -15,7 +16,8 @@ PYTEST := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(BIN)pytest
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format test-reference test-interpreter test-compile test-slow test-gpu bench gpu clean
+.PHONY: help setup demo test lint format test-reference test-interpreter test-compile oldest-triton test-oldest \
+	test-slow test-gpu bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +32,12 @@ SOURCES := .ci/setup pyproject.toml constraints.txt anpgpu/_version.py
 .venv/.testable: $(SOURCES)
 	.ci/setup cpu,examples,plot,test,dev $(PYTHON)
 	@touch .venv/.ready $@
+
+# Compilers need no torch of their version: the package alone, in a folder that is put in front of the newer one.
+.venv/oldest-triton/.ready: constraints-oldest.txt $(TESTABLE)
+	rm -rf $(@D)
+	$(BIN)python -m pip install -qq --disable-pip-version-check --no-deps --target $(@D) -r constraints-oldest.txt
+	@mkdir -p $(@D) && touch $@
 
 setup: $(TESTABLE) ## make .venv (the other targets do this when needed)
 
@@ -54,10 +62,15 @@ test-reference: $(TESTABLE) ## torch on the CPU
 test-interpreter: $(TESTABLE) ## Triton's interpreter against the reference
 	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)pytest tests -m "interpreter and not slow"
 
-test-compile: $(TESTABLE) ## compile every kernel, no GPU needed
+test-compile: $(TESTABLE) $(OLDEST) ## compile every kernel, no GPU needed
 	$(PYTEST) tests -m "compile and not slow"
 
-test-slow: $(TESTABLE) ## the thorough tests
+oldest-triton: $(OLDEST) ## put the oldest supported Triton into .venv/oldest-triton
+
+test-oldest: $(TESTABLE) $(OLDEST) ## compile every kernel for every architecture with the oldest Triton
+	$(PYTEST) tests/test_kernels_compile_oldest.py -m compile
+
+test-slow: $(TESTABLE) $(OLDEST) ## the thorough tests
 	HYPOTHESIS_PROFILE=slow $(PYTEST) tests -m "slow and not gpu"
 
 test-gpu: $(TESTABLE) ## the tests that need a CUDA device

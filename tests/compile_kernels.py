@@ -3,6 +3,9 @@
     python tests/compile_kernels.py              compile, print what differs from tests/compiled.json
     python tests/compile_kernels.py --write      the same, then rewrite the table
     python tests/compile_kernels.py --only PART  only the cases whose name contains PART
+    python tests/compile_kernels.py --oldest     with the oldest Triton that is supported, and its own table
+
+`make oldest-triton` puts that Triton into a folder of its own, which OLDEST_TRITON names where it is another.
 
 Cases come from the modules `compile_cases_*.py` beside this file: `cases()` returns {name: (kernel, signature,
 constexprs, options)}. In a signature, "i32:16" is an integer known to be divisible by 16, a named tuple is a tuple
@@ -28,6 +31,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / "compiled.json"
+OLDEST_TABLE = HERE / "compiled_oldest.json"
+OLDEST = Path(os.environ.get("OLDEST_TRITON") or HERE.parent / ".venv" / "oldest-triton")
+"""Folder of the package triton in its oldest supported version."""
 ARCHES = (80, 89, 90, 100)
 WORKERS = 2
 
@@ -153,22 +159,32 @@ def work():
         sys.stdout.flush()
 
 
-def compile_all(only=""):
-    """Return {name: row} of all cases whose name contains `only`."""
+def version_in(folder):
+    """Return the version of the package triton in a folder."""
+    found = [path.name for path in folder.glob("triton-*.dist-info")]
+    if len(found) != 1:
+        raise FileNotFoundError(f"no package triton in {folder}: make oldest-triton")
+    return found[0].removeprefix("triton-").removesuffix(".dist-info")
+
+
+def compile_all(only="", triton=None):
+    """Return {name: row} of all cases whose name contains `only`, compiled with the package in the folder `triton`."""
     names = [key_of(*place) for place in found_cases()]
     names = [name for name in names if only in name]
     with ThreadPoolExecutor(WORKERS) as pool:
-        parts = list(pool.map(_compile_part, [names[start::WORKERS] for start in range(WORKERS)]))
+        shares = [(names[start::WORKERS], triton) for start in range(WORKERS)]
+        parts = list(pool.map(lambda share: _compile_part(*share), shares))
     rows = {name: row for part in parts for name, row in part.items()}
     return {name: rows[name] for name in sorted(rows)}
 
 
-def _compile_part(names):
+def _compile_part(names, triton):
     """Return the rows of some cases; a worker that dies takes one case with it."""
     rows = {}
+    paths = [str(HERE), *sys.path] if triton is None else [str(triton), str(HERE), *sys.path]
     left = list(names)
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(paths)}
         environment.pop("TRITON_INTERPRET", None)
         while left:
             command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
@@ -227,6 +243,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the table")
     parser.add_argument("--only", default="", help="part of the names of the cases to compile")
+    parser.add_argument("--oldest", action="store_true", help="compile with the oldest Triton")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -234,15 +251,18 @@ def main():
         return
     import triton
 
-    stored = json.loads(TABLE.read_text()) if TABLE.exists() else {"rows": {}}
-    rows = compile_all(arguments.only)
-    table = {name: row for name, row in stored["rows"].items() if arguments.only in name}
-    sys.stdout.write("\n".join(differences(table, rows)) + "\n")
+    table, folder, version = TABLE, None, triton.__version__
+    if arguments.oldest:
+        table, folder, version = OLDEST_TABLE, OLDEST, version_in(OLDEST)
+    stored = json.loads(table.read_text()) if table.exists() else {"rows": {}}
+    rows = compile_all(arguments.only, folder)
+    before = {name: row for name, row in stored["rows"].items() if arguments.only in name}
+    sys.stdout.write("\n".join(differences(before, rows)) + "\n")
     if arguments.write:
         kept = {name: row for name, row in stored["rows"].items() if arguments.only not in name}
         merged = {**kept, **rows}
         body = ",\n".join(f"    {json.dumps(name)}: {json.dumps(merged[name])}" for name in sorted(merged))
-        TABLE.write_text(f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "rows": {{\n{body}\n  }}\n}}\n')
+        table.write_text(f'{{\n  "triton": {json.dumps(version)},\n  "rows": {{\n{body}\n  }}\n}}\n')
 
 
 if __name__ == "__main__":

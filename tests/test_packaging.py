@@ -160,6 +160,36 @@ def test_pages_name_the_oldest_versions() -> None:
         assert f"Triton {floors['triton']}" in text
 
 
+def release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def test_pins_are_not_older_than_the_oldest_versions_and_pages_name_them() -> None:
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    floors = dict(re.findall(r'"(torch|triton)>=([\d.]+)', declared))
+    pin = re.compile(r"^(torch|triton)==([\d.]+)", re.MULTILINE)
+    pins = dict(pin.findall((ROOT / "constraints.txt").read_text(encoding="utf-8")))
+    oldest = dict(pin.findall((ROOT / "constraints-oldest.txt").read_text(encoding="utf-8")))
+    assert floors.keys() == pins.keys() == {"torch", "triton"}
+    assert all(release(pins[name]) >= release(floors[name]) for name in floors)
+    assert oldest.keys() == {"triton"}
+    assert release(oldest["triton"])[:2] == release(floors["triton"])
+    page = " ".join((ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").split())
+    assert f"(torch {pins['torch']}, Triton {pins['triton']})" in page
+    assert f"Triton {oldest['triton']} compiles" in page
+    tables = {"compiled.json": pins, "compiled_oldest.json": oldest}
+    for name, versions in tables.items():
+        assert json.loads((ROOT / "tests" / name).read_text(encoding="utf-8"))["triton"] == versions["triton"]
+
+
+def test_an_installation_asks_for_the_python_that_the_pages_name() -> None:
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (python,) = re.findall(r'^requires-python = ">=([\d.]+)"$', declared, re.MULTILINE)
+    assert f'target-version = "py{python.replace(".", "")}"' in declared
+    for name in ("README.md", "docs/compatibility.md"):
+        assert f"Python {python}" in (ROOT / name).read_text(encoding="utf-8")
+
+
 def test_wheel_built_from_the_sdist_holds_the_kernels_inside_the_package(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     keep_out = shutil.ignore_patterns(".*", "output", "build", "dist", "*.egg-info", "__pycache__", "results")
