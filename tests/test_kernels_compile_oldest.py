@@ -17,7 +17,7 @@ from anpgpu.kernels.tiles import SHARED_BYTES
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
 
 STORED = json.loads(compile_kernels.OLDEST_TABLE.read_text())
-TABLED = (90,)
+TABLED = (80, 90)
 ARCHES = (
     *TABLED,
     *(pytest.param(arch, marks=pytest.mark.slow) for arch in compile_kernels.ARCHES if arch not in TABLED),
