@@ -108,7 +108,8 @@ def weights_backward(backward: Backward) -> Found:
         masks = tuple(None if mask is None else mask[:, samples] for mask in run.masks)
         return [CleanSegment(layers, masks, LinearLoss(grad_outputs[:, samples]))]
 
-    last = torch.full((batch,), time - 1) if lengths is None else lengths - 1
+    # Made on the device: copied there it would make the host wait, and could not be captured in a CUDA graph.
+    last = torch.full((batch,), time - 1, device=device) if lengths is None else (lengths - 1).to(device)
     trust = ~(torch.isfinite(grad_outputs).all(-1).all(0) & torch.isfinite(grad_h_n).all(-1).all(0))
     estimate = within_memory(
         _WeightShape(network, settings, batch, time, 0),
@@ -122,7 +123,7 @@ def weights_backward(backward: Backward) -> Found:
             batch=batch,
             block=block,
             lengths=lengths,
-            final=FinalGradients(grad_h_n, last.to(device)),
+            final=FinalGradients(grad_h_n, last),
             trust=trust,
         ),
         alone=settings.share.alone,
