@@ -4,20 +4,11 @@ A bug replaces one line of source. The line must occur exactly once, so that a b
 """
 
 import os
-import shutil
-import subprocess
-import sys
-import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-import anpgpu
-
-TESTS = Path(__file__).resolve().parent
-PACKAGE = Path(anpgpu.__file__).resolve().parent
+from planting import PACKAGE, Outcome, changed, copy_package, run_tests
 
 
 class Bug(NamedTuple):
@@ -220,30 +211,6 @@ BUGS = {
 }
 
 
-def copy_package(folder):
-    """Make a copy of the package with the kernels in it."""
-    shutil.copytree(PACKAGE, folder / "anpgpu", ignore=shutil.ignore_patterns("__pycache__"))
-    return folder / "anpgpu"
-
-
-def run_tests(folder, detectors):
-    """pytest's exit status over some tests of this folder on the package in `folder`, and its failures by test."""
-    report = folder / "report.xml"
-    # One thread: several of these run side by side.
-    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    config = ["-c", str(TESTS.parent / "pyproject.toml"), "-p", "no:cacheprovider", f"--junitxml={report}"]
-    names = [str(TESTS / detector) for detector in detectors]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *config, *names],
-        cwd=folder, env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    cases = ET.parse(report).getroot().iter("testcase") if report.exists() else ()
-    failures = {
-        case.get("name"): case.find("failure").get("message") for case in cases if case.find("failure") is not None
-    }
-    return run.returncode, failures, run.stdout[-2000:]
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """pytest's results for every bug, and for a copy without a bug."""
@@ -252,10 +219,10 @@ def outcomes(tmp_path_factory):
         bug = BUGS[name]
         folder = tmp_path_factory.mktemp("planted", numbered=True)
         path = copy_package(folder) / bug.file
-        source = path.read_text(encoding="utf-8")
-        if source.count(bug.right) != 1:
-            return source.count(bug.right), {}, f"{bug.file} does not hold this once: {bug.right}"
-        path.write_text(source.replace(bug.right, bug.wrong), encoding="utf-8")
+        try:
+            path.write_text(changed(path.read_text(encoding="utf-8"), bug.right, bug.wrong), encoding="utf-8")
+        except ValueError as error:
+            return Outcome(pytest.ExitCode.USAGE_ERROR, {}, [], f"{bug.file}: {error}")
         return run_tests(folder, [bug.detector])
 
     def unharmed():
@@ -272,9 +239,8 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_found(outcomes, name):
     bug = BUGS[name]
-    source = (PACKAGE / bug.file).read_text(encoding="utf-8")
-    assert source.count(bug.right) == 1, f"{bug.file} does not hold this once: {bug.right}"
-    status, failures, said = outcomes[name]
+    assert (PACKAGE / bug.file).read_text(encoding="utf-8").count(bug.right) == 1
+    status, failures, _, said = outcomes[name]
     assert status == pytest.ExitCode.TESTS_FAILED, said
     ((failed, message),) = failures.items()
     assert failed == bug.detector.split("::")[1]
@@ -283,6 +249,6 @@ def test_planted_bug_is_found(outcomes, name):
 
 
 def test_without_a_bug_they_pass(outcomes):
-    status, failures, said = outcomes["none"]
+    status, failures, _, said = outcomes["none"]
     assert status == pytest.ExitCode.OK, said
     assert failures == {}
