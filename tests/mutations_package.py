@@ -19,7 +19,7 @@ MUTATIONS = {
         "estimators/rules.py",
         "counted = self.finite[:, block.rollouts].to(credit.dtype).expand_as(credit)",
         "counted = torch.ones_like(credit)",
-        ("test_baseline.py",),
+        ("test_baseline.py::test_lost_rollouts_are_none_of_the_others",),
         ("test_robustness.py", "test_details.py"),
     ),
     "sweep: chunks of samples share noise": Mutation(
@@ -143,7 +143,7 @@ MUTATIONS = {
         "network/checkpoints.py",
         "(lambda _: next(masks)[steps])",
         "(lambda _: next(masks)[: steps.stop - steps.start])",
-        ("test_division.py", "test_details.py"),
+        ("test_division.py::test_every_segment_has_the_dropout_of_its_own_steps",),
         ("test_estimate_grad.py",),
     ),
     "cells: relu's padding does not rest": Mutation(

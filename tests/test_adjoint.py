@@ -6,7 +6,7 @@ import math
 import overflow_cases
 import pytest
 import torch
-from oracles import discounted, noise_block, one_step_adjoint, true_adjoint
+from oracles import clean_run, discounted, noise_block, one_step_adjoint, perturbed_run, true_adjoint
 from scipy import stats
 from tolerances import TOLERANCES, assert_close
 
@@ -115,6 +115,25 @@ def test_halves_are_the_even_and_the_odd_rollouts(method, first, rollouts):
         mine = [p for p in range(rollouts) if (first + p) % 2 == parity]
         expected = adjoint_by_loops(credit[..., mine], delta_a[:, :, mine], xi[:, :, mine], sigma, method) * len(mine)
         assert_close(halves[parity], expected, "float64")
+
+
+@pytest.mark.parametrize("method", ["np", "anp"])
+def test_rollouts_that_sum_their_adjoint_have_the_noise_of_their_counters(method):
+    # More steps than run at a time, which are not the first of their sequence.
+    time, batch, rollouts, units, sigma = adjoint_module.STEPS_AT_A_TIME + 3, 2, 3, 5, 1e-3
+    first = {"time": 40, "rollout": 7, "sample": 4}
+    weight_hh, drive, grad = draw(units, units) / 2, draw(time, batch, units), draw(time, batch, units, seed=2)
+    start = torch.zeros(batch, rollouts, units, dtype=torch.float64)
+    preact, hidden = clean_run(drive, weight_hh, start[:, 0])
+    xi = sigma * noise_block(SEED, (time, batch, rollouts, units), "rademacher", **first)
+    moved, states = perturbed_run(drive, weight_hh, start, xi)
+    delta_loss = torch.einsum("tbpu,tbu->tbp", states - hidden.unsqueeze(2), grad)
+    expected = adjoint_by_loops(delta_loss, moved - preact.unsqueeze(2), xi, sigma, method)
+    sums, _, _ = adjoint_module.rollout_adjoint(
+        preact, hidden, weight_hh, LinearLoss(grad), torch.tensor(SEED), weight_by=ESTIMATORS[method].weight_by,
+        options=RolloutOptions(rollouts, sigma, precision="fp64"), counters=Counters(**first),
+    )  # fmt: skip
+    assert_close(sums.sum(0) / rollouts, expected, "two_runs")
 
 
 @pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf])

@@ -6,6 +6,10 @@ from oracles import clean_run, discounted, noise_block, perturbed_run
 from torch import nn
 
 import anpgpu
+from anpgpu.estimators.sweep import Block
+from anpgpu.kernels.noise import Counters
+from anpgpu.registry import CELLS, ESTIMATORS
+from anpgpu.runtime.settings import resolve
 
 TIME, BATCH, ROLLOUTS, HIDDEN, SIGMA, GAMMA = 4, 2, 5, 6, 0.4, 0.7
 
@@ -14,6 +18,10 @@ def network(perturbation):
     torch.manual_seed(0)
     rnn = anpgpu.RNN(3, HIDDEN, perturbation=perturbation).double()
     return rnn, torch.randn(TIME, BATCH, 3).double(), torch.randn(TIME, BATCH, HIDDEN).double()
+
+
+def drawn_seed():
+    return torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(3))
 
 
 def gradient(perturbation):
@@ -26,8 +34,7 @@ def gradient(perturbation):
 def returns_and_activity():
     """Returns, (T, B, P), activity differences and noise, (T, B, P, H), and states before each step, by hand."""
     rnn, inputs, targets = network(None)
-    seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(3)))
-    noise = SIGMA * noise_block(seed & (2**64 - 1), (TIME, BATCH, ROLLOUTS, HIDDEN), "rademacher")
+    noise = SIGMA * noise_block(int(drawn_seed()) & (2**64 - 1), (TIME, BATCH, ROLLOUTS, HIDDEN), "rademacher")
     drive = (inputs @ rnn.weight_ih_l0.T + rnn.bias_ih_l0 + rnn.bias_hh_l0).detach()
     weight_hh = rnn.weight_hh_l0.detach()
     start = torch.zeros(BATCH, HIDDEN).double()
@@ -48,6 +55,33 @@ def test_each_return_loses_the_mean_of_the_others(method, max_memory):
     perturbation = anpgpu.Perturbation(method, ROLLOUTS, SIGMA, discount=GAMMA, baseline=True, max_memory=max_memory)
     estimated = gradient(perturbation)
     torch.testing.assert_close(estimated, torch.einsum("tbi,tbj->ij", adjoint, previous))
+
+
+@pytest.mark.parametrize("method", ["np", "anp"])
+@pytest.mark.parametrize("at_a_time", [ROLLOUTS, 2])
+def test_lost_rollouts_are_none_of_the_others(method, at_a_time):
+    credit, moved, noise, _ = returns_and_activity()
+    losses = credit.clone()
+    losses[:-1] -= GAMMA * credit[1:]
+    finite = torch.ones(BATCH, ROLLOUTS, dtype=torch.bool)
+    finite[0, 1] = finite[1, 0] = finite[1, 3] = False
+    share = HIDDEN * moved / (moved**2).sum(-1, keepdim=True) if method == "anp" else noise / SIGMA**2
+    expected = torch.zeros(TIME, BATCH, HIDDEN).double()
+    for sample in range(BATCH):
+        alive = finite[sample].nonzero().flatten().tolist()
+        for p in alive:
+            others = credit[:, sample, [q for q in alive if q != p]].mean(-1)
+            expected[:, sample] += (credit[:, sample, p] - others).unsqueeze(-1) * share[:, sample, p] / len(alive)
+    how = anpgpu.Perturbation(method, ROLLOUTS, SIGMA, discount=GAMMA, baseline=True, backend="torch")
+    weight_hh = torch.zeros(HIDDEN, HIDDEN).double()
+    settings = resolve(how, CELLS["tanh"], weight_hh)
+    rule = ESTIMATORS[method].rule(settings, weight_hh, drawn_seed(), finite)
+    losses = torch.where(finite, losses, 0)
+    for first in range(0, ROLLOUTS, at_a_time):
+        part = slice(first, min(first + at_a_time, ROLLOUTS))
+        block = Block(part, settings.options._replace(rollouts=part.stop - first), Counters(rollout=first))
+        rule.add(block, losses[..., part], moved[:, :, part])
+    torch.testing.assert_close(rule.estimate(finite.sum(1)).sum(0), expected)
 
 
 def test_least_squares_takes_the_mean_off_before_it_regresses():

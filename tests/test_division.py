@@ -159,6 +159,15 @@ def test_dropout_masks_are_the_same_when_a_segment_is_run_again(monkeypatch):
     assert_close(head.weight.grad[:, :O], expected, "float64")
 
 
+@pytest.mark.parametrize("method", ["anp", "np", "anp-ls"])
+def test_every_segment_has_the_dropout_of_its_own_steps(monkeypatch, method):
+    how = Perturbation(method, rollouts=P, sigma=1e-3, discount=0.9)
+    whole = estimate(how, "mse", num_layers=2, dropout=0.5)
+    for division in divisions_of(method):
+        force(monkeypatch, division)
+        assert_close(estimate(how, "mse", num_layers=2, dropout=0.5), whole, "float64")
+
+
 SHAPE = Shape(
     time=100,
     batch=8,

@@ -106,6 +106,25 @@ def test_a_shared_reciprocal_overwrites_none_of_its_operands(tmp_path, monkeypat
     assert all(first not in {left, right} for left, right, first in pairs)
 
 
+def test_relu_keeps_a_nan_on_a_gpu(tmp_path, monkeypatch):
+    """Its interpreter keeps it anyway; a GPU's `max` returns the operand that is a number, unless told otherwise."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    @triton.jit
+    def moved(ptr, preact_ptr, SIZE: tl.constexpr):
+        lane = tl.arange(0, SIZE)
+        delta_a, preact = tl.load(ptr + lane), tl.load(preact_ptr + lane)
+        tl.store(ptr + lane, cell_triton.relu_deviation(delta_a, preact, None, 1.0, False, True, False, False))
+
+    signature = {"ptr": "*fp32", "preact_ptr": "*fp32", "SIZE": "constexpr"}
+    source = compile_kernels.ast_source(moved, signature, {"SIZE": 128})
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    assert sorted(re.findall(r"\b(?:max|min)(?:\.NaN)?\.f32", ptx)) == ["max.NaN.f32", "max.NaN.f32", "min.NaN.f32"]
+
+
 class NoGpu:
     """A driver of Triton that knows a target, on which kernels are compiled and not launched."""
 

@@ -13,7 +13,12 @@ pytestmark = pytest.mark.interpreter
 
 SEEDS = (0, 987654321, 2**63 - 1, -(2**63), -1)
 SHAPES = ((1, 1, 1, 1), (3, 2, 3, 5), (1, 3, 17, 17), (2, 1, 40, 65), (1, 2, 3, 130), (1, 1, 3, 520))
-OFFSETS = (Counters(), Counters(purpose=4, layer=255, time=2**32 - 3, rollout=2**32 - 40, sample=2**20 - 3, rank=4095))
+OFFSETS = {
+    "origin": Counters(),
+    "offset": Counters(purpose=4, layer=255, time=2**32 - 3, rollout=2**32 - 40, sample=2**20 - 3, rank=4095),
+    # Both pairs of counter words are 2^63, the least that is no signed integer of 64 bits.
+    "middle": Counters(time=2**31, rank=2**11),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -30,18 +35,29 @@ def both(seed, shape, **named):
     return noise_triton.noise(torch.tensor(seed), shape, **named), reference.noise(torch.tensor(seed), shape, **named)
 
 
-@pytest.mark.parametrize("counters", OFFSETS, ids=("origin", "offset"))
+@pytest.mark.parametrize("counters", OFFSETS.values(), ids=OFFSETS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_signs_are_the_reference_s(shape, counters):
     actual, expected = both(SEEDS[1], shape, sigma=0.37, counters=counters)
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("counters", OFFSETS, ids=("origin", "offset"))
+@pytest.mark.parametrize("counters", OFFSETS.values(), ids=OFFSETS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gaussians_are_the_reference_s(shape, counters):
     actual, expected = both(SEEDS[1], shape, kind="gaussian", counters=counters)
     assert (actual - expected).abs().max() <= TOLERANCES["gaussian"].bound
+
+
+@pytest.mark.parametrize("counters", OFFSETS.values(), ids=OFFSETS)
+def test_counter_words_are_signed_integers_of_64_bits(counters):
+    """Launchers take nothing else."""
+    purpose, layer, time, rollout, sample, rank = counters
+    words = noise_triton.counter_words(counters)
+    assert all(-(2**63) <= word < 2**63 for word in words)
+    low = time << 32 | purpose << 28 | layer << 20
+    high = rank << 52 | sample << 32 | rollout
+    assert [word % 2**64 for word in words] == [low, high]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

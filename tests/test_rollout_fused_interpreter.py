@@ -17,6 +17,9 @@ from anpgpu.registry import CELLS, ESTIMATORS
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
 rollout_fused_triton = pytest.importorskip("anpgpu.kernels.rollout_fused_triton", reason="needs Triton")
 
+triton = pytest.importorskip("triton", reason="needs Triton")
+tl = pytest.importorskip("triton.language", reason="needs Triton")
+
 pytestmark = pytest.mark.interpreter
 
 SEED = torch.tensor(-(2**62) + 987654321)
@@ -117,6 +120,27 @@ def test_other_arguments(method):
             run(arguments, None, method, options, counters=counters),
             expected_of(arguments, None, method, options, counters),
         )
+
+
+def test_a_product_of_16_bit_operands_adds_up_as_in_float32():
+    """Factors are two numbers of 16 bits: with the first alone the sum would be wrong by 2^-11."""
+    rows, units = 32, 16
+
+    @triton.jit
+    def add(sums_ptr, summand_ptr, share_ptr, ROWS: tl.constexpr, UNITS: tl.constexpr):
+        row, unit = tl.arange(0, ROWS), tl.arange(0, UNITS)
+        summand = tl.load(summand_ptr + row[:, None] * UNITS + unit[None, :])
+        sums = rollout_fused_triton._add_rollouts(summand, tl.load(share_ptr + row), True)
+        place = tl.arange(0, 8)[:, None] * UNITS + unit[None, :]
+        tl.store(sums_ptr + place, sums)
+
+    generator = torch.Generator().manual_seed(0)
+    summand, share = torch.randn(rows, units, generator=generator).half(), torch.rand(rows, generator=generator)
+    sums = torch.empty(8, units)
+    add[(1,)](sums, summand, share, rows, units)
+    product = summand.double() * share.double().unsqueeze(1)
+    expected = torch.stack((product[::2].sum(0), product[1::2].sum(0)))
+    tolerances.assert_close(sums[:2], expected, "float32")
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])

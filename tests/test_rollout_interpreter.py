@@ -155,11 +155,12 @@ def test_gaussian_noise_without_start(form):
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
 @pytest.mark.parametrize("sigma", [1e-6, 1e-3])
+@pytest.mark.parametrize("kind", ["linear", "squared"])
 @pytest.mark.parametrize("form", FORMS)
-def test_other_branches(form, sigma, precision):
+def test_other_branches(form, kind, sigma, precision):
     """The scaled branch and the one without the plain difference, whose operands the interpreter does not round."""
     sizes = (3, 2, 9, 4, 5)
-    arguments = problem(sizes, "squared", sigma=sigma)
+    arguments = problem(sizes, kind, sigma=sigma)
     options = RolloutOptions(sizes[-1], sigma=sigma, precision=precision)
     bound = TOLERANCES["bf16_adjoint"].bound if precision == "fp16" else TOLERANCES["float32_long"].bound
     assert_close(run(form, arguments, options), oracle(arguments, options), bound)

@@ -97,6 +97,15 @@ def test_every_shape_has_a_launch_that_fits(**named):
 
 
 @pytest.mark.parametrize(
+    ("outputs", "shared"),
+    [(0, 2 * (128 * 128 + 128 * 128) + 1024), (60, 2 * (128 * 128 + 64 * 128 + 128 * 128) + 1024)],
+)
+def test_shared_memory_holds_both_matrices_and_a_tile_of_states(outputs, shared):
+    """By hand: 16-bit W_hh, W_o padded to 64 rows, and 128 rows of states."""
+    assert launch(has_readout=bool(outputs), outputs=outputs).shared_bytes == shared
+
+
+@pytest.mark.parametrize(
     ("batch", "rollouts", "rows", "samples"),
     [(1024, 32, 128, 4), (1024, 48, 128, 2), (1024, 3, 64, 16), (1, 32, 64, 2), (256, 130, 64, 1), (256, 128, 128, 1)],
 )
