@@ -61,14 +61,14 @@ MUTATIONS = {
         "estimators/by_segment.py",
         "self.result.skipped += sweep.skipped",
         "self.result.skipped = sweep.skipped",
-        ("test_robustness.py",),
+        ("test_details.py::test_lost_rollouts_of_every_layer_and_sample_are_counted",),
         ("test_details.py", "test_estimate_grad.py"),
     ),
     "found: the recurrent bias gets the input's gradient": Mutation(
         "estimators/found.py",
         "self.bias_hh = self.bias_hh + gates.recurrent.sum((1, 2))",
         "self.bias_hh = self.bias_hh + gates.inputs.sum((1, 2))",
-        ("test_plugins.py",),
+        ("test_details.py::test_each_bias_has_the_gradient_of_its_own_product",),
         ("test_conformance.py",),
     ),
     "found: the first state's gradient is not summed over processes": Mutation(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import noise_block
 from tolerances import assert_close
 from torch import nn
 
@@ -13,6 +14,7 @@ from anpgpu.estimators.found import Found, GradientSums, NonFiniteRolloutsError,
 from anpgpu.kernels.least_squares import least_squares
 from anpgpu.kernels.noise import Counters, noise
 from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.network.cells import GateAdjoints, LayerRun
 from anpgpu.network.stack import Network
 from anpgpu.network.weights import LayerWeights
 from anpgpu.registry import CELLS
@@ -210,3 +212,55 @@ def test_the_forward_passs_autocast_decides_the_precision_of_the_rollouts(monkey
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs.sum().backward()
     assert {options.precision for options in watched.options} == {"fp32"}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("division", [None, Division(1, 32, 1), Division(2, 8, 2)])
+def test_lost_rollouts_of_every_layer_and_sample_are_counted(division, bidirectional, monkeypatch):
+    """Units that rest at zero, and explode three steps after the first noise that raises them."""
+    if division is not None:
+        monkeypatch.setattr("anpgpu.runtime.memory.divide", lambda *_: division)
+    time, batch, rollouts = 4, 3, 32
+    how = Perturbation("np", rollouts=rollouts, sigma=1e-3, backend="torch")
+    rnn = anpgpu.RNN(1, 1, 2, "relu", bias=False, bidirectional=bidirectional, perturbation=how)
+    for name, weight in rnn.named_parameters():
+        nn.init.constant_(weight, 1e38 if "weight_hh" in name else 1.0)
+    inputs, targets = torch.zeros(time, batch, 1), torch.zeros(time, batch, 1 + bidirectional)
+    generator = torch.Generator().manual_seed(3)
+    seen = anpgpu.estimate_grad_(rnn, None, inputs, targets, generator=generator)
+    seed = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator.manual_seed(3))
+    lost = 0
+    for layer in range(2 * (1 + bidirectional)):
+        noise = 1e-3 * noise_block(int(seed) & (2**64 - 1), (time, batch, rollouts, 1), "rademacher", layer=layer)
+        state, change = torch.zeros(batch, rollouts, 1), torch.zeros(batch, rollouts, 1)
+        for step in noise.float():
+            state = (step + 1e38 * state).clamp(min=0)
+            change += state**2
+        # Only the last layer's loss is the squared error.
+        gone = ~(state if layer <= bidirectional else change).isfinite()
+        assert 0 < int(gone.sum()) < batch * rollouts
+        lost += int(gone.sum())
+    assert int(seen.skipped) == lost
+
+
+def test_each_bias_has_the_gradient_of_its_own_product():
+    """Of a cell whose two products have different adjoints, over two segments."""
+    rows = 3 * H
+    weights = LayerWeights(*(torch.zeros(shape).double() for shape in ((rows, I), (rows, H), (rows,), (rows,))))
+    sums = GradientSums(weights, 2)
+    expected = [torch.zeros_like(weight) for weight in weights]
+    torch.manual_seed(0)
+    for _ in range(2):
+        gates = GateAdjoints(torch.randn(2, T, B, rows).double(), torch.randn(2, T, B, rows).double())
+        run = LayerRun(torch.randn(T, B, I).double(), torch.randn(T + 1, B, H).double())
+        sums.add(gates, run)
+        for part in range(2):
+            for t in range(T):
+                for b in range(B):
+                    inward, recurrent = gates.inputs[part, t, b], gates.recurrent[part, t, b]
+                    expected[0] += torch.outer(inward, run.inputs[t, b])
+                    expected[1] += torch.outer(recurrent, run.states[t, b])
+                    expected[2] += inward
+                    expected[3] += recurrent
+    for total, loops in zip(sums.totals(biases=True), expected, strict=True):
+        assert_close(total, loops, "float64")
