@@ -154,6 +154,11 @@ def errors(rank):
         torch.manual_seed(rank)
         rnn(torch.randn(T, B, I))[0].sum().backward()
 
+    def own_order():
+        torch.manual_seed(0)
+        inputs = torch.randn(T, B, I)
+        rnn(inputs.flip(1) if rank else inputs)[0].sum().backward()
+
     def own_targets():
         inputs = torch.ones(T, B, I)
         anpgpu.estimate_grad_(rnn, head, inputs, torch.full((T, B, O), float(rank)), perturbation=how)
@@ -189,7 +194,17 @@ def errors(rank):
         same, linear = nn.RNN(I, H), nn.Linear(H, O)
         anpgpu.estimate_grad_(same, linear, torch.ones(T, B, I), None, loss, perturbation=how)
 
-    calls = (own_batch, own_targets, own_batch_size, own_weights, own_dropout, wrapped, too_few, nothing_finite)
+    calls = (
+        own_batch,
+        own_order,
+        own_targets,
+        own_batch_size,
+        own_weights,
+        own_dropout,
+        wrapped,
+        too_few,
+        nothing_finite,
+    )
     return {call.__name__: error_of(call) for call in calls}
 
 

@@ -88,7 +88,7 @@ MUTATIONS = {
         "estimators/weight_rollouts.py",
         "self._final_change(delta_h, number * self.network.directions + side)",
         "self._final_change(delta_h, number + side)",
-        ("test_modules.py",),
+        ("test_estimators.py::test_wp_is_unbiased", "test_modules.py"),
         ("test_estimators.py", "test_details.py"),
     ),
     "weight rollouts: dropout does not reach the deviation below": Mutation(
@@ -102,20 +102,20 @@ MUTATIONS = {
         "estimators/weights.py",
         "lengths=problem.lengths if both else None",
         "lengths=None",
-        ("test_estimators.py", "test_lengths.py"),
+        ("test_conformance_state.py::test_padding_of_inputs_and_targets_contributes_nothing", "test_lengths.py"),
         ("test_estimate_grad.py",),
     ),
     "published: W_hh learns from the first state": Mutation(
         "estimators/published.py",
         "return slice(1 if steps.start == 0 else 0, None)",
         "return slice(0, None)",
-        ("test_published.py",),
+        ("test_published.py::test_updates_are_the_pages_equations",),
     ),
     "published: the number of outputs is missing in N": Mutation(
         "estimators/published.py",
         "sizes = run.inputs.shape[-1] + sum(self.weight_o.shape)",
         "sizes = run.inputs.shape[-1] + self.weight_o.shape[1]",
-        ("test_published.py",),
+        ("test_published.py::test_updates_are_the_pages_equations",),
     ),
     "readout: blocks of rollouts share noise": Mutation(
         "estimators/readout.py",
@@ -128,7 +128,7 @@ MUTATIONS = {
         "estimators/job.py",
         "torch.where(valid & finite.unsqueeze(-1), delta_o, 0)",
         "torch.where(finite.unsqueeze(-1), delta_o, 0)",
-        ("test_details.py", "test_losses.py"),
+        ("test_cases.py", "test_losses.py", "test_lengths.py"),
         ("test_cases.py", "test_lengths.py"),
     ),
     # The network
@@ -200,7 +200,7 @@ MUTATIONS = {
         "runtime/memory.py",
         "limit = _lowered.get(device, max_memory)",
         "limit = max_memory",
-        ("test_division.py", "test_memory.py"),
+        ("test_faults.py::test_the_warning_names_a_max_memory_that_divides_the_same_from_the_start", "test_memory.py"),
         ("test_robustness.py", "test_faults.py"),
     ),
     "settings: processes with their own samples share noise": Mutation(
@@ -228,7 +228,7 @@ MUTATIONS = {
         "runtime/ranges.py",
         "stack.callback(domain.pop_range)",
         "stack.callback(id, domain)",
-        ("test_ranges.py",),
+        ("test_ranges.py::test_a_range_closes_when_its_op_raises",),
     ),
     # What PyTorch sees
     "the module: hx alone needs a gradient": Mutation(
@@ -242,7 +242,7 @@ MUTATIONS = {
         "ops/network.py",
         "(), dtype=torch.int64, device=device) ^ -(2**63)",
         "(), dtype=torch.int64, device=device)",
-        ("test_modules.py",),
+        ("test_ops.py::test_the_seed_is_the_one_that_estimate_grad_would_draw",),
         ("test_resume.py", "test_details.py", "test_estimate_grad.py"),
     ),
     "ops: a rollout follows the caller's autocast": Mutation(
@@ -263,7 +263,10 @@ MUTATIONS = {
         "modules.py",
         "        return Record()\n",
         "        return self\n",
-        ("test_modules.py",),
+        (
+            "test_modules.py::test_a_copy_is_independent",
+            "test_modules.py::test_deepcopy_and_pickle_give_the_same_module",
+        ),
         ("test_conformance_state.py", "test_swap.py"),
     ),
     "swap: a module swapped back keeps its perturbation": Mutation(
@@ -283,7 +286,7 @@ MUTATIONS = {
         "estimate.py",
         "outputs = torch.where(valid_steps(len(outputs), problem.lengths, outputs.device).unsqueeze(-1), outputs, 0)",
         "outputs = outputs + 0",
-        ("test_lengths.py", "test_estimate_grad.py"),
+        ("test_lengths.py", "test_cases.py"),
         ("test_cases.py",),
     ),
     # Decorrelation and diagnosis
@@ -291,19 +294,19 @@ MUTATIONS = {
         "decorrelation.py",
         "(int(calls) + 1) % every == 0",
         "int(calls) % every == 0",
-        ("test_decorrelation.py",),
+        ("test_decorrelation.py::test_every_few_updates",),
     ),
     "decorrelation: the step is not multiplied by D": Mutation(
         "decorrelation.py",
         "becomes = becomes - change @ becomes",
         "becomes = becomes - change",
-        ("test_decorrelation.py",),
+        ("test_decorrelation.py::test_every_matrix_follows_the_rule",),
     ),
     "decorrelation: W_hh sees the states a step late": Mutation(
         "decorrelation.py",
         "return layer_run.states[:-1] if",
         "return layer_run.states[1:] if",
-        ("test_decorrelation.py",),
+        ("test_decorrelation.py::test_every_matrix_follows_the_rule",),
     ),
     "alignment: the jackknife's scatter is a mean instead of a sum": Mutation(
         "diagnosis/alignment.py",
@@ -316,7 +319,10 @@ MUTATIONS = {
         "diagnosis/advice.py",
         "abs(math.log(row.perturbation.sigma / near.sigma))",
         "abs(row.perturbation.sigma - near.sigma)",
-        ("test_diagnosis.py",),
+        (
+            "test_diagnosis.py::test_the_closest_sigma_is_kept",
+            "test_diagnosis.py::test_a_sigma_that_is_as_good_as_any_is_kept",
+        ),
     ),
     "diagnosis: only the last seed's lost rollouts are counted": Mutation(
         "diagnosis/measure.py",

@@ -10,15 +10,18 @@ from torch import nn
 
 import anpgpu
 from anpgpu import Perturbation
+from anpgpu.estimators import readout
 from anpgpu.estimators.found import Found, GradientSums, NonFiniteRolloutsError, split_half
 from anpgpu.kernels.least_squares import least_squares
 from anpgpu.kernels.noise import Counters, noise
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.network.cells import GateAdjoints, LayerRun
-from anpgpu.network.stack import Network
+from anpgpu.network.stack import Network, run_network
 from anpgpu.network.weights import LayerWeights
 from anpgpu.registry import CELLS
-from anpgpu.runtime.memory import Division
+from anpgpu.runtime.memory import FIXED_BYTES, Division
+from anpgpu.runtime.settings import resolve
+from anpgpu.task.problem import canonical
 
 T, B, I, H, O = 6, 4, 2, 5, 3  # noqa: E741  (the design's names)
 BOTH = {"num_layers": 2, "bidirectional": True}
@@ -264,3 +267,25 @@ def test_each_bias_has_the_gradient_of_its_own_product():
                     expected[3] += recurrent
     for total, loops in zip(sums.totals(biases=True), expected, strict=True):
         assert_close(total, loops, "float64")
+
+
+def test_every_block_of_a_perturbed_readouts_rollouts_has_noise_of_its_own():
+    how = Perturbation("np", rollouts=5, sigma=1e-2)
+    rnn, head = build(how)
+    problem = canonical(rnn, head, *data(), "mse", None, None)
+    outputs = problem.read(run_network(problem.network, problem.inputs, problem.h_0).outputs)
+    settings, everyone = resolve(how, CELLS["tanh"], head.weight), slice(0, B)
+    whole, one_by_one = (
+        readout.perturb_readout(problem, outputs, settings, torch.tensor(3), everyone, limit)
+        for limit in (1 << 40, FIXED_BYTES + 1)
+    )
+    assert_close(one_by_one, whole, "float64")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32"), (torch.float64, "fp64")],
+)
+def test_on_a_cpu_operands_have_the_type_of_the_parameters(dtype, precision):
+    settings = resolve(Perturbation(), CELLS["tanh"], torch.zeros(2, 2, dtype=dtype))
+    assert settings.options.precision == precision

@@ -264,6 +264,25 @@ def test_a_setting_that_fails_is_a_row_without_figures():
         diagnose(rnn, readout, inputs, targets, perturbation=Perturbation(sigma=1e30), **SMALL | {"sigmas": (1e30,)})
 
 
+def test_lost_rollouts_of_every_seed_are_counted():
+    rnn, readout, inputs, targets = case()
+    clean = readout(rnn(inputs)[0])[..., :1].detach()
+
+    def fragile(outputs, targets):
+        lost = outputs[..., 0] > clean + 1.2e-3
+        return torch.where(lost, math.nan, (outputs - targets).square().mean(-1))
+
+    grid = {"methods": ("np",), "rollouts": (32,), "discounts": (1.0,), "sigmas": (1e-3,)}
+    found = diagnose(rnn, readout, inputs, targets, fragile, **grid, repeats=3, seed=5, progress=False)
+    (measured,) = (row for row in found.rows if row.perturbation.method == "np")
+    lost = []
+    for seed in torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(5)).tolist():
+        drawn = {"perturbation": measured.perturbation, "generator": torch.Generator().manual_seed(seed)}
+        lost.append(int(anpgpu.estimate_grad_(rnn, readout, inputs, targets, fragile, **drawn).skipped))
+    assert all(lost)
+    assert measured.skipped == sum(lost)
+
+
 def row(method="anp", rollouts=16, discount=1.0, sigma=1e-3, cosine=0.5, limit=1.0, agreement=0.25):
     how = Perturbation(method, rollouts, sigma, discount=discount)
     total = Alignment(cosine, 1.0, limit, 0.01, agreement)

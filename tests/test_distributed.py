@@ -61,6 +61,7 @@ def test_sharing_draws_one_number_too(reports):
     ("case", "words"),
     [
         ("own_batch", "RuntimeError: shard_rollouts=True: the N processes do not hold the same batch"),
+        ("own_order", "do not hold the same batch"),
         ("own_targets", "do not hold the same batch"),
         ("own_batch_size", "do not hold the same batch"),
         ("own_weights", "do not hold the same batch, weights"),

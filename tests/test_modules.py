@@ -300,6 +300,20 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(method):
         assert parameter.grad is None or torch.equal(parameter.grad, everything[name])
 
 
+def test_a_first_state_gets_its_gradient_from_frozen_layers():
+    rnn, _ = pair(4, 5, num_layers=2, perturbation=Perturbation("np", rollouts=6))
+    inputs, expected = torch.randn(6, 3, 4), []
+    for frozen in (False, True):
+        for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+            getattr(rnn, name).requires_grad_(not frozen)
+        hx = torch.full((2, 3, 5), 0.1, requires_grad=True)
+        torch.manual_seed(5)
+        rnn(inputs, hx)[0].square().sum().backward()
+        expected.append(hx.grad)
+    assert expected[0][0].any()
+    assert torch.equal(*expected)
+
+
 def test_gradients_accumulate():
     rnn, _ = pair(4, 5)
     inputs = torch.randn(6, 3, 4)

@@ -91,6 +91,7 @@ def test_unswap_gives_torchs_gradients_back():
     assert_close(estimated["head.weight"], expected["head.weight"], "float32")
     assert anpgpu.unswap_(model) == 2
     assert type(model.first) is nn.RNN
+    assert vars(model.first).keys() == vars(nn.RNN(4, 5)).keys()
     assert_same(step_of_model(model, inputs), expected)
     assert anpgpu.unswap_(model) == 0
     pickle.loads(pickle.dumps(model))
