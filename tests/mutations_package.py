@@ -95,14 +95,14 @@ MUTATIONS = {
         "estimators/weight_rollouts.py",
         "below = below * mask.unsqueeze(2)",
         "below = below * 1",
-        ("test_modules.py", "test_details.py"),
+        ("test_weight_rollouts.py",),
         ("test_estimators.py",),
     ),
     "weights: the reverse direction ignores lengths": Mutation(
         "estimators/weights.py",
         "lengths=problem.lengths if both else None",
         "lengths=None",
-        ("test_conformance_state.py::test_padding_of_inputs_and_targets_contributes_nothing", "test_lengths.py"),
+        ("test_weight_rollouts.py",),
         ("test_estimate_grad.py",),
     ),
     "published: W_hh learns from the first state": Mutation(
@@ -200,7 +200,7 @@ MUTATIONS = {
         "runtime/memory.py",
         "limit = _lowered.get(device, max_memory)",
         "limit = max_memory",
-        ("test_faults.py::test_the_warning_names_a_max_memory_that_divides_the_same_from_the_start", "test_memory.py"),
+        ("test_faults.py::test_backward_goes_on_in_less_memory",),
         ("test_robustness.py", "test_faults.py"),
     ),
     "settings: processes with their own samples share noise": Mutation(
@@ -214,14 +214,14 @@ MUTATIONS = {
         "runtime/settings.py",
         'precision = PRECISION_OF.get(weight.dtype, "fp32")',
         'precision = "fp32"',
-        ("test_modules.py", "test_details.py"),
+        ("test_details.py::test_on_a_cpu_operands_have_the_type_of_the_parameters",),
         ("test_estimate_grad.py", "test_robustness.py"),
     ),
     "processes: samples in another order pass for the same batch": Mutation(
         "runtime/processes.py",
         "torch.linspace(1, 2, value.numel())",
         "torch.ones(value.numel())",
-        ("test_distributed.py",),
+        ("test_distributed.py::test_mistakes_are_errors_in_every_process",),
         ("test_failing_processes.py",),
     ),
     "ranges: a range never ends": Mutation(
@@ -235,7 +235,7 @@ MUTATIONS = {
         "ops/network.py",
         "lowest = 0 if needed[0] or needed[1] else",
         "lowest = 0 if needed[0] else",
-        ("test_modules.py",),
+        ("test_modules.py::test_a_first_state_gets_its_gradient_from_frozen_layers",),
         ("test_details.py", "test_ops.py", "test_transforms.py"),
     ),
     "the module: another seed than estimate_grad_'s": Mutation(
@@ -256,7 +256,7 @@ MUTATIONS = {
         "modules.py",
         "if learns and self.training and not torch.is_grad_enabled()",
         "if learns and not torch.is_grad_enabled()",
-        ("test_modules.py",),
+        ("test_modules.py::test_without_gradients_only_training_mode_draws_a_seed",),
         ("test_conformance.py", "test_conformance_state.py"),
     ),
     "the module: a copy shares the original's report": Mutation(
@@ -273,13 +273,13 @@ MUTATIONS = {
         "swap.py",
         'for name in ("perturbation", "_record"):',
         'for name in ("_record",):',
-        ("test_swap.py",),
+        ("test_swap.py::test_unswap_gives_torchs_gradients_back",),
     ),
     "swap: the compiler breaks at a swapped module": Mutation(
         "swap.py",
         "        let_dynamo_trace()\n",
         "",
-        ("test_swap.py",),
+        ("test_ops.py::test_whoever_has_an_rnn_can_compile_it",),
         ("test_transforms.py",),
     ),
     "estimate: outputs past a sequence's end are the readout's bias": Mutation(
@@ -328,6 +328,6 @@ MUTATIONS = {
         "diagnosis/measure.py",
         "skipped += int(report.skipped)",
         "skipped = int(report.skipped)",
-        ("test_diagnosis.py",),
+        ("test_diagnosis.py::test_lost_rollouts_of_every_seed_are_counted",),
     ),
 }

@@ -314,6 +314,18 @@ def test_a_first_state_gets_its_gradient_from_frozen_layers():
     assert torch.equal(*expected)
 
 
+def test_without_gradients_only_training_mode_draws_a_seed():
+    # Activation checkpointing repeats such a pass with gradients; evaluation draws nothing, as nn.RNN's.
+    rnn, _ = pair(4, 5)
+    inputs, drawn = torch.randn(6, 3, 4), {}
+    for training in (False, True):
+        before = torch.get_rng_state()
+        with torch.no_grad():
+            rnn.train(training)(inputs)
+        drawn[training] = not torch.equal(torch.get_rng_state(), before)
+    assert drawn == {False: False, True: True}
+
+
 def test_gradients_accumulate():
     rnn, _ = pair(4, 5)
     inputs = torch.randn(6, 3, 4)
