@@ -312,7 +312,7 @@ MUTATIONS = {
         "diagnosis/alignment.py",
         "math.sqrt((count - 1) / count * float(",
         "math.sqrt(1 / count * float(",
-        ("test_alignment.py",),
+        ("test_alignment.py::test_the_limits_error_is_the_jackknifes",),
         ("test_diagnosis.py",),
     ),
     "advice: sigmas are compared by their difference": Mutation(

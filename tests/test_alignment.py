@@ -42,6 +42,17 @@ def test_limit_sees_through_variance_and_not_through_bias():
     assert float(cosines.mean()) == pytest.approx(3 / math.sqrt(25 + 25 / 4), abs=0.01)
 
 
+@pytest.mark.parametrize("count", [3, 8])
+def test_the_limits_error_is_the_jackknifes(count):
+    generator = torch.Generator().manual_seed(count)
+    truth = torch.randn(20, generator=generator)
+    estimates = truth + torch.randn(count, 20, generator=generator)
+    without = [alignment(torch.cat((estimates[:left], estimates[left + 1 :])), truth).limit for left in range(count)]
+    mean = sum(without) / count
+    squared = (count - 1) / count * sum((limit - mean) ** 2 for limit in without)
+    assert alignment(estimates, truth).limit_error == pytest.approx(squared**0.5)
+
+
 def test_bias_and_variance_are_not_mistaken_for_each_other():
     truth = AXES[0]
     biased = alignment(drawn(AXES[0] + 2 * AXES[1], 0.01, 4), truth)

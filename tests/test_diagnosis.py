@@ -302,6 +302,11 @@ def test_the_cheapest_within_tolerance_is_recommended_and_the_larger_discount():
     )
 
 
+def test_sigmas_are_as_close_as_their_ratio():
+    rows = [row(sigma=sigma) for sigma in (1e-3, 3e-2)]
+    assert closest_sigma(rows, row(sigma=1e-2).perturbation, 0.05, None) is rows[1]
+
+
 def test_the_closest_sigma_is_kept():
     rows = [row(sigma=sigma, cosine=cosine) for sigma, cosine in ((1e-4, 0.82), (1e-3, 0.80), (1e-1, 0.3))]
     assert closest_sigma(rows, rows[1].perturbation, 0.05, None) is rows[1]
