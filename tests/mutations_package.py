@@ -319,10 +319,7 @@ MUTATIONS = {
         "diagnosis/advice.py",
         "abs(math.log(row.perturbation.sigma / near.sigma))",
         "abs(row.perturbation.sigma - near.sigma)",
-        (
-            "test_diagnosis.py::test_the_closest_sigma_is_kept",
-            "test_diagnosis.py::test_a_sigma_that_is_as_good_as_any_is_kept",
-        ),
+        ("test_diagnosis.py::test_sigmas_are_as_close_as_their_ratio",),
     ),
     "diagnosis: only the last seed's lost rollouts are counted": Mutation(
         "diagnosis/measure.py",
