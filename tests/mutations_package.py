@@ -249,7 +249,7 @@ MUTATIONS = {
         "ops/tensors.py",
         'with torch.autocast(preact.device.type, enabled=False), entered("rollout"):',
         'with entered("rollout"):',
-        ("test_ops.py",),
+        ("test_ops.py::test_kernels_run_outside_the_callers_autocast",),
         ("test_public_api.py", "test_transforms.py"),
     ),
     "the module: a pass in eval mode draws a seed": Mutation(

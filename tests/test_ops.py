@@ -32,6 +32,7 @@ from torch.nn.utils.parametrizations import orthogonal
 import anpgpu
 from anpgpu import Perturbation, functional
 from anpgpu.functional import Counters, CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
+from anpgpu.ops import tensors
 from anpgpu.ops.network import FIELDS, new_seed
 from anpgpu.ops.tensors import loss_arguments
 from anpgpu.runtime.settings import new_seed as drawn_seed
@@ -322,6 +323,25 @@ def test_a_packed_sequence_breaks_the_graph_and_is_right():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_all_close(step(rnn, packed, torch.compile(rnn, backend="aot_eager")), expected, "exact")
+
+
+def test_kernels_run_outside_the_callers_autocast(monkeypatch):
+    # Some backends' products would follow it.
+    seen, implementation = [], tensors.implementation
+
+    def watched(op, backend):
+        def run(*arguments, **named):
+            seen.append((op, torch.is_autocast_enabled("cpu")))
+            return implementation(op, backend)(*arguments, **named)
+
+        return run
+
+    monkeypatch.setattr(tensors, "implementation", watched)
+    preact, weight_hh = randn(T, B, H), randn(H, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = functional.rollout(preact, preact.tanh(), weight_hh, LinearLoss(preact), 7, rollouts=P, sigma=1e-3)
+        functional.adjoint(moved.delta_loss, moved.delta_a, 7, sigma=1e-3)
+    assert seen == [("rollout", False), ("adjoint", False)]
 
 
 def test_compiled_functional():
