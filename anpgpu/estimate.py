@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .estimators.found import Estimate, FoundOfProblem, NonFiniteRolloutsError
 from .estimators.job import Job
+from .estimators.kept import kept_of
 from .network.cells import cell_name
 from .network.weights import valid_steps
 from .perturbation import Perturbation, check_perturbation
@@ -111,6 +112,7 @@ def estimate_grad_(
             split_half=result.split_half,
             ridge_grown=result.ridge_grown,
             moved=moved,
+            prior=result.prior,
         )
 
 
@@ -154,6 +156,8 @@ def _warn_unmoved(problem: Problem, perturbation: Perturbation, moved: Tensor) -
 def _job(rnn: nn.RNN, problem: Problem, perturbation: Perturbation, generator: torch.Generator | None) -> Job:
     """Return the job of an estimator that runs rollouts, and draw its seed."""
     settings = resolve(perturbation, CELLS[cell_name(rnn)], rnn.all_weights[0][1])
+    if settings.estimator.keeps_state:
+        settings = settings._replace(kept=kept_of(rnn))
     check_extent(len(rnn.all_weights), *problem.inputs.shape[:2])
     device, limit = problem.inputs.device, perturbation.max_memory
     return Job(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .estimators.found import Estimate
+from .estimators.kept import Kept, before_loading
 from .kernels.noise import COUNTER_LIMITS
 from .network.cells import cell_name
 from .ops.network import Structure, autocast_dtype, differentiable_run, new_seed, run_perturbed
@@ -61,11 +62,21 @@ class RNN(nn.RNN):
         super().__init__(*args, **kwargs)
         self.perturbation = check_perturbation(perturbation)
         self._record = Record()
+        self._estimator_state = Kept()
         let_dynamo_trace()
 
     def __setstate__(self, d: dict[str, Any]) -> None:
         super().__setstate__(d)  # type: ignore[no-untyped-call]
         let_dynamo_trace()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RNN:
+        super()._apply(fn, recurse)
+        self._estimator_state.move(self.all_weights[0][1])
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before_loading(self)
+        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def last_estimate(self) -> Estimate | None:
@@ -184,7 +195,8 @@ class RNN(nn.RNN):
             return differentiable_run(structure, inputs, hx, weights, masks, lengths)
         # The seed is drawn last, so that dropout masks are those of nn.RNN.
         seed = new_seed(inputs.device) if needed else None
-        return run_perturbed(self._record, perturbation, structure, seed, inputs, hx, weights, masks, lengths)
+        kept = self._estimator_state.handle if estimator.keeps_state else 0
+        return run_perturbed(self._record, perturbation, structure, seed, inputs, hx, weights, masks, lengths, kept)
 
 
 class Record:
@@ -193,9 +205,9 @@ class Record:
     def __init__(self) -> None:
         self.estimate: Estimate | None = None
 
-    def keep(self, skipped: Tensor, split_half: Tensor, ridge_grown: Tensor) -> None:
+    def keep(self, skipped: Tensor, split_half: Tensor, ridge_grown: Tensor, prior: Tensor) -> None:
         """Store the report of a backward pass."""
-        self.estimate = Estimate(None, None, None, skipped, split_half, ridge_grown)
+        self.estimate = Estimate(None, None, None, skipped, split_half, ridge_grown, prior)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         """Return an empty record: a copied module has had no backward pass."""

@@ -10,6 +10,7 @@ from .registry import BACKENDS, ESTIMATORS
 
 NOISES = ("rademacher", "gaussian")
 READOUTS = ("exact", "perturbed")
+PRIORS = ("learned", "known", "none")
 PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 AUTO = "auto"
 """Chooses the backend by the tensors' device; see `runtime.dispatch`."""
@@ -48,6 +49,10 @@ class Perturbation:
             large (0.1 and more) and all rollouts raise the loss alike, and changes little where sigma is small (least
             squares loses one of its equations); see `profiling/study_variance.py`. It needs two rollouts. "wp" and
             "bptt" do not use it.
+        prior: the prior mean of "anp-feedback", for ablations: "learned"; "known", what is known without feedback,
+            phi'(a_t) dL/dh_t of the step's own loss; or "none", which is "anp-ls".
+        warmup: estimates by which "anp-feedback" learns its feedback matrix before a module's first update.
+        follow_weights: whether the feedback matrix of "anp-feedback" makes the recurrent weights' own steps.
 
     Raises:
         ValueError: a value is outside its range; the message quotes it.
@@ -67,6 +72,9 @@ class Perturbation:
     max_memory: int | None = None
     shard_rollouts: bool = False
     baseline: bool = False
+    prior: str = "learned"
+    warmup: int = 30
+    follow_weights: bool = True
 
     def __post_init__(self) -> None:
         estimator = ESTIMATORS.find(self.method)
@@ -79,7 +87,9 @@ class Perturbation:
             whole("rank", self.rank, 1, 2**32)
         if self.max_memory is not None:
             whole("max_memory", self.max_memory, 1)
-        for name in ("baseline", "shard_rollouts"):
+        one_of("prior", self.prior, PRIORS)
+        whole("warmup", self.warmup, 0)
+        for name in ("baseline", "shard_rollouts", "follow_weights"):
             flag(name, getattr(self, name))
         if self.baseline and self.rollouts < 2:
             raise ValueError(f"baseline=True needs at least 2 rollouts, got rollouts={self.rollouts!r}")

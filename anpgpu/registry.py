@@ -80,11 +80,13 @@ class Estimator:
     """Whether it needs measured losses, and so runs only in `estimate_grad_`, not in a backward pass."""
     exact: bool = False
     """Whether it is autograd's exact gradient, without rollouts."""
+    keeps_state: bool = False
+    """Whether it keeps something between updates; its rule then gets a learner, the slopes and dL/dh."""
     discounted: bool = True
     """Whether the discount matters."""
     parts: int = 2
     """Number of parts that add up to a gradient: from the even and the odd rollouts, and, with 3, a part that needs all
-    rollouts."""
+    rollouts; 1 if the halves are not told apart."""
 
     @classmethod
     def check(cls, perturbation: Any) -> None:
@@ -103,6 +105,18 @@ class Estimator:
     @classmethod
     def rule(cls, settings: Any, weight_hh: Any, seed: Any, finite: Any) -> Any:
         """Return a rule, which credits the rollouts of some samples; see `estimators.rules.Rule`."""
+        raise NotImplementedError
+
+    @classmethod
+    def new_learner(cls, settings: Any, number: int, weight_hh: Any, extent: Any) -> Any:
+        """Return what a layer and direction learns in one update; an estimator that keeps a state has such an object.
+
+        Args:
+            settings: the resolved perturbation, whose `kept` holds the module's state.
+            number: of the layer and direction.
+            weight_hh: of the layer, (G H, H).
+            extent: `estimators.job.Extent`, the size of the update.
+        """
         raise NotImplementedError
 
     @staticmethod

@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 
+from .estimators.kept import Kept
 from .modules import RNN, Record, let_dynamo_trace
 from .perturbation import Perturbation, check_perturbation
 
@@ -48,7 +49,7 @@ def swap_(model: nn.Module, perturbation: Perturbation | None = None) -> int:
         if not isinstance(module, RNN):
             # The class changes, the object stays: references to it and to its parameters remain valid.
             module.__class__ = _replaced_class(type(module), nn.RNN, RNN)  # type: ignore[assignment]
-            vars(module)["_record"] = Record()
+            vars(module).update(_record=Record(), _estimator_state=Kept())
         vars(module)["perturbation"] = chosen
         let_dynamo_trace()
     return len(networks)
@@ -66,7 +67,7 @@ def unswap_(model: nn.Module) -> int:
     networks = [module for module in _modules(model) if isinstance(module, RNN)]
     for module in networks:
         module.__class__ = _replaced_class(type(module), RNN, nn.RNN)  # type: ignore[assignment]
-        for name in ("perturbation", "_record"):
+        for name in ("perturbation", "_record", "_estimator_state"):
             vars(module).pop(name)
     return len(networks)
 

@@ -58,15 +58,27 @@ class CellForms(NamedTuple):
     """Name of the device function in `cell_triton`."""
     cupy: str | None
     """Name of the kernel in `cell_cupy`."""
+    slope: Callable[[Tensor, Tensor], Tensor] | None = None
+    """From clean pre-activations and states, (T, B, H), to phi'(a); None where a step is not h = phi(a)."""
 
     def backends(self) -> tuple[str, ...]:
         """Return the backends that have a form of the cell."""
         forms = self._asdict().items()
-        return tuple(backend for backend, form in forms if backend not in {"name", "rows"} and form is not None)
+        return tuple(backend for backend, form in forms if backend not in {"name", "rows", "slope"} and form is not None)
 
     def around(self, preact: Tensor, hidden: Tensor) -> Deviation:
         """Return torch's form of the cell around a clean run, (T, B, H)."""
         return self.torch(preact, self.rows(preact, hidden))
+
+    def slope_of(self, preact: Tensor, hidden: Tensor) -> Tensor:
+        """Return phi'(a), (T, B, H).
+
+        Raises:
+            ValueError: the cell has no slope.
+        """
+        if self.slope is None:
+            raise ValueError(f"cell {self.name!r} has no slope phi'(a), which a feedback matrix needs; use 'anp-ls'")
+        return self.slope(preact, hidden)
 
     def on(self, backend: str) -> Any:
         """Return the form of the cell on a backend.
@@ -147,5 +159,17 @@ class ReluDeviation:
         return torch.maximum(result, self.above[step].unsqueeze(1), out=result)
 
 
-TANH = CellForms("tanh", quotient_rows, TanhDeviation, numba=0, triton="tanh_deviation", cupy="tanh_deviation")
-RELU = CellForms("relu", limit_rows, ReluDeviation, numba=1, triton="relu_deviation", cupy="relu_deviation")
+def tanh_slope(preact: Tensor, hidden: Tensor) -> Tensor:
+    """Return 1 - h^2, (T, B, H)."""
+    del preact
+    return 1 - hidden.square()
+
+
+def relu_slope(preact: Tensor, hidden: Tensor) -> Tensor:
+    """Return 1 where a > 0, else 0, (T, B, H)."""
+    del hidden
+    return (preact > 0).to(preact.dtype)
+
+
+TANH = CellForms("tanh", quotient_rows, TanhDeviation, 0, "tanh_deviation", "tanh_deviation", tanh_slope)
+RELU = CellForms("relu", limit_rows, ReluDeviation, 1, "relu_deviation", "relu_deviation", relu_slope)

@@ -105,27 +105,26 @@ def least_squares(
         draw: generates the noise again; a backend's `noise`.
         recursion: a backend's own `deflate` for the dual form with Rademacher noise; None where it has none.
     """
-    time, batch, rollouts, units = delta_a.shape
+    time, batch, _, units = delta_a.shape
     # Scaling delta_a and sigma by a constant scales nothing below but the result.
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
-    loss_unit = _power_of_two(torch.maximum(_largest(delta_loss, 0, 2), _largest(carry, 1))).unsqueeze(-1)
+    loss_unit = power_of_two(torch.maximum(largest_of(delta_loss, 0, 2), largest_of(carry, 1))).unsqueeze(-1)
     delta_loss, carry = delta_loss / loss_unit, carry / loss_unit
     own = recursion if options.noise == "rademacher" else None
     all_finite = not delta_a.is_cuda and bool(finite.all())
     adjoint = delta_loss.new_empty((3, time, batch, units))
     credit = torch.empty_like(delta_loss)
     grown = torch.zeros((), dtype=torch.int64, device=delta_a.device)
-    step_bytes = max(1, batch) * rollouts * units * delta_loss.itemsize
-    length = max(1, min(time, BLOCK_BYTES.get(delta_a.device.type, BLOCK_BYTES["cuda"]) // step_bytes))
+    length = block_length(delta_a, delta_loss)
     for stop in range(time, 0, -length):
         start = max(0, stop - length)
         steps = slice(start, stop)
         activity = delta_a[steps].to(delta_loss.dtype)
         activity = activity if scale == 1.0 else activity * scale
         activity = activity if all_finite else torch.where(finite.unsqueeze(-1), activity, 0)
-        activity, gram, unit = _in_units(activity)
+        activity, gram, unit = in_units(activity)
         halves = _half_grams(gram, activity)
-        factor, bad = _factored(gram, ridge, finite)
+        factor, bad = factored(gram, ridge, finite)
         grown += bad
         together = adjoint[2, steps]
         how = Deflation(
@@ -203,37 +202,44 @@ def dual(activity: Tensor) -> bool:
     return activity.shape[-2] <= activity.shape[-1]
 
 
-def _in_units(activity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def in_units(activity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return activity differences, (L, B, P, H), in units whose squares fit, Gram matrices, and the units, (L, B).
 
     The units are powers of two of the size of each step and sample. On the CPU they are 1 where all fits as it is; on
     CUDA asking would make the host wait.
     """
     if not activity.is_cuda:
-        gram = _smaller_gram(activity)
+        gram = smaller_gram(activity)
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         if bool(((trace > SAFE_TRACES[0]) & (trace < SAFE_TRACES[1])).all()):
             return activity, gram, torch.ones_like(trace)
-    unit = _power_of_two(_largest(activity, 2, 3))
+    unit = power_of_two(largest_of(activity, 2, 3))
     # On CUDA leaving out rollouts has made a copy; on the CPU this may be the caller's tensor.
     activity = activity.div_(unit[..., None, None]) if activity.is_cuda else activity / unit[..., None, None]
-    return activity, _smaller_gram(activity), unit
+    return activity, smaller_gram(activity), unit
 
 
-def _largest(values: Tensor, *dims: int) -> Tensor:
+def largest_of(values: Tensor, *dims: int) -> Tensor:
     """Return the largest magnitude along some axes, which are not empty."""
     largest: Tensor = torch.linalg.vector_norm(values, math.inf, dims)
     return largest
 
 
-def _power_of_two(size: Tensor) -> Tensor:
+def power_of_two(size: Tensor) -> Tensor:
     """Return a power of two of about that size whose inverse is a normal number; 1 where it is 0 or not finite."""
     tiny = torch.finfo(size.dtype).tiny
     power = (size / torch.frexp(size).mantissa).clamp(tiny, 1 / tiny)
     return torch.where(torch.isfinite(power), power, 1)
 
 
-def _factored(gram: Tensor, ridge: float, finite: Tensor) -> tuple[Tensor, Tensor]:
+def block_length(delta_a: Tensor, delta_loss: Tensor) -> int:
+    """Return the number of steps that are regressed at once."""
+    time, batch, rollouts, units = delta_a.shape
+    step_bytes = max(1, batch) * rollouts * units * delta_loss.itemsize
+    return max(1, min(time, BLOCK_BYTES.get(delta_a.device.type, BLOCK_BYTES["cuda"]) // step_bytes))
+
+
+def factored(gram: Tensor, ridge: float, finite: Tensor) -> tuple[Tensor, Tensor]:
     """Add the ridge to Gram matrices, (L, B, n, n), in place; return their Cholesky factors and how many had none.
 
     `finite`: the rollouts that they were computed from, (B, p) bool.
@@ -276,17 +282,18 @@ def _half_grams(gram: Tensor, activity: Tensor) -> tuple[Tensor, Tensor]:
     """Return the even and the odd rollouts' own Gram matrices, each in its smaller form."""
     if dual(activity):
         return gram[..., ::2, ::2].clone(), gram[..., 1::2, 1::2].clone()
-    first, second = (_smaller_gram(activity[..., half::2, :]) for half in (0, 1))
+    first, second = (smaller_gram(activity[..., half::2, :]) for half in (0, 1))
     return first, second
 
 
-def _smaller_gram(activity: Tensor) -> Tensor:
+def smaller_gram(activity: Tensor) -> Tensor:
+    """Return D D^T, (..., P, P), or D^T D, (..., H, H), whichever is smaller."""
     return activity @ activity.mT if dual(activity) else activity.mT @ activity
 
 
 def _half(activity: Tensor, gram: Tensor, credit: Tensor, ridge: float, finite: Tensor) -> Tensor:
     """Return the estimate, (L, B, H), of some rollouts, (L, B, p, H), from their deflated returns, (L, B, p)."""
-    factor, _ = _factored(gram, ridge, finite)
+    factor, _ = factored(gram, ridge, finite)
     target = credit.unsqueeze(-1)
     if dual(activity):
         return (activity.mT @ solve(factor, target)).squeeze(-1)

@@ -28,7 +28,7 @@ def _dot(factor: Any, step: Any, sample: Any, row: Any, vector: Any, length: Any
 
 
 @inlined
-def _solve(factor: Any, step: Any, sample: Any, vector: Any) -> None:
+def solve_in_place(factor: Any, step: Any, sample: Any, vector: Any) -> None:
     """Solve L L^T x = vector in place."""
     size = len(vector)
     for row in range(size):
@@ -48,7 +48,7 @@ def _add_row(total: Any, step: Any, sample: Any, share: Any, activity: Any, row:
 
 
 @summing
-def _signed_sum(words: Any, step: Any, sample: Any, rollout: Any, values: Any) -> Any:
+def signed_sum(words: Any, step: Any, sample: Any, rollout: Any, values: Any) -> Any:
     """Return the sum over units of the signs times the values."""
     total, units = _F(0), values.shape[2]
     for number in range((units + 31) // 32):
@@ -88,7 +88,7 @@ def _deflate(
             for rollout in range(rollouts):
                 target = delta_loss[step, sample, rollout] + carry[sample, rollout] - mean
                 credit[step, sample, rollout] = weights[rollout] = target
-            _solve(factor, step, sample, weights)
+            solve_in_place(factor, step, sample, weights)
             estimate[step, sample] = _F(0)
             for rollout in range(rollouts):
                 row = (step * batch + sample) * rollouts + rollout
@@ -96,7 +96,7 @@ def _deflate(
             for place in range(estimate.shape[2]):
                 estimate[step, sample, place] /= unit[step, sample]
             for rollout in range(rollouts):
-                later = sigma * _signed_sum(words, step, sample, rollout, estimate)
+                later = sigma * signed_sum(words, step, sample, rollout, estimate)
                 carry[sample, rollout] = discount * (credit[step, sample, rollout] - later)
 
 

@@ -46,6 +46,10 @@ class LinearLoss(NamedTuple):
         """The loss sees the states themselves."""
         return
 
+    def state_gradient(self) -> Tensor:
+        """Return dL/dh, (T, B, H)."""
+        return self.grad
+
     def differences(self, steps: slice, deviation: Tensor) -> Tensor:
         """Return delta_loss of some steps, (L, B, P), from delta_h, (L, B, P, H)."""
         return (deviation @ self.grad[steps].unsqueeze(-1)).squeeze(-1)
@@ -75,6 +79,10 @@ class SquaredLoss(NamedTuple):
     def grad(self) -> None:
         """The loss is not linear in the state."""
         return
+
+    def state_gradient(self) -> Tensor:
+        """Return dL/dh of each step's loss, (T, B, H)."""
+        return _through(self.readout, self.error * (2 / self.error.shape[-1]), self.weight)
 
     def differences(self, steps: slice, deviation: Tensor) -> Tensor:
         """Return delta_loss of some steps, (L, B, P), from delta_o, (L, B, P, O)."""
@@ -108,6 +116,11 @@ class CrossEntropyLoss(NamedTuple):
         """The loss is not linear in the state."""
         return
 
+    def state_gradient(self) -> Tensor:
+        """Return dL/dh of each step's loss, (T, B, H)."""
+        index = self.target.unsqueeze(-1)
+        return _through(self.readout, self.probs.scatter_add(-1, index, -torch.ones_like(self.probs)), self.weight)
+
     def differences(self, steps: slice, deviation: Tensor) -> Tensor:
         """Return delta_loss of some steps, (L, B, P), from delta_o, (L, B, P, O)."""
         probs, target = self.probs[steps].unsqueeze(2), self.target[steps].unsqueeze(2)
@@ -134,6 +147,10 @@ class OutputsOnly(NamedTuple):
     def grad(self) -> None:
         """The loss is not linear in the state."""
         return
+
+    def state_gradient(self) -> Tensor:
+        """Raise TypeError."""
+        raise TypeError(f"only the caller can measure {type(self).__name__}")
 
     def differences(self, steps: slice, deviation: Tensor) -> Tensor:
         """Raise TypeError."""
@@ -242,6 +259,13 @@ def cross_entropy_difference(delta_o: Tensor, probs: Tensor, target: Tensor) -> 
     top = difference.amax(-1, keepdim=True)
     large = torch.log((probs * torch.exp(difference - top)).sum(-1)) + top.squeeze(-1)
     return torch.where(difference.abs().amax(-1) > PLAIN_FORM_ABOVE, large, small)
+
+
+def _through(readout: Tensor | None, gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return dL/dh, (T, B, H), from a step's dL/do without its weight, (T, B, O), and the weight, (T, B)."""
+    weight = weight.unsqueeze(-1)
+    gradient = torch.where(weight == 0, 0, gradient * weight)
+    return gradient if readout is None else gradient @ readout
 
 
 def _weighted(difference: Tensor, weight: Tensor) -> Tensor:

@@ -2,6 +2,6 @@
 
 from . import rules  # isort: skip
 from . import weights  # isort: skip
-from . import bptt, published  # isort: skip
+from . import bptt, feedback, published  # isort: skip
 
-__all__ = ["bptt", "published", "rules", "weights"]
+__all__ = ["bptt", "feedback", "published", "rules", "weights"]

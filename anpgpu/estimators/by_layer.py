@@ -23,7 +23,7 @@ from anpgpu.runtime.memory import Division, one_after_another, segments_of, with
 from anpgpu.runtime.settings import Settings
 
 from .found import Found, FoundOfProblem
-from .job import BlackBoxChange, Job, draw_masks
+from .job import BlackBoxChange, Extent, Job, draw_masks
 from .readout import perturb_readout
 from .sweep import Chunk, Sweep
 
@@ -148,6 +148,9 @@ def _walk(result: Found, backward: Backward, loss_of_layer: Callable[[int, int, 
             result.h_0[index] = estimate.h_0[0]
             result.skipped += estimate.skipped
             result.ridge_grown += estimate.ridge_grown
+            for learner in estimate.learners:
+                learner.commit()
+            result.learners = [*estimate.learners, *result.learners]
             d_inputs += in_processing_order(estimate.inputs, bool(side), lengths)
         mask = run.masks[number]
         above = d_inputs if mask is None else d_inputs * mask
@@ -173,9 +176,13 @@ def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Fo
     result = Found(network, layer.run.inputs, layer.run.states[:1], settings.estimator.parts)
     segments = segments_of(time, division)
     own = settings.share.samples(batch)
+    if settings.estimator.keeps_state:
+        extent = Extent(time, batch, backward.lengths)
+        result.learners = [settings.estimator.new_learner(settings, layer.number, weights.weight_hh, extent)]
     for first in range(own.start, own.stop, max(division.samples, 1)):
         samples = slice(first, min(first + division.samples, own.stop))
-        sweep = Sweep(weights.weight_hh, backward.seed, settings, Chunk(samples, layer.number), division)
+        learner = result.learners[0] if result.learners else None
+        sweep = Sweep(weights.weight_hh, backward.seed, settings, Chunk(samples, layer.number), division, learner)
         grad = layer.loss.of(slice(0, time), samples).grad
         # An incoming gradient with NaN or inf makes every loss difference so: these rollouts count, and NaN propagates.
         trust = None if grad is None else ~torch.isfinite(grad).all(-1).all(0)

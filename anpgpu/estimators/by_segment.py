@@ -6,6 +6,7 @@ With more than one segment nothing of size (T, B, H) is stored: clean states, to
 from __future__ import annotations
 
 import functools
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from anpgpu.network.stack import CleanRun
 from anpgpu.runtime.memory import Division, Shape, one_after_another, segments_of, within_memory
 
 from .found import FoundOfProblem
-from .job import BlackBoxChange, Job, draw_masks
+from .job import BlackBoxChange, Extent, Job, draw_masks
 from .readout import perturb_readout
 from .sweep import Chunk, Sweep
 
@@ -39,7 +40,10 @@ def one_direction(job: Job) -> FoundOfProblem:
     masks = draw_masks(problem)
     job = job.agreed(*masks)
     work = functools.partial(_estimate, job, masks, shape)
-    return within_memory(shape, job.max_memory, problem.inputs.device, work, alone=settings.share.alone)
+    result = within_memory(shape, job.max_memory, problem.inputs.device, work, alone=settings.share.alone)
+    for learner in result.learners:
+        learner.commit()
+    return result
 
 
 def _estimate(job: Job, masks: tuple[Tensor, ...], shape: Shape, division: Division) -> FoundOfProblem:
@@ -48,6 +52,12 @@ def _estimate(job: Job, masks: tuple[Tensor, ...], shape: Shape, division: Divis
     result = FoundOfProblem(job.problem, job.settings.estimator.parts)
     segments = segments_of(shape.time, division)
     own = job.settings.share.samples(shape.batch)
+    if job.settings.estimator.keeps_state:
+        extent = Extent(shape.time, shape.batch, job.problem.lengths)
+        result.learners = [
+            job.settings.estimator.new_learner(job.settings, number, layer[0].weight_hh, extent)
+            for number, layer in enumerate(job.problem.network.layers)
+        ]
     for first in range(own.start, own.stop, max(division.samples, 1)):
         samples = slice(first, min(first + division.samples, own.stop))
         chunk = _ChunkOfSamples(job, result, division, segments, samples, masks)
@@ -83,8 +93,10 @@ class _ChunkOfSamples:
             masks=tuple(mask[:, samples] for mask in masks),
         )
         self.sweeps = [
-            Sweep(layer[0].weight_hh, job.seed, job.settings, Chunk(samples, number), division)
-            for number, layer in enumerate(self.problem.network.layers)
+            Sweep(layer[0].weight_hh, job.seed, job.settings, Chunk(samples, number), division, learner)
+            for (number, layer), learner in zip(
+                enumerate(self.problem.network.layers), result.learners or repeat(None), strict=False
+            )
         ]
         self.top = self.sweeps[-1]
         self.gradient_o: Tensor | None = None
@@ -172,6 +184,7 @@ class _ChunkOfSamples:
                 loss if known is None else None,
                 measured=known,
                 measure=self.change.of if top and self.change is not None else None,
+                gradient=functools.partial(self._measured_gradient, steps) if top and self.change is not None else None,
             )
             adjoint, above = result.credit(number, parts, weights, layer)
             if number:
@@ -182,6 +195,12 @@ class _ChunkOfSamples:
             if steps.start == 0:
                 result.h_0[number, self.samples] = cell.first_state_gradient(adjoint[0], weights, layer)
         result.inputs[steps, self.samples] = above
+
+    def _measured_gradient(self, steps: slice) -> Tensor:
+        """Return dL/dh of a segment from a black box's measured dL/do."""
+        assert self.change is not None  # noqa: S101  (for the type checker; only a black box is asked)
+        gradient = self.change.gradient[steps]
+        return gradient if self.problem.weight_o is None else gradient @ self.problem.weight_o
 
     def _credit_readout(self, run: CleanRun, steps: slice) -> None:
         """Add the readout's gradient of a segment."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class Estimate(NamedTuple):
     """Number of rollouts that changed a callable loss, over samples, the last layer's directions, and the readout's
     rollouts; 0-dim int64. At 0 every gradient is zero: on the CPU a warning says so, on CUDA, where nothing makes the
     host wait, this number alone. None for other losses, and with method "bptt"."""
+    prior: Tensor | None = None
+    """How good the prior mean of "anp-feedback" was, (layers * D, 2); (0, 2) for other methods. First the mean gain with
+    which the returns confirm it, in [0, 1]; then the ratio of what the returns show of the feedback's part to what the
+    feedback matrix predicts. Both near 1 once the matrix has converged; NaN where there was nothing to predict."""
 
 
 class NonFiniteRolloutsError(RuntimeError):
@@ -103,8 +107,11 @@ class GradientSums:
 def split_half(sums: Sequence[GradientSums]) -> Tensor:
     """Return the cosine between the two halves' gradients over all weights and biases, a 0-dim tensor.
 
-    It shows the estimate's variance, not its bias; NaN where a half is zero, as with one rollout.
+    It shows the estimate's variance, not its bias; NaN where a half is zero, as with one rollout, and where halves are
+    not told apart.
     """
+    if len(sums[0].weight_hh) == 1:
+        return torch.full((), torch.nan, dtype=sums[0].weight_hh.dtype, device=sums[0].weight_hh.device)
     dot, first, second = torch.stack([_products(tensor[:2]) for layer in sums for tensor in layer.tensors]).sum(0)
     cosine: Tensor = dot / (first * second).sqrt()
     return cosine.to(sums[0].weight_hh.dtype)
@@ -136,6 +143,14 @@ class Found:
         self.h_0 = torch.zeros_like(h_0)
         self.skipped = torch.zeros((), dtype=torch.int64, device=inputs.device)
         self.ridge_grown = torch.zeros_like(self.skipped)
+        self.learners: list[Any] = []
+        """What every layer and direction has learnt, of an estimator that keeps a state."""
+
+    @property
+    def prior(self) -> Tensor:
+        """How good the prior means were, see `Estimate`, (layers * D, 2); (0, 2) without a prior."""
+        reports = [learner.report for learner in self.learners]
+        return torch.stack(reports) if reports else self.h_0.new_empty((0, 2))
 
     @property
     def split_half(self) -> Tensor:

@@ -17,6 +17,15 @@ SPREAD_RIDGE = 1e-6
 """Of the regression of whole sequences' values, relative to the mean squared output deviation of a rollout."""
 
 
+class Extent(NamedTuple):
+    """The size of an update."""
+
+    time: int
+    batch: int
+    lengths: Tensor | None
+    """Valid steps of each sample, (B,); None is all."""
+
+
 class Job(NamedTuple):
     """The arguments of an estimator that runs rollouts."""
 

@@ -8,7 +8,7 @@ rollouts into an estimate of the adjoint.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +55,18 @@ class Sweep:
         settings: the resolved perturbation, whose estimator is a rule.
         chunk: which samples, of which layer.
         division: number of rollouts at a time, and of segments.
+        learner: what the layer learns in this update; None where the estimator keeps no state.
     """
 
-    def __init__(self, weight_hh: Tensor, seed: Tensor, settings: Settings, chunk: Chunk, division: Division) -> None:
+    def __init__(
+        self,
+        weight_hh: Tensor,
+        seed: Tensor,
+        settings: Settings,
+        chunk: Chunk,
+        division: Division,
+        learner: Any = None,
+    ) -> None:
         self.weight_hh, self.seed, self.settings, self.chunk = weight_hh, seed, settings, chunk
         total = settings.options.rollouts
         step = division.rollouts
@@ -68,6 +77,7 @@ class Sweep:
         self.counts = self.finite.sum(1)
         self.rollout = implementation("rollout", settings.backend)
         self.rule = settings.estimator.rule(settings, weight_hh, seed, self.finite)
+        self.learner = learner
 
     def _block(self, rollouts: slice, time: int, *, store: bool) -> Block:
         counters = Counters(
@@ -125,6 +135,7 @@ class Sweep:
         measured: Tensor | None = None,
         measure: Callable[[Tensor], Tensor] | None = None,
         trust: Tensor | None = None,
+        gradient: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Run a segment's rollouts and return its adjoint estimate.
 
@@ -136,6 +147,7 @@ class Sweep:
             measured: loss differences of the segment, (L, B, P), if they are already known.
             measure: turns delta_o into loss differences, for a black-box loss.
             trust: samples, (B,) bool, whose rollouts count even if not finite, because the incoming gradient is not.
+            gradient: returns dL/dh of each step's own loss, (L, B, H), for a black-box loss; called once measured.
 
         Returns:
             Parts that sum to the estimate, (parts, L, B, H); see `registry.Estimator.parts`.
@@ -166,6 +178,9 @@ class Sweep:
                 self._mark(rollouts, moved.delta_h, delta_loss)
                 if trust is not None:
                     self.finite[:, rollouts] |= trust.unsqueeze(1)
+            if self.learner is not None:
+                of_loss = gradient or loss.state_gradient  # type: ignore[union-attr]  (a loss or its gradient is given)
+                self.rule.expect(self.learner, self.settings.options.cell.slope_of(preact, hidden), of_loss())
             self.rule.add(block, torch.where(self.finite[:, rollouts], delta_loss, 0), moved.delta_a)
             give_back(moved.delta_a)
         if not self.segmented:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anpgpu.estimators.by_layer import Backward
 from anpgpu.estimators.found import Found
+from anpgpu.estimators.kept import kept_by_handle
 from anpgpu.network.cells import LayerRun
 from anpgpu.network.stack import CleanRun, Network, joined, run_network
 from anpgpu.network.weights import in_processing_order, valid_steps
@@ -71,8 +72,8 @@ STRUCTURE = "str cell, bool biases, SymInt directions, ScalarType? autocast"
 class Keeper(Protocol):
     """Receives what a backward pass reports besides gradients."""
 
-    def keep(self, skipped: Tensor, split_half: Tensor, ridge_grown: Tensor) -> None:
-        """Store the fields of `Estimate` of these names, 0-dim tensors."""
+    def keep(self, skipped: Tensor, split_half: Tensor, ridge_grown: Tensor, prior: Tensor) -> None:
+        """Store the fields of `Estimate` of these names."""
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -160,7 +161,7 @@ class Left(NamedTuple):
     "anpgpu::rnn_backward",
     mutates_args=(),
     schema="(Tensor grad_outputs, Tensor grad_h_n, Tensor seed, Tensor inputs, Tensor? lengths, "
-    "Tensor[] weights, Tensor[] states, Tensor[] masks, SymInt lowest, "
+    "Tensor[] weights, Tensor[] states, Tensor[] masks, SymInt lowest, SymInt kept, "
     + STRUCTURE
     + "".join(f", {SCHEMA_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(Perturbation))
     + ") -> Tensor[]",
@@ -172,14 +173,15 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
     Args:
         grad_outputs: dL/doutputs, (T, B, D * H).
         grad_h_n: dL/dh_n, (layers * D, B, H).
-        *rest: `Left`; the number of the lowest layer that needs a gradient, 0 if inputs or hx do; `Structure`; the
-            fields of `Perturbation`.
+        *rest: `Left`; the number of the lowest layer that needs a gradient, 0 if inputs or hx do; the handle of the
+            module's state, see `estimators.kept`; `Structure`; the fields of `Perturbation`.
 
     Returns:
         Gradients of inputs and hx (empty tensors unless the lowest layer is 0) and of every weight in the order of
-        `weights`, each in its tensor's type; then `skipped`, `split_half` and `ridge_grown` of `Estimate`.
+        `weights`, each in its tensor's type; then `skipped`, `split_half` and `ridge_grown` of `Estimate`, and what the
+        state's learners report, (layers * D, 2), empty without a state.
     """
-    left, lowest, structure, scalars = _taken_apart(rest)
+    left, (lowest, kept), structure, scalars = _taken_apart(rest)
     perturbation = Perturbation(*scalars)
     device = left.inputs.device
     # Loss differences and sums stay in the working type, also where backward() is called under autocast.
@@ -189,6 +191,8 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
     ):
         with _under(structure.autocast, device):
             settings = resolve(perturbation, CELLS[structure.cell], left.weights[1])
+        if settings.estimator.keeps_state:
+            settings = settings._replace(kept=kept_by_handle(kept))
         check_extent(len(left.states), *left.inputs.shape[:2])
         dtype = working_dtype(left.weights[0].dtype)
         network = structure.network(left.weights).to(dtype)
@@ -204,19 +208,19 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
     if lowest:
         gradients = [gradient.new_empty(0) for gradient in gradients]
     gradients += [grad.to(weight.dtype).contiguous() for grad, weight in zip(sums, left.weights, strict=True)]
-    return [*gradients, estimate.skipped, estimate.split_half, estimate.ridge_grown]
+    return [*gradients, estimate.skipped, estimate.split_half, estimate.ridge_grown, estimate.prior]
 
 
-def _taken_apart(rest: Sequence[Any]) -> tuple[Left, int, Structure, Sequence[Any]]:
+def _taken_apart(rest: Sequence[Any]) -> tuple[Left, tuple[int, int], Structure, Sequence[Any]]:
     """Split the arguments of the backward op that follow the gradients."""
     first = len(Left._fields)
-    second = first + 1 + len(Structure._fields)
-    return Left(*rest[:first]), rest[first], Structure(*rest[first + 1 : second]), rest[second:]
+    second = first + 2 + len(Structure._fields)
+    return Left(*rest[:first]), (rest[first], rest[first + 1]), Structure(*rest[first + 2 : second]), rest[second:]
 
 
 @backward.register_fake
 def _(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]:
-    left, lowest, *_ = _taken_apart(rest)
+    left, (lowest, kept), *_ = _taken_apart(rest)
     shapes = [(0,), (0,)] if lowest else [left.inputs.shape, grad_h_n.shape]
     number = grad_h_n.new_empty((), dtype=torch.int64)
     return [
@@ -225,6 +229,7 @@ def _(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]:
         number,
         number.new_empty((), dtype=working_dtype(left.weights[0].dtype)),
         torch.empty_like(number),
+        number.new_empty((len(left.states) if kept else 0, 2), dtype=working_dtype(left.weights[0].dtype)),
     ]
 
 
@@ -234,6 +239,8 @@ class Call(NamedTuple):
     keeper: Keeper | None
     structure: Structure
     perturbation: tuple[Any, ...]
+    kept: int
+    """Handle of the module's state; 0 for an estimator without one."""
     weights: int
     """How many of the trailing tensors are weights; the rest are masks."""
 
@@ -277,7 +284,7 @@ class PerturbedRNN(torch.autograd.Function):
             grad_outputs = states.new_zeros((values.shape[0], batch, call.structure.directions * units))
         if grad_h_n is None:
             grad_h_n = states.new_zeros((ctx.states, batch, units))
-        split = _Split(call.weights, ctx.states, (lowest, *call.structure, *call.perturbation))
+        split = _Split(call.weights, ctx.states, (lowest, call.kept, *call.structure, *call.perturbation))
         d_inputs, d_hx, *d_weights = underived(
             _backward_of, split, grad_outputs, grad_h_n, seed, values, lengths, *tensors
         )
@@ -341,13 +348,14 @@ def run_perturbed(
     weights: Sequence[Tensor],
     masks: Sequence[Tensor],
     lengths: Tensor | None,
+    kept: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return outputs and h_n, with a backward pass by rollouts if there is a seed; arguments as in `clean_run`."""
     if seed is None:
         outputs, h_n, _ = torch.ops.anpgpu.rnn(inputs, hx, list(weights), list(masks), lengths, *structure)
         return outputs, h_n
     scalars = tuple(getattr(perturbation, name) for name in FIELDS)
-    call = Call(keeper, structure, scalars, len(weights))
+    call = Call(keeper, structure, scalars, kept, len(weights))
     outputs, h_n, *_ = PerturbedRNN.apply(call, seed, lengths, inputs, hx, *weights, *masks)  # type: ignore[no-untyped-call]
     return outputs, h_n
 

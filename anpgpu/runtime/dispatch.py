@@ -25,7 +25,7 @@ OP_MODULES = {
 }
 """Stem of the kernel file of each op; profiler ranges have the names of the ops."""
 
-PART_MODULES = {"deflate": "least_squares"}
+PART_MODULES = {"deflate": "least_squares", "descend": "feedback"}
 """The same for functions that are part of an op on some backends."""
 
 

@@ -35,6 +35,11 @@ class Settings(NamedTuple):
     backend: str
     process_rank: int
     share: Share
+    prior: str
+    warmup: int
+    follow_weights: bool
+    kept: Any = None
+    """What the module keeps between updates, of an estimator that keeps a state."""
 
     def shape(
         self,
@@ -127,6 +132,9 @@ def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
         backend=choose_backend(perturbation.backend, weight.device, dtype, cell.forms),
         process_rank=0 if perturbation.shard_rollouts else process_rank(),
         share=share,
+        prior=perturbation.prior,
+        warmup=perturbation.warmup,
+        follow_weights=perturbation.follow_weights,
     )
 
 

@@ -1,0 +1,209 @@
+"""anp-feedback: least squares against a prior mean from a learned feedback matrix.
+
+`anp-ls` with fewer rollouts than units projects each adjoint on P directions, and forgets what it learnt. Here the
+residual of its regression teaches one matrix B for each layer and direction, from the same returns, pooled over steps,
+samples and updates (`kernels/feedback.py` has the equations). B tends to W_hh, and what it predicts is the prior mean of
+the next regressions. Two more parts belong to the method:
+
+    B moves with W   B <- B + (W_hh now - W_hh at the last update), the learner's own step, so that B does not lag behind
+    warm-up          the first update repeats its estimate with fresh noise, so that B is learnt before weights move
+
+Node perturbation teaches the feedback weights (Lansdell, Prakash, Kording 2020, arXiv:1906.00889); that they move with
+the forward weights is Kolen and Pollack 1994; its limit without noise is the weight mirror (Akrout et al. 2019,
+arXiv:1904.05391). The algorithm is derived here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anpgpu.kernels.feedback import (
+    GAIN,
+    MEASURED,
+    NUMBER,
+    PREDICTED,
+    Carry,
+    Sums,
+    curvature,
+    direction,
+    feedback,
+    new_sums,
+    step,
+)
+from anpgpu.network.stack import Network
+from anpgpu.registry import BACKENDS, ESTIMATORS
+from anpgpu.runtime.dispatch import implementation
+from anpgpu.runtime.ranges import entered
+from anpgpu.runtime.settings import Settings
+
+from .by_layer import Backward, layers_backward, two_directions
+from .by_segment import one_direction
+from .found import Found
+from .job import Extent, Job
+from .kept import Kept, LayerState
+from .rules import Rule
+from .sweep import Block
+
+FRESH_NOISE = -7046029254386353131
+"""Odd, so that the seeds of a warm-up are all different: 2^64 divided by the golden ratio."""
+
+
+class Learner:
+    """What one layer and direction learns in one update.
+
+    Args:
+        settings: the resolved perturbation.
+        state: of the layer; changed by `commit` alone.
+        weight_hh: of the layer, (H, H), in the working type.
+        extent: of the update.
+    """
+
+    def __init__(self, settings: Settings, state: LayerState, weight_hh: Tensor, extent: Extent) -> None:
+        self.settings, self.state, self.weight = settings, state, weight_hh
+        self.learns = settings.prior == LEARNED
+        self.matrix = state.feedback
+        if settings.follow_weights:
+            self.matrix = self.matrix + (weight_hh - state.weight)
+        if not self.learns:
+            self.matrix = torch.zeros_like(weight_hh)
+        self.sums: Sums = new_sums(weight_hh, extent.time, extent.batch, settings.options.rollouts, extent.lengths)
+
+    def commit(self) -> None:
+        """Move B, once all rollouts of the layer have been credited, in all processes alike."""
+        sums, share = self.sums, self.settings.share
+        share.sum_(sums.relation, sums.gram, sums.slopes, sums.totals)
+        if not self.learns:
+            return
+        towards, mean = direction(sums, self.state.gram)
+        bend = curvature(sums, towards)
+        share.sum_(bend)
+        matrix, gram = step(self.matrix, sums, self.state.gram, mean, towards, bend)
+        self.state.feedback.copy_(matrix)
+        self.state.gram.copy_(gram)
+        self.state.weight.copy_(self.weight)
+
+    @property
+    def report(self) -> Tensor:
+        """Return the mean gain of the prior mean, and the ratio of measured to predicted returns, (2,)."""
+        totals = self.sums.totals
+        return torch.stack((totals[GAIN] / totals[NUMBER], totals[MEASURED] / totals[PREDICTED]))
+
+
+LEARNED, KNOWN = "learned", "known"
+"""Values of `prior`; the third is "none"."""
+
+
+@ESTIMATORS.add("anp-feedback")
+class LearnedFeedback(Rule):
+    """Ridge regression of the return on the activity differences, against a prior mean from learned feedback."""
+
+    whole_samples = True
+    keeps_state = True
+    parts = 1
+
+    learner: Learner
+    slope: Tensor
+    gradient: Tensor
+
+    def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
+        super().__init__(settings, weight_hh, seed, finite)
+        self.after = Carry.zero(weight_hh, *finite.shape, weight_hh.shape[1])
+
+    @classmethod
+    def check(cls, perturbation: Any) -> None:
+        """Warn of a single rollout."""
+        super().check(perturbation)
+        if perturbation.rollouts == 1:
+            warnings.warn(
+                f"method={perturbation.method!r} with rollouts=1 learns its feedback matrix slowly; 4 are much better",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    @classmethod
+    def extra_floats(cls, rollouts: int, hidden: int) -> int:
+        """Return the floats of a copy of delta_a, the Gram matrix and its factor, and rows of clean activity."""
+        return rollouts * hidden + 2 * min(rollouts, hidden) ** 2 + 6 * hidden
+
+    @classmethod
+    def cost(cls, rollouts: int, hidden: int) -> float:
+        """Return P rollouts, the product with B and the two sums, and P H for each of five passes over activity."""
+        side = min(rollouts, hidden)
+        return rollouts * (1 + (5 + side) / hidden) + 3 + side**3 / (6 * hidden**2)
+
+    @staticmethod
+    def walk(directions: int) -> Callable[[Job], Any]:
+        """Return the walk, repeated while B warms up."""
+        estimate = one_direction if directions == 1 else two_directions
+        return lambda job: _warmed_up(estimate, job, job.problem.network)
+
+    @staticmethod
+    def backward(backward: Backward) -> Found:
+        """`RNN`'s backward pass, repeated while B warms up."""
+        return _warmed_up(layers_backward, backward, backward.network)
+
+    @classmethod
+    def new_learner(cls, settings: Settings, number: int, weight_hh: Tensor, extent: Extent) -> Learner:
+        """Return what a layer and direction learns in this update."""
+        return Learner(settings, settings.kept.layers[number], weight_hh, extent)
+
+    def add(self, block: Block, delta_loss: Tensor, delta_a: Tensor | None) -> None:
+        """Solve the regression; the block holds all rollouts of its samples."""
+        settings, backend = self.settings, self.settings.backend
+        assert delta_a is not None  # noqa: S101  (for the type checker; the rule stores it)
+        gradient = torch.zeros_like(self.gradient) if settings.prior not in {LEARNED, KNOWN} else self.gradient
+        with entered("feedback"):
+            estimate, self.after, grown = feedback(
+                delta_loss,
+                delta_a,
+                self.slope,
+                gradient,
+                self.learner.matrix,
+                self.after,
+                self.seed,
+                self.learner.sums,
+                finite=self.finite,
+                discount=settings.discount,
+                ridge=settings.ridge,
+                baseline=settings.baseline,
+                options=block.options,
+                counters=block.counters,
+                first=(block.counters.time, block.counters.sample),
+                draw=implementation("noise", backend),
+                recursion=implementation("descend", backend) if BACKENDS[backend].own_recursion else None,
+            )
+        self.add_sums(estimate.unsqueeze(0))
+        self.ridge_grown += grown
+
+    def expect(self, learner: Learner, slope: Tensor, gradient: Tensor) -> None:
+        """Take what a segment's steps need besides their rollouts: phi'(a) and dL/dh, (L, b, H) each."""
+        self.learner, self.slope, self.gradient = learner, slope, gradient
+
+    def estimate(self, counts: Tensor) -> Tensor:
+        """Return the solution, which is not divided by counts."""
+        del counts
+        return self.taken()
+
+
+def _warmed_up(estimate: Callable[[Any], Any], work: Any, network: Network) -> Any:
+    """Return an estimate; before a module's first update, repeat it with fresh noise, to learn B before weights move.
+
+    Args:
+        estimate: takes `work`.
+        work: has `settings` and a `seed`.
+        network: in the working type.
+    """
+    settings: Settings = work.settings
+    kept: Kept = settings.kept
+    kept.begin([side.weight_hh for layer in network.layers for side in layer])
+    if settings.prior == LEARNED and not kept.updates:
+        for number in range(settings.warmup):
+            estimate(work._replace(seed=work.seed + (number + 1) * FRESH_NOISE % 2**63))
+    result = estimate(work)
+    kept.updates += 1
+    return result
