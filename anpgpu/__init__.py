@@ -9,6 +9,7 @@ from .estimators.found import Estimate
 from .kernels.noise import NOISE_STREAM_VERSION
 from .modules import RNN
 from .perturbation import Perturbation
+from .state import estimator_state, load_estimator_state_
 from .swap import swap_, unswap_
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "decorrelation",
     "diagnose",
     "estimate_grad_",
+    "estimator_state",
     "functional",
+    "load_estimator_state_",
     "swap_",
     "unswap_",
 ]

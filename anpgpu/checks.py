@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from .kernels.noise import COUNTER_LIMITS, UNIT_BLOCKS_LIMIT, UNITS_PER_GROUP, Counters
@@ -46,6 +46,13 @@ def tensor(name: str, value: object) -> Tensor:
     """Return `value`, a tensor; raise TypeError otherwise."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def module_of(name: str, value: object) -> nn.Module:
+    """Return `value`, a module; raise TypeError otherwise."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
     return value
 
 

@@ -70,7 +70,7 @@ class RNN(nn.RNN):
         let_dynamo_trace()
 
     def _apply(self, fn: Any, recurse: bool = True) -> RNN:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._estimator_state.move(self.all_weights[0][1])
         return self
 

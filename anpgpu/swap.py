@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 
+from .checks import module_of
 from .estimators.kept import Kept
 from .modules import RNN, Record, let_dynamo_trace
 from .perturbation import Perturbation, check_perturbation
@@ -31,7 +32,7 @@ def swap_(model: nn.Module, perturbation: Perturbation | None = None) -> int:
             from `torch.nn.RNN`; the model is then unchanged.
     """
     chosen = check_perturbation(perturbation)
-    networks = [module for module in _modules(model) if isinstance(module, nn.RNN)]
+    networks = [module for module in module_of("model", model).modules() if isinstance(module, nn.RNN)]
     others = [
         f"{name or 'the model'} ({type(module).__name__})"
         for name, module in model.named_modules()
@@ -64,7 +65,7 @@ def unswap_(model: nn.Module) -> int:
     Raises:
         TypeError: `model` is no module.
     """
-    networks = [module for module in _modules(model) if isinstance(module, RNN)]
+    networks = [module for module in module_of("model", model).modules() if isinstance(module, RNN)]
     for module in networks:
         module.__class__ = _replaced_class(type(module), RNN, nn.RNN)  # type: ignore[assignment]
         for name in ("perturbation", "_record", "_estimator_state"):
@@ -86,9 +87,3 @@ def _replaced_class(current: type[nn.Module], old: type[nn.Module], new: type[nn
         f"{current.__module__}.{current.__qualname__} is a subclass of torch.nn.RNN and cannot be swapped; "
         "derive it from anpgpu.RNN instead"
     )
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return list(model.modules())

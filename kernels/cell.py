@@ -64,7 +64,9 @@ class CellForms(NamedTuple):
     def backends(self) -> tuple[str, ...]:
         """Return the backends that have a form of the cell."""
         forms = self._asdict().items()
-        return tuple(backend for backend, form in forms if backend not in {"name", "rows", "slope"} and form is not None)
+        return tuple(
+            backend for backend, form in forms if backend not in {"name", "rows", "slope"} and form is not None
+        )
 
     def around(self, preact: Tensor, hidden: Tensor) -> Deviation:
         """Return torch's form of the cell around a clean run, (T, B, H)."""

@@ -102,7 +102,7 @@ class Sums(NamedTuple):
     totals: Tensor
     """(4,), see `MEASURED` to `GAIN`."""
     pairs: Pairs
-    count: Tensor
+    available: Tensor
     """Number of pairs of a step and its successor in the batch, 0-dim."""
 
 
@@ -212,7 +212,7 @@ def feedback(
     counters: Counters,
     first: tuple[int, int],
     draw: Callable[..., Tensor],
-    recursion: Callable[..., Tensor] | None,
+    recursion: Callable[..., tuple[Tensor, Tensor]] | None,
 ) -> tuple[Tensor, Carry, Tensor]:
     """Estimate the adjoint of a segment of steps from all rollouts of its samples, and add to the sums.
 
@@ -414,7 +414,7 @@ def curvature(sums: Sums, towards: Tensor) -> Tensor:
     effect = (pairs.slope * (pairs.later @ towards)).unsqueeze(-1)
     moved = pairs.activity @ effect
     energy = (effect * back(pairs.activity, pairs.factor, moved)).sum((1, 2))
-    share = sums.count / sums.count.clamp(max=PAIRS).clamp(min=1)
+    share = sums.available / sums.available.clamp(max=PAIRS).clamp(min=1)
     return share * (pairs.weight * energy).sum()
 
 

@@ -31,14 +31,6 @@ def _two_products(activity: Any, row: Any, first: Any, second: Any) -> Any:
     return one, two
 
 
-@summing
-def _square(values: Any) -> Any:
-    total = _F(0)
-    for place in range(len(values)):
-        total += values[place] * values[place]
-    return total
-
-
 @inlined
 def _centre(values: Any, finite: Any, sample: Any) -> None:
     mean, counted = _F(0), 0
@@ -49,6 +41,38 @@ def _centre(values: Any, finite: Any, sample: Any) -> None:
     mean /= _F(max(counted, 1))
     for rollout in range(len(values)):
         values[rollout] = values[rollout] - mean if finite[sample, rollout] else _F(0)
+
+
+@summing
+def _dot(first: Any, second: Any) -> Any:
+    total = _F(0)
+    for place in range(len(first)):
+        total += first[place] * second[place]
+    return total
+
+
+@inlined
+def _gain(target: Any, effect: Any) -> Any:
+    """Return <target, effect> / |effect|^2 within [0, 1]; NaN stays."""
+    power = _dot(effect, effect)
+    gain = _dot(target, effect) / power if power > 0 else _F(0)
+    return _F(0) if gain < 0 else _F(1) if gain > 1 else gain
+
+
+@inlined
+def _prior(slope: Any, gradient: Any, fed_back: Any, step: Any, sample: Any, known: Any, prior: Any) -> None:
+    for unit in range(len(known)):
+        known[unit] = slope[step, sample, unit] * fed_back[sample, unit]
+        prior[unit] = known[unit] + slope[step, sample, unit] * gradient[step, sample, unit]
+
+
+@inlined
+def _combine(activity: Any, first: Any, weights: Any, result: Any, others: Any, rest: Any) -> None:
+    """Add the rows of activity from `first` on, times weights and times other weights, to two results."""
+    for rollout in range(len(weights)):
+        for unit in range(len(result)):
+            result[unit] += weights[rollout] * activity[first + rollout, unit]
+            rest[unit] += others[rollout] * activity[first + rollout, unit]
 
 
 @kernel
@@ -76,78 +100,44 @@ def _step(
     units = slope.shape[2]
     for sample in numba.prange(batch):
         known, prior = np.empty(units, np.float32), np.empty(units, np.float32)
-        for unit in range(units):
-            known[unit] = slope[step, sample, unit] * fed_back[sample, unit]
-            prior[unit] = known[unit] + slope[step, sample, unit] * gradient[step, sample, unit]
-        # Right-hand sides: the return less the prior mean's part of it (with its gain, and whole), and B's part.
-        target, effect, predicted = (
-            np.empty(rollouts, np.float32),
-            np.empty(rollouts, np.float32),
-            np.empty(rollouts, np.float32),
-        )
+        target, effect = np.empty(rollouts, np.float32), np.empty(rollouts, np.float32)
+        predicted, solved = np.empty(rollouts, np.float32), np.empty(rollouts, np.float32)
+        first = (step * batch + sample) * rollouts
+        _prior(slope, gradient, fed_back, step, sample, known, prior)
         for rollout in range(rollouts):
-            row = (step * batch + sample) * rollouts + rollout
-            effect[rollout], predicted[rollout] = _two_products(activity, row, prior, known)
+            effect[rollout], predicted[rollout] = _two_products(activity, first + rollout, prior, known)
             target[rollout] = delta_loss[step, sample, rollout] + returns[sample, rollout]
         if baseline:
             _centre(target, finite, sample)
-        along, power = _F(0), _F(0)
-        for rollout in range(rollouts):
-            along += target[rollout] * effect[rollout]
-            power += effect[rollout] * effect[rollout]
-        gain = _F(0)
-        if power > 0:
-            gain = along / power
-            # A NaN stays.
-            if gain < 0:
-                gain = _F(0)
-            elif gain > 1:
-                gain = _F(1)
-        unexplained, remaining = np.empty(rollouts, np.float32), np.empty(rollouts, np.float32)
-        solved = np.empty(rollouts, np.float32)
-        for rollout in range(rollouts):
-            unexplained[rollout] = target[rollout] - effect[rollout]
-            remaining[rollout] = target[rollout] - gain * effect[rollout]
-            solved[rollout] = predicted[rollout]
-        after = adjoint[step + 1, sample]
-        bound = largest[sample]
-        counted = bound > 0
-        share = _F(1) / (_square(after) + _FLOOR * bound * bound) if counted else _F(0)
+        gain = _gain(target, effect)
+        # What the prior mean leaves of the return, with its gain and whole.
+        remaining, unexplained = target - gain * effect, target - effect
+        bound, counted = largest[sample], _F(largest[sample] > 0)
+        share = counted / (_dot(adjoint[step + 1, sample], adjoint[step + 1, sample]) + _FLOOR * bound * bound)
+        share = share if counted else _F(0)
+        solved[:] = predicted
         solve_in_place(factor, step, sample, solved)
-        measured_part, predicted_part = _F(0), _F(0)
-        for rollout in range(rollouts):
-            measured_part += (unexplained[rollout] + predicted[rollout]) * solved[rollout]
-            predicted_part += predicted[rollout] * solved[rollout]
-        totals[sample, _MEASURED] += share * measured_part
-        totals[sample, _PREDICTED] += share * predicted_part
-        if counted:
-            totals[sample, _NUMBER] += _F(1)
-            totals[sample, _GAIN] += gain
+        totals[sample, _MEASURED] += share * (_dot(unexplained, solved) + _dot(predicted, solved))
+        totals[sample, _PREDICTED] += share * _dot(predicted, solved)
+        totals[sample, _NUMBER] += counted
+        totals[sample, _GAIN] += counted * gain
         solve_in_place(factor, step, sample, unexplained)
         solve_in_place(factor, step, sample, remaining)
         result, rest = adjoint[step, sample], residual[step, sample]
-        for unit in range(units):
-            result[unit] = gain * prior[unit]
-            rest[unit] = _F(0)
-        for rollout in range(rollouts):
-            row = (step * batch + sample) * rollouts + rollout
-            for unit in range(units):
-                result[unit] += remaining[rollout] * activity[row, unit]
-                rest[unit] += unexplained[rollout] * activity[row, unit]
+        result[:] = gain * prior
+        rest[:] = _F(0)
+        _combine(activity, first, remaining, result, unexplained, rest)
         for unit in range(units):
             rest[unit] *= share * slope[step, sample, unit]
         weight[step, sample] = share
         for rollout in range(rollouts):
-            later = sigma * signed_sum(words, step, sample, rollout, adjoint)
-            target[rollout] = discount * (target[rollout] - later)
+            target[rollout] -= sigma * signed_sum(words, step, sample, rollout, adjoint)
         if baseline:
             _centre(target, finite, sample)
-        for rollout in range(rollouts):
-            returns[sample, rollout] = target[rollout]
-        size = np.sqrt(_square(result))
+        returns[sample] = discount * target
+        size = np.sqrt(_dot(result, result))
         # As torch.maximum: NaN wins.
-        if not size <= bound:
-            largest[sample] = size
+        largest[sample] = bound if size <= bound else size
 
 
 def descend(

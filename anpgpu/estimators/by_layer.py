@@ -40,6 +40,8 @@ class LayerLoss(NamedTuple):
     of: LossOf
     measure: Measure | None = None
     """For a black-box loss."""
+    gradient: Callable[[slice], Tensor] | None = None
+    """Returns a black-box loss's dL/dh of some steps, of the samples that were measured last."""
     outputs: int = 0
     """O, if delta_o of all steps is stored for a black-box loss; else 0."""
 
@@ -109,8 +111,8 @@ def two_directions(job: Job) -> FoundOfProblem:
         spec = loss.spec(problem.readout_of(side), result.outputs, whole, everyone, bool(side), problem.lengths)
         if change is None:
             return LayerLoss(functools.partial(loss_of_steps, spec))
-        measure = _measure_side(job, result.outputs, bool(side))
-        return LayerLoss(lambda *_: spec, measure, problem.outputs_size)
+        measure = _MeasureSide(job, result.outputs, bool(side), spec.readout)
+        return LayerLoss(lambda *_: spec, measure, measure.gradient, problem.outputs_size)
 
     nothing = result.outputs.new_empty(0)
     walk = Backward(settings, job.max_memory, problem.lengths, 0, problem.network, run, job.seed, nothing, nothing)
@@ -202,6 +204,7 @@ def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Fo
                 measured=None if measured is None else measured[steps],
                 measure=None if layer.loss.measure is None else _of_samples(layer.loss.measure, samples),
                 trust=trust,
+                gradient=None if layer.loss.gradient is None else functools.partial(layer.loss.gradient, steps),
             )
             adjoint, result.inputs[steps, samples] = result.credit(0, parts, weights, run)
             if not steps.start:
@@ -254,16 +257,27 @@ def _with_final(grad: Tensor, grad_h_n: Tensor, lengths: Tensor | None) -> Tenso
     return grad.scatter_add(0, last, grad_h_n.unsqueeze(0))
 
 
-def _measure_side(job: Job, outputs: Tensor, reverse: bool) -> Measure:
-    """Return what turns one direction's delta_o, in processing order, into loss differences in processing order."""
+class _MeasureSide:
+    """Turns one direction's delta_o, in processing order, into loss differences in processing order."""
 
-    def measure(delta_o: Tensor, samples: slice) -> Tensor:
-        lengths = job.problem.lengths_of(samples)
-        change = BlackBoxChange(job.problem, outputs[:, samples], samples, job.settings)
-        delta_loss = change.of(in_processing_order(delta_o, reverse, lengths))
-        if job.problem.loss.per_sequence and not change.spread:
+    def __init__(self, job: Job, outputs: Tensor, reverse: bool, readout: Tensor | None) -> None:
+        self.job, self.outputs, self.reverse, self.readout = job, outputs, reverse, readout
+        self.output_gradient = outputs
+        """dL/do in processing order, (T, b, O), where the estimator needs it."""
+
+    def __call__(self, delta_o: Tensor, samples: slice) -> Tensor:
+        problem = self.job.problem
+        lengths = problem.lengths_of(samples)
+        change = BlackBoxChange(problem, self.outputs[:, samples], samples, self.job.settings)
+        delta_loss = change.of(in_processing_order(delta_o, self.reverse, lengths))
+        if change.finds_gradient:
+            self.output_gradient = in_processing_order(change.output_gradient, self.reverse, lengths)
+        if problem.loss.per_sequence and not change.spread:
             # One value per sequence is credited at the last valid step in either order: all before has part in it.
             return delta_loss
-        return in_processing_order(delta_loss, reverse, lengths)
+        return in_processing_order(delta_loss, self.reverse, lengths)
 
-    return measure
+    def gradient(self, steps: slice) -> Tensor:
+        """Return dL/dh of some steps, (L, b, H)."""
+        gradient = self.output_gradient[steps]
+        return gradient if self.readout is None else gradient @ self.readout

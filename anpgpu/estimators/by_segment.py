@@ -199,7 +199,7 @@ class _ChunkOfSamples:
     def _measured_gradient(self, steps: slice) -> Tensor:
         """Return dL/dh of a segment from a black box's measured dL/do."""
         assert self.change is not None  # noqa: S101  (for the type checker; only a black box is asked)
-        gradient = self.change.gradient[steps]
+        gradient = self.change.output_gradient[steps]
         return gradient if self.problem.weight_o is None else gradient @ self.problem.weight_o
 
     def _credit_readout(self, run: CleanRun, steps: slice) -> None:

@@ -112,7 +112,8 @@ class LearnedFeedback(Rule):
 
     def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
         super().__init__(settings, weight_hh, seed, finite)
-        self.after = Carry.zero(weight_hh, *finite.shape, weight_hh.shape[1])
+        batch, rollouts = finite.shape
+        self.after = Carry.zero(weight_hh, batch, rollouts, weight_hh.shape[1])
 
     @classmethod
     def check(cls, perturbation: Any) -> None:
@@ -145,7 +146,8 @@ class LearnedFeedback(Rule):
     @staticmethod
     def backward(backward: Backward) -> Found:
         """`RNN`'s backward pass, repeated while B warms up."""
-        return _warmed_up(layers_backward, backward, backward.network)
+        found: Found = _warmed_up(layers_backward, backward, backward.network)
+        return found
 
     @classmethod
     def new_learner(cls, settings: Settings, number: int, weight_hh: Tensor, extent: Extent) -> Learner:
@@ -200,7 +202,8 @@ def _warmed_up(estimate: Callable[[Any], Any], work: Any, network: Network) -> A
     """
     settings: Settings = work.settings
     kept: Kept = settings.kept
-    kept.begin([side.weight_hh for layer in network.layers for side in layer])
+    weights = [side.weight_hh for layer in network.layers for side in layer]
+    kept.begin(weights, follows=settings.follow_weights)
     if settings.prior == LEARNED and not kept.updates:
         for number in range(settings.warmup):
             estimate(work._replace(seed=work.seed + (number + 1) * FRESH_NOISE % 2**63))

@@ -41,9 +41,9 @@ class Estimate(NamedTuple):
     rollouts; 0-dim int64. At 0 every gradient is zero: on the CPU a warning says so, on CUDA, where nothing makes the
     host wait, this number alone. None for other losses, and with method "bptt"."""
     prior: Tensor | None = None
-    """How good the prior mean of "anp-feedback" was, (layers * D, 2); (0, 2) for other methods. First the mean gain with
-    which the returns confirm it, in [0, 1]; then the ratio of what the returns show of the feedback's part to what the
-    feedback matrix predicts. Both near 1 once the matrix has converged; NaN where there was nothing to predict."""
+    """How good the prior mean of "anp-feedback" was, (layers * D, 2); (0, 2) for other methods. First the mean gain
+    with which the returns confirm it, in [0, 1]; then the ratio of what the returns show of the feedback's part to what
+    the feedback matrix predicts. Both near 1 once it has converged; NaN where there was nothing to predict."""
 
 
 class NonFiniteRolloutsError(RuntimeError):

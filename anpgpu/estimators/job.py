@@ -88,6 +88,10 @@ class BlackBoxChange:
         self.clean = problem.loss.call(self.outputs.clone(), samples)
         self.spread = problem.loss.per_sequence and settings is not None and settings.estimator.stores_delta
         """Whether a value of a whole sequence is spread over its steps."""
+        self.finds_gradient = settings is not None and settings.estimator.keeps_state
+        """Whether dL/do is needed for itself."""
+        self.output_gradient = outputs.new_zeros(0)
+        """dL/do, (T, b, O), once measured, if it is needed."""
         if self.spread and settings is not None and not settings.share.alone and not settings.share.by_samples:
             raise ValueError(
                 f"method={settings.method!r} with shard_rollouts=True needs a loss of each step: one value of a whole "
@@ -99,25 +103,39 @@ class BlackBoxChange:
         change = self.problem.loss.call(self.outputs + delta_o, self.samples) - self.clean
         if self.problem.loss.moved is not None:
             self.problem.loss.moved += ((change != 0).any(0) & torch.isfinite(change).all(0)).sum()
+        if self.finds_gradient and not self.spread:
+            self.output_gradient = self._of_steps(delta_o, change)
         return self._spread(delta_o, change.sum(0)) if self.spread else change
+
+    def _of_steps(self, delta_o: Tensor, change: Tensor) -> Tensor:
+        """Return dL/do, (T, b, O), from each step's loss differences, (T, b, p)."""
+        finite = torch.isfinite(change) & torch.isfinite(delta_o).all(-1)
+        valid = self.problem.loss.valid[:, self.samples, None]
+        counted = finite & valid
+        return _regressed(torch.where(counted.unsqueeze(-1), delta_o, 0), torch.where(counted, change, 0))
 
     def _spread(self, delta_o: Tensor, values: Tensor) -> Tensor:
         """Return each step's share, (T, b, p), of the differences of whole sequences, (b, p); NaN where one is lost."""
-        time, batch, rollouts, outputs = delta_o.shape
+        time, batch, _, outputs = delta_o.shape
         valid = self.problem.loss.valid[:, self.samples, None, None]
         finite = torch.isfinite(values) & torch.isfinite(delta_o).all(-1).all(0)
         rows = torch.where(valid & finite.unsqueeze(-1), delta_o, 0).permute(1, 2, 0, 3).flatten(2)
-        scale = torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        rows = rows / scale
-        targets = torch.where(finite, values, 0).unsqueeze(-1)
-        dual = rollouts <= time * outputs
-        gram = (rows @ rows.mT if dual else rows.mT @ rows).double()
-        # The trace is 1.
-        gram.diagonal(dim1=-2, dim2=-1).add_(SPREAD_RIDGE / max(rollouts, 1))
-        factor = torch.linalg.cholesky_ex(gram)[0].to(rows.dtype)
-        if dual:
-            gradient = rows.mT @ torch.cholesky_solve(targets, factor)
-        else:
-            gradient = torch.cholesky_solve(rows.mT @ targets, factor)
-        gradient = (gradient / scale).view(batch, time, 1, outputs).transpose(0, 1)
+        gradient = _regressed(rows, torch.where(finite, values, 0)).view(batch, time, 1, outputs).transpose(0, 1)
+        self.output_gradient = gradient.squeeze(2)
         return torch.where(finite, (torch.where(valid, delta_o, 0) * gradient).sum(-1), torch.nan)
+
+
+def _regressed(rows: Tensor, targets: Tensor) -> Tensor:
+    """Return g = argmin sum_p (targets_p - rows_p . g)^2 + r |g|^2, (..., n), of rows (..., p, n), targets (..., p)."""
+    rollouts, width = rows.shape[-2:]
+    scale = torch.linalg.vector_norm(rows, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    rows = rows / scale
+    dual = rollouts <= width
+    gram = (rows @ rows.mT if dual else rows.mT @ rows).double()
+    # The trace is 1.
+    gram.diagonal(dim1=-2, dim2=-1).add_(SPREAD_RIDGE / max(rollouts, 1))
+    factor = torch.linalg.cholesky_ex(gram)[0].to(rows.dtype)
+    right = targets.unsqueeze(-1)
+    solved = torch.cholesky_solve(right if dual else rows.mT @ right, factor)
+    gradient: Tensor = (rows.mT @ solved if dual else solved) / scale
+    return gradient.squeeze(-1)

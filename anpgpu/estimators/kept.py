@@ -48,8 +48,12 @@ class Kept:
         self.layers: list[LayerState] = []
         self.updates = 0
         """Updates since B was zero; the first one warms B up."""
+        self.follows = True
+        """Whether B makes the steps of the weights."""
         self.loaded = False
         """Whether weights were loaded since the last update."""
+        self.restored = False
+        """Whether this state was loaded since the last update."""
         self._register()
 
     def _register(self) -> None:
@@ -64,7 +68,7 @@ class Kept:
         vars(self).update(state)
         self._register()
 
-    def begin(self, weights: Sequence[Tensor]) -> None:
+    def begin(self, weights: Sequence[Tensor], *, follows: bool) -> None:
         """Prepare an update with these recurrent weights, (G H, H) each, in the working type.
 
         Weights that were loaded are not a step of an optimiser: unless they are those that the state was left with, it
@@ -82,11 +86,12 @@ class Kept:
                 f"shapes {[tuple(weight.shape) for weight in weights]}"
             )
         self.move(weights[0])
+        self.follows = follows
         if self.loaded:
             same = all(torch.equal(layer.weight, weight) for layer, weight in zip(self.layers, weights, strict=True))
             if not same:
                 self.layers, self.updates = [LayerState.new(weight) for weight in weights], 0
-            self.loaded = False
+        self.loaded = self.restored = False
 
     def move(self, like: Tensor) -> None:
         """Move to a parameter's device, and to float64 where the parameter is; else to float32."""
@@ -96,17 +101,22 @@ class Kept:
         if self.layers and (self.layers[0].weight.device, self.layers[0].weight.dtype) != (like.device, dtype):
             self.layers = [LayerState(*(value.to(like.device, dtype) for value in layer)) for layer in self.layers]
 
+    def restore(self, layers: list[LayerState], updates: int) -> None:
+        """Take a state that was saved."""
+        self.layers, self.updates, self.loaded, self.restored = layers, updates, False, True
+
     def settled(self, weights: Sequence[Tensor]) -> list[LayerState]:
         """Return a copy that has followed the weights to where they are now."""
         states = []
         for layer, weight in zip(self.layers, weights, strict=True):
             now = weight.detach().to(layer.weight)
-            states.append(LayerState(layer.feedback + (now - layer.weight), layer.gram.clone(), now.clone()))
+            matrix = layer.feedback + (now - layer.weight) if self.follows else layer.feedback.clone()
+            states.append(LayerState(matrix, layer.gram.clone(), now.clone()))
         return states
 
     def before_loading(self, weights: Sequence[Tensor]) -> None:
         """Follow the weights up to here, before others are loaded."""
-        if self.layers and not self.loaded:
+        if self.layers and not (self.loaded or self.restored):
             self.layers = self.settled(weights)
         self.loaded = bool(self.layers)
 
@@ -123,14 +133,14 @@ def kept_by_handle(handle: int) -> Kept:
     return kept
 
 
-def kept_of(rnn: nn.RNNBase) -> Kept:
-    """Return a module's state, a new one where it has none."""
+def kept_of(rnn: nn.RNNBase, *, create: bool = True) -> Kept | None:
+    """Return a module's state; where it has none a new one, or None."""
     kept: Kept | None = vars(rnn).get(ATTRIBUTE)
-    if kept is None:
+    if kept is None and create:
         kept = Kept()
         vars(rnn)[ATTRIBUTE] = kept
         # A module of this library does so itself, and its forward pass may be compiled.
-        rnn.register_load_state_dict_pre_hook(before_loading)
+        rnn.register_load_state_dict_pre_hook(before_loading)  # type: ignore[no-untyped-call]
     return kept
 
 

@@ -179,7 +179,8 @@ class Sweep:
                 if trust is not None:
                     self.finite[:, rollouts] |= trust.unsqueeze(1)
             if self.learner is not None:
-                of_loss = gradient or loss.state_gradient  # type: ignore[union-attr]  (a loss or its gradient is given)
+                # A loss or its gradient is given.
+                of_loss: Any = gradient or getattr(loss, "state_gradient", None)
                 self.rule.expect(self.learner, self.settings.options.cell.slope_of(preact, hidden), of_loss())
             self.rule.add(block, torch.where(self.finite[:, rollouts], delta_loss, 0), moved.delta_a)
             give_back(moved.delta_a)

@@ -1,0 +1,249 @@
+"""Learned feedback against the equations written down a second time, `feedback_oracle.py`, and in what it promises."""
+
+import pytest
+import torch
+from feedback_oracle import learned_feedback
+from tolerances import assert_close
+
+from anpgpu.kernels import feedback_numba
+from anpgpu.kernels.feedback import PAIRS, Carry, curvature, direction, feedback, new_sums, step
+from anpgpu.kernels.noise import Counters, noise
+from anpgpu.kernels.rollout import RolloutOptions
+
+T, B, H = 6, 4, 5
+
+
+class Case:
+    """Returns that a true matrix W makes, to first order, and a B near it; random activity and noise.
+
+    Args:
+        rollouts: P.
+        dtype, time, batch, units: of the tensors.
+        scale: of the gradients.
+        sigma, kind: of the noise.
+        size: of B, relative to W.
+    """
+
+    def __init__(
+        self,
+        rollouts,
+        *,
+        dtype=torch.float64,
+        time=T,
+        batch=B,
+        units=H,
+        scale=1.0,
+        sigma=0.5,
+        kind="gaussian",
+        discount=1.0,
+        size=1.0,
+    ):
+        generator = torch.Generator().manual_seed(rollouts + time)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.seed, self.options, self.discount = torch.tensor(7), RolloutOptions(rollouts, sigma, noise=kind), discount
+        delta_loss, self.delta_a = torch.empty(time, batch, rollouts).double(), draw(time, batch, rollouts, units)
+        self.slope, self.gradient = draw(time, batch, units).sigmoid(), scale * draw(time, batch, units)
+        weight = draw(units, units) / units**0.5
+        self.matrix = size * (0.8 * weight + 0.2 * draw(units, units) / units**0.5)
+        self.finite = torch.ones(batch, rollouts, dtype=torch.bool)
+        self.lengths = torch.full((batch,), time)
+        adjoint, carried = torch.zeros(batch, units, dtype=torch.float64), 0.0
+        for place in reversed(range(time)):
+            adjoint = self.slope[place] * (self.gradient[place] + discount * adjoint @ weight)
+            returns = (self.delta_a[place] @ adjoint.unsqueeze(-1)).squeeze(-1)
+            delta_loss[place] = returns - carried
+            carried = discount * (returns - (self.noise[place].double() @ adjoint.unsqueeze(-1)).squeeze(-1))
+        self.delta_loss = delta_loss
+        for name in ("delta_loss", "delta_a", "slope", "gradient", "matrix"):
+            setattr(self, name, getattr(self, name).to(dtype))
+
+    def cut(self, *lengths):
+        """Let samples end early: nothing is measured there and nothing is known."""
+        self.lengths = torch.tensor(lengths)
+        beyond = torch.arange(len(self.slope)).unsqueeze(1) >= self.lengths
+        self.delta_loss[beyond], self.gradient[beyond] = 0, 0
+        return self
+
+    def lose(self, sample, rollout):
+        self.finite[sample, rollout] = False
+        self.delta_loss[:, sample, rollout] = 0
+        self.delta_a[:, sample, rollout] = torch.nan
+        return self
+
+    @property
+    def noise(self):
+        how = {"sigma": self.options.sigma, "kind": self.options.noise, "dtype": self.delta_a.dtype}
+        return noise(self.seed, tuple(self.delta_a.shape), **how)
+
+    def run(self, *, segments=1, blocks=1, gram=None, recursion=None, **knobs):
+        """Return the adjoint, and B and A after the update, by the library."""
+        time, batch, rollouts, units = self.delta_a.shape
+        knobs = {"discount": self.discount, "ridge": 0.01, "baseline": False} | knobs
+        sums = new_sums(self.matrix, time, batch, rollouts, self.lengths)
+        adjoint = torch.empty_like(self.gradient)
+        for samples in torch.arange(batch).chunk(blocks) if batch else ():
+            chunk = slice(int(samples[0]), int(samples[-1]) + 1)
+            carry = Carry.zero(self.matrix, len(samples), rollouts, units)
+            for places in reversed(torch.arange(time).chunk(segments)):
+                steps = slice(int(places[0]), int(places[-1]) + 1)
+                rows = (steps, chunk)
+                adjoint[rows], carry, grown = feedback(
+                    self.delta_loss[rows],
+                    self.delta_a[rows],
+                    self.slope[rows],
+                    self.gradient[rows],
+                    self.matrix,
+                    carry,
+                    self.seed,
+                    sums,
+                    finite=self.finite[chunk],
+                    options=self.options,
+                    counters=Counters(time=steps.start, sample=chunk.start),
+                    first=(steps.start, chunk.start),
+                    draw=noise,
+                    recursion=recursion,
+                    **knobs,
+                )
+                assert grown == 0
+        before = torch.zeros_like(sums.gram) if gram is None else gram
+        towards, mean = direction(sums, before)
+        matrix, mean = step(self.matrix, sums, before, mean, towards, curvature(sums, towards))
+        return adjoint, matrix, mean
+
+    def oracle(self, *, gram=None, **knobs):
+        knobs = {"discount": self.discount, "ridge": 0.01} | knobs
+        values = (self.delta_loss, torch.nan_to_num(self.delta_a), self.noise, self.slope, self.gradient, self.matrix)
+        doubled = [value.double() for value in values]
+        return learned_feedback(*doubled, gram, lengths=self.lengths.tolist(), finite=self.finite, **knobs)
+
+
+def moves(case, matrix):
+    """Say whether B made a step, instead of being shrunk."""
+    return not torch.allclose(matrix / case.matrix, (matrix / case.matrix)[0, 0].expand_as(matrix), rtol=1e-3)
+
+
+def assert_same(found, expected, kind="float64"):
+    for value, other in zip(found, expected, strict=True):
+        assert_close(value, other, kind)
+
+
+@pytest.mark.parametrize("rollouts", [1, 3, 5, 8], ids="P {}".format)
+@pytest.mark.parametrize(
+    "knobs", [{}, {"discount": 0.6}, {"ridge": 1.0}, {"baseline": True}], ids=["plain", "discount", "ridge", "baseline"]
+)
+@pytest.mark.parametrize("size", [1.0, 4.0, -1.0], ids="B {}".format)
+def test_an_update_is_that_of_the_equations(rollouts, knobs, size):
+    if knobs.get("baseline") and rollouts == 1:
+        # One rollout minus its mean: nothing is left, in either.
+        adjoint, matrix, _ = Case(1).run(**knobs)
+        assert torch.count_nonzero(adjoint) == 0
+        assert torch.equal(matrix, Case(1).matrix)
+        return
+    case = Case(rollouts, size=size, discount=knobs.get("discount", 1.0))
+    found = case.run(**knobs)
+    assert_same(found, case.oracle(**knobs))
+    # Four times too large may be either: the oracle decides.
+    assert size == 4 or moves(case, found[1]) == (size == 1)
+
+
+@pytest.mark.parametrize("rollouts", [3, 8])
+def test_the_second_update_remembers_the_gram_matrix_of_the_first(rollouts):
+    case, gram = Case(rollouts), torch.eye(H, dtype=torch.float64) + 0.1
+    assert_same(case.run(gram=gram), case.oracle(gram=gram))
+    assert not torch.allclose(case.run(gram=gram)[1], case.run()[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("rollouts", [3, 8])
+@pytest.mark.parametrize("baseline", [False, True])
+def test_padding_and_lost_rollouts_have_no_part(rollouts, baseline):
+    case = Case(rollouts).cut(6, 1, 4, 2).lose(0, 1).lose(2, 0)
+    assert_same(case.run(baseline=baseline), case.oracle(baseline=baseline))
+    assert torch.count_nonzero(case.run()[0][4:, 2]) == 0
+
+
+@pytest.mark.parametrize("rollouts", [3, 8])
+@pytest.mark.parametrize(("segments", "blocks"), [(2, 1), (6, 1), (1, 2), (3, 4)])
+def test_no_division_of_time_and_samples_changes_an_update(rollouts, segments, blocks):
+    case = Case(rollouts).cut(6, 3, 4, 6)
+    assert_same(case.run(segments=segments, blocks=blocks), case.run())
+    long = Case(rollouts, time=30)
+    assert_same(long.run(segments=segments, blocks=blocks), long.run())
+
+
+def test_the_line_search_looks_at_pairs_of_every_sample_and_at_each_once():
+    lengths = torch.tensor([30, 1, 9, 0, 30, 17])
+    sums = new_sums(torch.zeros(3, 3), 30, 6, 2, lengths)
+    places = list(zip(sums.pairs.step.tolist(), sums.pairs.sample.tolist(), strict=True))
+    assert sums.available == 29 + 8 + 29 + 16
+    assert len(set(places)) == PAIRS
+    assert all(0 <= step < lengths[sample] - 1 for step, sample in places)
+    assert {sample for _, sample in places} == {0, 2, 4, 5}
+    few = new_sums(torch.zeros(3, 3), 4, 2, 2, torch.tensor([4, 3]))
+    found = [(step, sample) for step, sample in zip(few.pairs.step.tolist(), few.pairs.sample.tolist(), strict=True)]
+    assert sorted(pair for pair in found if pair[0] >= 0) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+
+
+def test_the_line_search_over_some_pairs_is_near_that_over_all():
+    case = Case(8, time=60, batch=8)
+    _, matrix, _ = case.run()
+    _, expected, _ = case.oracle()
+    assert moves(case, matrix)
+    length = (matrix - case.matrix).norm() / (expected - case.matrix).norm()
+    assert 0.6 < length < 1.6
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("discount", [1.0, 0.8])
+def test_the_compiled_recursion_is_the_references(baseline, discount):
+    case = Case(4, dtype=torch.float32, units=70, time=9, kind="rademacher").cut(9, 5, 1, 9).lose(1, 2)
+    knobs = {"baseline": baseline, "discount": discount}
+    found = case.run(recursion=feedback_numba.descend, segments=2, **knobs)
+    assert_same(found, case.oracle(**knobs), "least_squares")
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 65536.0, 1e12])
+@pytest.mark.parametrize("recursion", [None, feedback_numba.descend], ids=["torch", "numba"])
+def test_the_size_of_the_gradient_does_not_matter_to_the_matrix(scale, recursion):
+    plain = Case(4, dtype=torch.float32, kind="rademacher")
+    scaled = Case(4, dtype=torch.float32, kind="rademacher", scale=scale)
+    (adjoint, matrix, _), (larger, other, _) = plain.run(recursion=recursion), scaled.run(recursion=recursion)
+    change = matrix - plain.matrix
+    assert (other - matrix).norm() < 1e-5 * change.norm()
+    assert_close(larger.double() / scale, adjoint.double(), "float32_long")
+
+
+@pytest.mark.parametrize("recursion", [None, feedback_numba.descend], ids=["torch", "numba"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_leaves_the_matrix_as_it_was(recursion, value):
+    case = Case(4, dtype=torch.float32, kind="rademacher")
+    case.gradient[3, 1, 2] = value
+    case.delta_loss[3, 1] = value
+    gram = torch.eye(H)
+    adjoint, matrix, mean = case.run(recursion=recursion, gram=gram)
+    assert not torch.isfinite(adjoint[:4, 1]).all()
+    assert torch.isfinite(adjoint[:, [0, 2, 3]]).all()
+    assert torch.equal(matrix, case.matrix)
+    assert torch.equal(mean, gram)
+
+
+def test_one_step_and_an_empty_batch_leave_the_matrix_as_it_was():
+    for case in (Case(3, time=1), Case(3, batch=0), Case(3).cut(1, 1, 0, 1)):
+        _, matrix, gram = case.run()
+        assert torch.equal(matrix, case.matrix)
+        assert torch.count_nonzero(gram) == 0
+
+
+def test_a_matrix_that_is_not_finite_starts_again():
+    case = Case(3)
+    case.matrix[0, 0] = torch.nan
+    assert torch.count_nonzero(case.run()[1]) == 0
+
+
+def test_a_matrix_that_predicts_far_too_much_is_shrunk_to_what_the_returns_show():
+    case = Case(3, size=1e3)
+    found, expected = case.run(), case.oracle()
+    assert_same(found, expected)
+    assert found[1].norm() < 0.1 * case.matrix.norm()
