@@ -16,6 +16,7 @@ from .ops.network import Structure, autocast_dtype, differentiable_run, new_seed
 from .ops.tensors import forward_mode
 from .perturbation import Perturbation, check_perturbation
 from .registry import CELLS, ESTIMATORS
+from .runtime.processes import replicas
 from .runtime.settings import resolve
 
 
@@ -195,7 +196,16 @@ class RNN(nn.RNN):
             return differentiable_run(structure, inputs, hx, weights, masks, lengths)
         # The seed is drawn last, so that dropout masks are those of nn.RNN.
         seed = new_seed(inputs.device) if needed else None
-        kept = self._estimator_state.handle if estimator.keeps_state else 0
+        kept = 0
+        if needed and estimator.keeps_state:
+            kept = self._estimator_state.handle
+            if not torch.compiler.is_compiling():
+                self._estimator_state.replicas = replicas()
+            elif torch.distributed.is_available() and torch.distributed.is_initialized():
+                raise RuntimeError(
+                    f"method={perturbation.method!r} cannot tell, when it is compiled, with which processes it shares "
+                    "its feedback matrix: do not compile it where there is a process group"
+                )
         return run_perturbed(self._record, perturbation, structure, seed, inputs, hx, weights, masks, lengths, kept)
 
 

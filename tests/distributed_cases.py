@@ -18,7 +18,8 @@ from anpgpu.runtime import memory as runtime_memory
 
 T, B, I, H, O, P = 5, 5, 3, 4, 2, 7  # noqa: E741  (the design's names)
 TIMEOUT = timedelta(seconds=60)
-METHODS = ("anp", "np", "anp-ls", "wp")
+STATELESS = ("anp", "np", "anp-ls", "wp")
+METHODS = (*STATELESS, "anp-feedback")
 NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
 TIGHT = runtime_memory.FIXED_BYTES + 30_000
 """A `max_memory`, in bytes, under which time is cut into segments."""
@@ -223,7 +224,7 @@ class Tagger(nn.Module):
 def samples_sharded(rank, count, wrap=DistributedDataParallel):
     """Return the gradients where every process has its own samples. Seeds and inputs are equal in all processes."""
     gradients = {}
-    for method in (*METHODS, "bptt"):
+    for method in (*STATELESS, "bptt"):
         torch.manual_seed(6)
         model = Tagger(Perturbation(method, rollouts=P, ridge=1.0))
         wrapped = wrap(model)
@@ -234,6 +235,22 @@ def samples_sharded(rank, count, wrap=DistributedDataParallel):
     return gradients
 
 
+def feedback_matrices(rank):
+    """Return B after three updates of DistributedDataParallel, where every process has its own samples."""
+    torch.manual_seed(6)
+    model = Tagger(Perturbation("anp-feedback", rollouts=P, warmup=2))
+    wrapped = DistributedDataParallel(model)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(3):
+        optimiser.zero_grad()
+        wrapped(torch.randn(T, 2, I, generator=generator)).square().mean().backward()
+        optimiser.step()
+    state = anpgpu.estimator_state(model)["rnn"]
+    weight = model.rnn.weight_hh_l0.detach()
+    return {"feedback": state["weight_hh_l0.feedback"], "updates": state["updates"], "weight": weight}
+
+
 def everything(rank, count):
     """All cases of this file."""
     return {
@@ -242,6 +259,7 @@ def everything(rank, count):
         "generators": generators(True),
         "errors": errors(rank),
         "ddp": samples_sharded(rank, count),
+        "feedback": feedback_matrices(rank),
         "example": {share: example("ddp").train(share, 3, batch=12) for share in ("samples", "rollouts")},
     }
 

@@ -17,7 +17,7 @@ from anpgpu import Perturbation
 from anpgpu.estimators.found import FoundOfProblem
 from anpgpu.runtime import memory, processes
 
-METHODS = ("np", "anp", "anp-ls", "wp")
+METHODS = ("np", "anp", "anp-ls", "anp-feedback", "wp")
 NETWORKS = {
     "one layer": {},
     "two layers": {"num_layers": 2},

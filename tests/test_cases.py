@@ -14,7 +14,7 @@ from anpgpu import Perturbation
 from anpgpu.runtime import memory
 
 T, B, I, H, O = 6, 3, 2, 4, 2  # noqa: E741  (the design's names)
-METHODS = ("np", "anp", "anp-ls", "wp")
+METHODS = ("np", "anp", "anp-ls", "anp-feedback", "wp")
 
 
 def flat(tensors):
@@ -29,8 +29,14 @@ def network(method="np", *, dtype=torch.float64, rollouts=8, head=True, **option
     return rnn, nn.Linear(width, O, dtype=dtype) if head else None
 
 
+def forget(rnn):
+    """Make the next update a module's first."""
+    anpgpu.load_estimator_state_(rnn, {})
+
+
 def estimated(rnn, head, *arguments, seed=1, **named):
     """The estimate and all gradients of one update from a seed."""
+    forget(rnn)
     for module in (rnn, head):
         if module is not None:
             module.zero_grad()
@@ -226,6 +232,7 @@ def test_a_network_that_grows_in_the_padding_is_that_of_the_short_sequence(metho
     gradients = []
     for time in (12, 1000):
         padded = torch.cat((inputs, torch.zeros(time - 12, 2, I)))
+        forget(rnn)
         rnn.zero_grad()
         torch.manual_seed(4)
         outputs, _ = rnn(pack_padded_sequence(padded, [12, 9]))

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import anpgpu
 from anpgpu import Perturbation
 
-METHODS = ("anp", "np", "anp-ls", "wp")
+METHODS = ("anp", "np", "anp-ls", "anp-feedback", "wp")
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "slow"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 

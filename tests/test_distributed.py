@@ -7,8 +7,9 @@ import sys
 import distributed_cases as cases
 import pytest
 import torch
-from distributed_cases import EXAMPLES, METHODS
+from distributed_cases import EXAMPLES, METHODS, STATELESS
 from tolerances import TOLERANCES, assert_close, relative_error
+from torch import nn
 
 import anpgpu
 from anpgpu import Perturbation
@@ -86,7 +87,7 @@ def unwrapped(monkeypatch, rank, count):
 def test_data_parallel_averages_the_estimates_of_all_processes(monkeypatch, reports):
     count = len(reports)
     of_ranks = [unwrapped(monkeypatch, rank, count) for rank in range(count)]
-    for method in (*METHODS, "bptt"):
+    for method in (*STATELESS, "bptt"):
         mean = torch.stack([gradients[method] for gradients in of_ranks]).mean(0)
         for report in reports:
             assert_close(report["ddp"][method], mean, "float64")
@@ -94,11 +95,22 @@ def test_data_parallel_averages_the_estimates_of_all_processes(monkeypatch, repo
 
 def test_processes_with_the_same_seed_draw_other_noise(monkeypatch):
     # Two ranks with the same seed, samples, targets and weights differ only by the rank in the noise's counter.
-    for method in METHODS:
+    for method in STATELESS:
         first, second = (unwrapped(monkeypatch, rank, 1)[method] for rank in (0, 1))
         assert relative_error(first, second) > 0.01
     same = [unwrapped(monkeypatch, rank, 1)["bptt"] for rank in (0, 1)]
     assert torch.equal(*same)
+
+
+def test_replicas_hold_bitwise_the_same_feedback_matrix(reports):
+    first, *others = [report["feedback"] for report in reports]
+    assert first["updates"] == 3
+    # Learnt, from samples that differ from process to process: towards the weights.
+    assert float(torch.linalg.vector_norm(first["feedback"])) > 0
+    assert float(nn.functional.cosine_similarity(first["feedback"].flatten(), first["weight"].flatten(), dim=0)) > 0.5
+    for other in others:
+        assert torch.equal(other["feedback"], first["feedback"])
+        assert torch.equal(other["weight"], first["weight"])
 
 
 @pytest.mark.parametrize("share", ["samples", "rollouts"])

@@ -141,12 +141,13 @@ def test_bptt_is_autograd(network, form, loss, per_sequence):
     assert_close(seen.h_n, case.h_n, "float64")
 
 
-@pytest.mark.parametrize("method", ["anp", "np", "anp-ls", "wp", "bptt"])
+@pytest.mark.parametrize("method", ["anp", "np", "anp-ls", "anp-feedback", "wp", "bptt"])
 def test_gradients_are_added(method):
     rnn, head = networks()
     inputs, targets, how = draw(T, B, I), draw(T, B, O), Perturbation(method, rollouts=4)
 
     def estimate(seed):
+        anpgpu.load_estimator_state_(rnn, {})
         anpgpu.estimate_grad_(
             rnn, head, inputs, targets, perturbation=how, generator=torch.Generator().manual_seed(seed)
         )

@@ -17,7 +17,7 @@ from anpgpu.runtime import memory as runtime_memory
 from anpgpu.runtime.memory import FIXED_BYTES, within_memory
 
 T, B, I, H, O, P = 7, 4, 3, 6, 3, 8  # noqa: E741  (the design's names)
-METHODS = ("anp", "np", "anp-ls", "wp")
+METHODS = ("anp", "np", "anp-ls", "anp-feedback", "wp")
 NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),

@@ -324,7 +324,7 @@ def check_loss(kind):
 
 
 FIELDS = {
-    "method": (["anp", "np", "anp-ls", "wp", "bptt"], lambda value: value in METHODS),
+    "method": (["anp", "np", "anp-ls", "anp-feedback", "wp", "bptt"], lambda value: value in METHODS),
     "rollouts": ([1, 32, 2**32 - 1], lambda value: type(value) is int and 1 <= value < 2**32),
     "sigma": ([1e-3, 5, 1e-300], lambda value: is_real(value) and 0 < value < math.inf),
     "noise": (["rademacher", "gaussian"], lambda value: value in {"rademacher", "gaussian"}),
@@ -340,7 +340,7 @@ FIELDS = {
 }
 
 
-METHODS = {"anp", "np", "anp-ls", "wp", "bptt"}
+METHODS = {"anp", "np", "anp-ls", "anp-feedback", "wp", "bptt"}
 
 
 def is_real(value):

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import anpgpu
 from anpgpu import Perturbation, decorrelation
 
-METHODS = ("anp", "np", "anp-ls", "wp", "bptt")
+METHODS = ("anp", "np", "anp-ls", "anp-feedback", "wp", "bptt")
 NOTHING = ("no step has a loss", "must not sum to 0")
 """What errors say where no step counts."""
 REFUSES = (ValueError, TypeError, RuntimeError, MemoryError)

@@ -25,7 +25,7 @@ from anpgpu import Perturbation
 # Samples of length 0.
 
 
-@pytest.mark.parametrize("method", ["np", "anp", "anp-ls", "wp", "bptt"])
+@pytest.mark.parametrize("method", ["np", "anp", "anp-ls", "anp-feedback", "wp", "bptt"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("loss", ["module", "callable"])
 def test_a_sample_of_length_0_is_as_one_that_is_not_there(network, method, loss):

@@ -29,7 +29,7 @@ OWN_FILES = {
 }
 """Where the names of each kind may be compared."""
 KNOWN = {
-    "methods": {"np", "anp", "anp-ls", "wp", "bptt", "published-anp", "published-np", "published-wp"},
+    "methods": {"np", "anp", "anp-ls", "anp-feedback", "wp", "bptt", "published-anp", "published-np", "published-wp"},
     "cells": {"tanh", "relu"},
     "losses": {"mse", "cross_entropy", *KERNEL_LOSSES},
     "backends": {"torch", "numba", "cupy", "triton"},

@@ -68,13 +68,13 @@ def rnn_arguments(layers=1, directions=1, *, autocast=None, dropout=False, lengt
     return (inputs, randn(layers * directions, B, H), weights, masks, lengths, "tanh", True, directions, autocast)
 
 
-def backward_arguments(method="anp", lowest=0, **options):
+def backward_arguments(method="anp", lowest=0, kept=0, **options):
     inputs, hx, weights, masks, lengths, *structure = rnn_arguments(**options)
     outputs, h_n, states = OPS.rnn(inputs, hx, weights, masks, lengths, *structure)
     perturbation = Perturbation(method, rollouts=P)
     scalars = [getattr(perturbation, name) for name in FIELDS]
     saved = (torch.tensor(3), inputs, lengths, weights, states, masks)
-    return (randn(*outputs.shape), randn(*h_n.shape), *saved, lowest, *structure, *scalars)
+    return (randn(*outputs.shape), randn(*h_n.shape), *saved, lowest, kept, *structure, *scalars)
 
 
 SAMPLES = {

@@ -15,7 +15,7 @@ from anpgpu import Perturbation
 from anpgpu.kernels import scratch
 
 ROOT = Path(anpgpu.__file__).resolve().parent.parent
-METHODS = ("anp", "np", "anp-ls", "wp")
+METHODS = ("anp", "np", "anp-ls", "anp-feedback", "wp")
 
 
 def leaves_of(*modules):

@@ -2,10 +2,10 @@
 
 `anp-ls` with fewer rollouts than units projects each adjoint on P directions, and forgets what it learnt. Here the
 residual of its regression teaches one matrix B for each layer and direction, from the same returns, pooled over steps,
-samples and updates (`kernels/feedback.py` has the equations). B tends to W_hh, and what it predicts is the prior mean of
+samples and updates (`kernels/feedback.py` has the equations). B tends to W_hh; what it predicts is the prior mean of
 the next regressions. Two more parts belong to the method:
 
-    B moves with W   B <- B + (W_hh now - W_hh at the last update), the learner's own step, so that B does not lag behind
+    B moves with W   B <- B + (W_hh now - W_hh at the last update), the learner's own step, so that B does not lag
     warm-up          the first update repeats its estimate with fresh noise, so that B is learnt before weights move
 
 Node perturbation teaches the feedback weights (Lansdell, Prakash, Kording 2020, arXiv:1906.00889); that they move with
@@ -38,6 +38,7 @@ from anpgpu.kernels.feedback import (
 from anpgpu.network.stack import Network
 from anpgpu.registry import BACKENDS, ESTIMATORS
 from anpgpu.runtime.dispatch import implementation
+from anpgpu.runtime.processes import sum_over
 from anpgpu.runtime.ranges import entered
 from anpgpu.runtime.settings import Settings
 
@@ -75,17 +76,24 @@ class Learner:
 
     def commit(self) -> None:
         """Move B, once all rollouts of the layer have been credited, in all processes alike."""
-        sums, share = self.sums, self.settings.share
-        share.sum_(sums.relation, sums.gram, sums.slopes, sums.totals)
+        sums = self.sums
+        self._exchange(sums.relation, sums.gram, sums.slopes, sums.totals)
         if not self.learns:
             return
         towards, mean = direction(sums, self.state.gram)
         bend = curvature(sums, towards)
-        share.sum_(bend)
+        self._exchange(bend)
         matrix, gram = step(self.matrix, sums, self.state.gram, mean, towards, bend)
         self.state.feedback.copy_(matrix)
         self.state.gram.copy_(gram)
         self.state.weight.copy_(self.weight)
+
+    def _exchange(self, *sums: Tensor) -> None:
+        """Sum over processes: those that share this update's samples, or the replicas of DistributedDataParallel."""
+        if self.settings.kept.replicas is None:
+            self.settings.share.sum_(*sums)
+        else:
+            sum_over(self.settings.kept.replicas, *sums)
 
     @property
     def report(self) -> Tensor:

@@ -54,6 +54,8 @@ class Kept:
         """Whether weights were loaded since the last update."""
         self.restored = False
         """Whether this state was loaded since the last update."""
+        self.replicas: Any = None
+        """Group of the processes of DistributedDataParallel, whose B is one and the same; None without it."""
         self._register()
 
     def _register(self) -> None:
@@ -61,11 +63,11 @@ class Kept:
         _by_handle[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles carry; the handle is this object's own."""
-        return {name: value for name, value in vars(self).items() if name != "handle"}
+        """Return what copies and pickles carry; handle and process group are this object's own."""
+        return {name: value for name, value in vars(self).items() if name not in {"handle", "replicas"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, replicas=None)
         self._register()
 
     def begin(self, weights: Sequence[Tensor], *, follows: bool) -> None:

@@ -24,7 +24,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,6 +44,10 @@ _limits: WeakKeyDictionary[object, dict[tuple[torch.device, int], int]] = WeakKe
 
 AGREEMENT = 1e-3
 """Relative difference up to which two processes' batches count as equal: replicas may differ by rounding."""
+
+
+_replica_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""For the group of each DistributedDataParallel, one of the same processes for exchanges of its own."""
 
 
 class OtherProcessError(RuntimeError):
@@ -252,3 +256,29 @@ def share_of(rollouts: int, *, shared: bool, by_samples: bool) -> Share:
     if rollouts < count and not by_samples:
         raise ValueError(f"rollouts={rollouts} cannot be shared between {count} processes: some would have none")
     return Share(rollouts, distributed.get_rank(), count, by_samples)
+
+
+def replicas() -> Any:
+    """Return a group of the replicas whose forward pass runs, for exchanges beside DistributedDataParallel's own.
+
+    None outside of one, or where it has one process. The first call makes the group, in all replicas at the same place.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    wrapper = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if wrapper is None or distributed.get_world_size(wrapper.process_group) == 1:
+        return None
+    group = _replica_groups.get(wrapper.process_group)
+    if group is None:
+        ranks = distributed.get_process_group_ranks(wrapper.process_group)
+        group = distributed.new_group(ranks, use_local_synchronization=True)
+        _replica_groups[wrapper.process_group] = group
+    return group
+
+
+def sum_over(group: Any, *tensors: Tensor) -> None:
+    """Replace tensors, all of one dtype, by their sums over a group's processes, in one exchange."""
+    flat = torch.cat([value.flatten() for value in tensors])
+    distributed.all_reduce(flat, group=group)
+    for value, total in zip(tensors, torch.split(flat, [value.numel() for value in tensors]), strict=True):
+        value.copy_(total.view_as(value))
