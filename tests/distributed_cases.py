@@ -3,6 +3,7 @@
 New processes import this file, so it holds no test.
 """
 
+import dataclasses
 import importlib.util
 import math
 from datetime import timedelta
@@ -57,7 +58,7 @@ def backward(how, *, dtype=torch.float64, packed=False, **options):
     outputs, h_n = rnn(sequences)
     ((outputs.data if packed else outputs).sin().sum() + h_n.square().sum()).backward()
     seen = rnn.last_estimate
-    return flat([*(leaf.grad for leaf in leaves(rnn)), inputs.grad, seen.split_half, seen.skipped])
+    return flat([*(leaf.grad for leaf in leaves(rnn)), inputs.grad, torch.nan_to_num(seen.split_half), seen.skipped])
 
 
 def absolute(outputs, targets):
@@ -85,24 +86,25 @@ def estimate(how, loss="mse", **options):
     seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how, hx=hx)
     grads = [leaf.grad for leaf in leaves(rnn, head)]
     moved = [] if seen.moved is None else [seen.moved]
-    return flat([*grads, hx.grad, seen.loss, seen.outputs, seen.h_n, *moved, seen.split_half, seen.skipped])
+    half = torch.nan_to_num(seen.split_half)
+    return flat([*grads, hx.grad, seen.loss, seen.outputs, seen.h_n, *moved, half, seen.skipped])
 
 
 def updates(shard):
     """Make one update by every method, network and way of calling; return name to vector."""
     vectors = {}
     for method in METHODS:
-        how = Perturbation(method, rollouts=P, sigma=1e-3, shard_rollouts=shard)
+        how = Perturbation(method, rollouts=P, sigma=1e-3, shard_rollouts=shard, warmup=2)
         for name, network in NETWORKS.items():
             vectors[f"backward {method} {name}"] = backward(how, **network)
             vectors[f"estimate {method} {name}"] = estimate(how, **network)
             if method != "wp":
                 vectors[f"dropout {method} {name}"] = estimate(how, dropout=0.5, **{"num_layers": 2, **network})
         vectors[f"callable {method}"] = estimate(how, absolute, num_layers=2)
-        vectors[f"lost rollouts {method}"] = estimate(how, SometimesLost())
+        vectors[f"lost rollouts {method}"] = estimate(dataclasses.replace(how, warmup=0), SometimesLost())
         vectors[f"packed {method}"] = backward(how, packed=True, num_layers=2, bidirectional=True, dropout=0.5)
         vectors[f"float32 {method}"] = backward(how, dtype=torch.float32)
-        tight = Perturbation(method, rollouts=P, sigma=1e-3, shard_rollouts=shard, max_memory=TIGHT)
+        tight = dataclasses.replace(how, max_memory=TIGHT)
         vectors[f"segments {method}"] = torch.cat((backward(tight, num_layers=2), estimate(tight, num_layers=2)))
     many = Perturbation("np", rollouts=P, sigma=1e-3, shard_rollouts=shard, readout="perturbed", noise="gaussian")
     vectors["perturbed readout"] = estimate(many)

@@ -37,6 +37,9 @@ class Row(NamedTuple):
     """Work of an estimate, in rollouts of "anp"; see `cost_of`."""
     error: str | None = None
     """Why there is no estimate; None where there is."""
+    learning: tuple[tuple[int, float], ...] = ()
+    """Of a method that learns from update to update: numbers of updates of this batch before, each with the cosine (or
+    the agreement of seeds) there. The rest of the row is measured after the last."""
 
     def score(self, unseen: str | None) -> float:
         """Return the cosine to the true gradient, or the agreement of seeds where that is unseen; -inf for neither."""
@@ -94,9 +97,22 @@ class Diagnosis:
                 if self.unseen is None
                 else f"that of BPTT's gradient. There is none here: {self.unseen}.",
                 "",
+                *self._learning(),
                 self.advice,
             )
         )
+
+    def _learning(self) -> list[str]:
+        """Return a line for each setting that learns from update to update, and an empty line."""
+        lines = []
+        for row in self.rows:
+            if row.learning:
+                numbers, values = zip(*row.learning, strict=True)
+                told = ", ".join(_figure(value, ".2f") for value in values)
+                after = ", ".join(map(str, numbers))
+                what = "cosine" if self.unseen is None else "agreement of seeds"
+                lines.append(f"{_name(row.perturbation)}: {what} {told} after {after} updates of this batch")
+        return [*lines, ""] if lines else []
 
     def _cells(self, row: Row) -> list[str]:
         setting, total = row.perturbation, row.total

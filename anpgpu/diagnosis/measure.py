@@ -25,11 +25,15 @@ from anpgpu.estimate import estimate_grad_
 from anpgpu.estimators.found import Estimate
 from anpgpu.perturbation import Perturbation, check_perturbation
 from anpgpu.registry import ESTIMATORS
+from anpgpu.state import estimator_state, load_estimator_state_
 from anpgpu.task.black_box import LossFunction
 from anpgpu.task.problem import loss_class
 
 from .advice import Diagnosis, Row, advise, cheapest, closest_sigma, cost_of, discounted
 from .alignment import Alignment, alignment
+
+LEARNT = (0, 20, 60)
+"""Updates before the measurements of a method that learns from update to update."""
 
 PARTS = ("weight_hh", "weight_ih", "bias")
 """Kinds of parameters, by their names in `torch.nn.RNN`."""
@@ -81,7 +85,8 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
         loss: "mse", "cross_entropy", a loss module of torch's or a callable.
         perturbation: the current setting; the default is the rnn's own, or `Perturbation()`. Knobs that are not varied
             (noise, ridge, precision, ...) keep its values.
-        methods: methods of `Perturbation`, except "bptt".
+        methods: methods of `Perturbation`, except "bptt". "anp-feedback" learns from update to update: its cosines are
+            those after 0, 20 and 60 updates of this batch, without a warm-up; the row is that after the last.
         rollouts: numbers of rollouts.
         discounts: discounts in [0, 1]. A method without a discount ("wp") is measured once.
         sigmas: standard deviations of the noise.
@@ -161,7 +166,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
         owner = torch.cat([torch.full((weight.numel(),), number) for number, (_, weight) in enumerate(trained)])
         members = {kind: [kind in name for name, _ in trained] for kind in PARTS}
         masks = {kind: torch.tensor(which)[owner] for kind, which in members.items() if any(which)}
-        measure = _Measure(estimate, truth, masks, _seeds(repeats, seed), rnn.hidden_size)
+        measure = _Measure(estimate, truth, masks, _seeds(repeats, seed), copied)
         most = len({*around, *grid}) + len(sigmas)
         with tqdm(total=most, desc="diagnose", unit="setting", disable=not progress) as bar:
             measure.add(around, bar)
@@ -212,9 +217,9 @@ class _Measure:
     """Measures settings, each once and all with the same seeds, so that they do not differ by chance."""
 
     def __init__(
-        self, estimate: EstimateOf, truth: Tensor | None, masks: dict[str, Tensor], seeds: list[int], hidden: int
+        self, estimate: EstimateOf, truth: Tensor | None, masks: dict[str, Tensor], seeds: list[int], rnn: nn.RNN
     ) -> None:
-        self.estimate, self.truth, self.masks, self.seeds, self.hidden = estimate, truth, masks, seeds, hidden
+        self.estimate, self.truth, self.masks, self.seeds, self.rnn = estimate, truth, masks, seeds, rnn
         self.row_of: dict[Perturbation, Row] = {}
 
     def rows(self) -> tuple[Row, ...]:
@@ -229,9 +234,31 @@ class _Measure:
                 bar.update()
 
     def _row(self, setting: Perturbation) -> Row:
+        if not ESTIMATORS[setting.method].keeps_state:
+            return self._measured(setting)
+        load_estimator_state_(self.rnn, {})
+        # What a warm-up would bring is what the columns of a learning method show.
+        plain = dataclasses.replace(setting, warmup=0)
+        learning, seen, row = [], 0, Row(setting, Alignment(), {}, math.nan, 0, math.nan, math.nan)
+        for updates in LEARNT:
+            try:
+                for number in range(seen, updates):
+                    self.estimate(plain, torch.Generator().manual_seed(self.seeds[0] + number + 1))
+            except RuntimeError as error:
+                return row._replace(error=str(error).splitlines()[0])
+            seen = updates
+            row = self._measured(plain)._replace(perturbation=setting)
+            value = row.total.agreement if self.truth is None else row.total.cosine
+            learning.append((updates, value))
+        return row._replace(learning=tuple(learning))
+
+    def _measured(self, setting: Perturbation) -> Row:
         gradients, halves, skipped, seconds = [], [], 0, []
-        cost = cost_of(setting, self.hidden)
+        cost = cost_of(setting, self.rnn.hidden_size)
+        state = estimator_state(self.rnn)
         for seed in self.seeds:
+            # Every seed starts from the same state.
+            load_estimator_state_(self.rnn, state)
             started = time.perf_counter()
             try:
                 gradient, report = self.estimate(setting, torch.Generator().manual_seed(seed))
@@ -243,6 +270,7 @@ class _Measure:
             gradients.append(gradient)
             halves.append(float(report.split_half))
             skipped += int(report.skipped)
+        load_estimator_state_(self.rnn, state)
         estimates = torch.stack(gradients)
         parts = {
             kind: alignment(estimates[:, mask], None if self.truth is None else self.truth[mask])
