@@ -3,7 +3,8 @@
     python examples/resume.py --updates 400      # kill it (kill -9 if you like), run it again: it resumes
 
 A checkpoint holds everything that an update depends on: weights and buffers (decorrelation's included), the optimiser,
-the schedule, torch's generators, and the version of the noise stream, since versions make other noise of a seed.
+the schedule, what the method keeps between updates (feedback matrices), torch's generators, and the version of the noise
+stream, since versions make other noise of a seed.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def train(path: Path, updates: int, interval: int, method: str = "anp") -> float
         first, loss = state["update"], state["loss"]
         for name, module in modules.items():
             module.load_state_dict(state[name])
+        anpgpu.load_estimator_state_(model, state["estimator"])
     for update in range(first, updates):
         inputs = torch.randn(20, 16, 3)
         hidden, _ = model["rnn"](inputs)
@@ -79,7 +81,8 @@ def train(path: Path, updates: int, interval: int, method: str = "anp") -> float
         decorrelation.update_(inputs)
         if (update + 1) % interval == 0 or update + 1 == updates:
             states = {name: module.state_dict() for name, module in modules.items()}
-            save(path, {"update": update + 1, "loss": loss.detach(), **states})
+            kept = anpgpu.estimator_state(model)
+            save(path, {"update": update + 1, "loss": loss.detach(), "estimator": kept, **states})
     return loss.item()
 
 
@@ -88,7 +91,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("resume.pt"))
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--every", type=int, default=20, help="updates between checkpoints")
-    parser.add_argument("--method", default="anp")
+    parser.add_argument("--method", default="anp-feedback")
     options = parser.parse_args()
     options.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     print(f"loss {train(options.checkpoint, options.updates, options.every, options.method):.4f}")
