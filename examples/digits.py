@@ -173,14 +173,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", action="store_true", help="64 steps of one pixel instead of 8 steps of one row")
     parser.add_argument("--permuted", action="store_true", help="with --pixels: in one fixed random order")
-    parser.add_argument("--methods", nargs="+", default=["anp-feedback", "bptt"], help="anp-feedback, anp-ls, anp, np, wp, bptt")
+    parser.add_argument(
+        "--methods", nargs="+", default=["anp-feedback", "bptt"], help="anp-feedback, anp-ls, anp, np, wp, bptt"
+    )
     parser.add_argument("--method", help="one method beside bptt: short for --methods METHOD bptt")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, the same for every method")
-    parser.add_argument("--rollouts", type=int, help="perturbed rollouts per sample (default: 4 with anp-feedback, else the library's)")
+    parser.add_argument(
+        "--rollouts", type=int, help="perturbed rollouts per sample (default: 4 with anp-feedback, else the library's)"
+    )
     parser.add_argument("--discount", type=float, help="credit of later losses (default: the library's)")
     parser.add_argument("--sigma", type=float, help="standard deviation of the noise (default: the library's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

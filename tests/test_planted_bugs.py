@@ -24,6 +24,36 @@ NP_BACKWARD = "test_estimators.py::test_np_through_backward_is_unbiased[one laye
 NP_MEASURED = "test_estimators.py::test_np_of_measured_losses_is_unbiased[one layer-mse]"
 
 BUGS = {
+    "feedback of the step itself, not of the next": Bug(
+        "kernels/feedback.py",
+        "block.slope[step], written.adjoint[step + 1]",
+        "block.slope[step], written.adjoint[min(step + 2, len(activity))]",
+        "test_feedback.py::test_an_update_is_that_of_the_equations[B 1.0-plain-P 3]",
+    ),
+    "baseline centres the return alone": Bug(
+        "kernels/feedback.py",
+        "activity = _centred(activity, finite.unsqueeze(-1), -2)",
+        "pass",
+        "test_feedback.py::test_an_update_is_that_of_the_equations[B 1.0-baseline-P 3]",
+    ),
+    "a poisoned feedback matrix moves on": Bug(
+        "kernels/feedback.py",
+        "(ratio < POISONED_BELOW)",
+        "(ratio < -1e30)",
+        "test_feedback_promises.py::test_a_matrix_that_was_poisoned_is_good_again_two_updates_later",
+    ),
+    "the feedback matrix makes the weights' steps backwards": Bug(
+        "estimators/feedback.py",
+        "self.matrix = self.matrix + (weight_hh - state.weight)",
+        "self.matrix = self.matrix - (weight_hh - state.weight)",
+        "test_feedback_state.py::test_the_matrix_makes_the_weights_own_steps",
+    ),
+    "weights that are loaded are a step": Bug(
+        "estimators/kept.py",
+        "if not same:",
+        "if same is None:",
+        "test_feedback_state.py::test_weights_that_are_loaded_are_no_step",
+    ),
     "noise shared across rollouts": Bug(
         "kernels/noise.py",
         "index(counters.rollout, rollouts, 3),",
