@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 import anpgpu
 
-
 FEW = 4
 """Rollouts with a learned feedback matrix, which needs no more than a small share of the units."""
 

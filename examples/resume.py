@@ -3,8 +3,8 @@
     python examples/resume.py --updates 400      # kill it (kill -9 if you like), run it again: it resumes
 
 A checkpoint holds everything that an update depends on: weights and buffers (decorrelation's included), the optimiser,
-the schedule, what the method keeps between updates (feedback matrices), torch's generators, and the version of the noise
-stream, since versions make other noise of a seed.
+the schedule, what the method keeps between updates (feedback matrices), torch's generators, and the version of the
+noise stream, since versions make other noise of a seed.
 """
 
 from __future__ import annotations
