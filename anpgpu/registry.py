@@ -103,6 +103,12 @@ class Estimator:
         return 0
 
     @classmethod
+    def state_floats(cls, rollouts: int, hidden: int) -> int:
+        """Return the floats that what a layer learns takes in an update, however that is divided; `hidden` is H."""
+        del rollouts, hidden
+        return 0
+
+    @classmethod
     def rule(cls, settings: Any, weight_hh: Any, seed: Any, finite: Any) -> Any:
         """Return a rule, which credits the rollouts of some samples; see `estimators.rules.Rule`."""
         raise NotImplementedError

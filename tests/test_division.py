@@ -180,6 +180,7 @@ SHAPE = Shape(
     whole_samples=False,
     clean_floats=0,
     extra_floats=0,
+    fixed_floats=0,
     layers=1,
     itemsize=4,
 )

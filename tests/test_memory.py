@@ -88,7 +88,13 @@ def test_memory_does_not_grow_with_the_sequence(time):
 
 @pytest.mark.parametrize(
     ("method", "loss", "time"),
-    [("np", "mse", 2000), ("anp-ls", "mse", 500), ("wp", "mse", 500), ("anp", "callable", 1000)],
+    [
+        ("np", "mse", 2000),
+        ("anp-ls", "mse", 500),
+        ("anp-feedback", "mse", 500),
+        ("wp", "mse", 500),
+        ("anp", "callable", 1000),
+    ],
 )
 def test_memory_of_every_method(method, loss, time):
     assert_bounded(method=method, loss=loss, time=time, **SMALL)

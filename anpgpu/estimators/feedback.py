@@ -26,6 +26,7 @@ from anpgpu.kernels.feedback import (
     GAIN,
     MEASURED,
     NUMBER,
+    PAIRS,
     PREDICTED,
     Carry,
     Sums,
@@ -138,6 +139,11 @@ class LearnedFeedback(Rule):
     def extra_floats(cls, rollouts: int, hidden: int) -> int:
         """Return the floats of a copy of delta_a, the Gram matrix and its factor, and rows of clean activity."""
         return rollouts * hidden + 2 * min(rollouts, hidden) ** 2 + 6 * hidden
+
+    @classmethod
+    def state_floats(cls, rollouts: int, hidden: int) -> int:
+        """Return the floats of sums, new matrices and their factor, and of the pairs of the line search."""
+        return 8 * hidden**2 + PAIRS * (rollouts * hidden + min(rollouts, hidden) ** 2 + 2 * hidden)
 
     @classmethod
     def cost(cls, rollouts: int, hidden: int) -> float:

@@ -62,6 +62,8 @@ class Shape(NamedTuple):
     """Floats of clean activity per step and sample; 0 where the whole clean run is stored anyway."""
     extra_floats: int
     """Floats per step and sample that the estimator adds."""
+    fixed_floats: int
+    """Floats that it needs however the work is divided."""
     layers: int
     """Layers whose deviations at segment starts are stored at the same time."""
     itemsize: int
@@ -142,7 +144,7 @@ def needed_bytes(shape: Shape, division: Division) -> int:
     if division.segments > 1:
         starts = division.segments * division.samples * shape.hidden * (shape.rollouts * shape.layers)
         starts += division.segments * division.samples * shape.hidden * shape.layers
-    return FIXED_BYTES + shape.itemsize * (length * per_step + tiles + whole + starts)
+    return FIXED_BYTES + shape.itemsize * (shape.fixed_floats + length * per_step + tiles + whole + starts)
 
 
 @functools.lru_cache(maxsize=256)

@@ -67,6 +67,7 @@ class Settings(NamedTuple):
             whole_samples=self.estimator.whole_samples or (at_once and self.estimator.stores_delta),
             clean_floats=clean_floats,
             extra_floats=self.estimator.extra_floats(self.share.most, hidden),
+            fixed_floats=layers * self.estimator.state_floats(self.share.most, hidden) if self.kept is not None else 0,
             layers=layers,
             itemsize=itemsize,
         )
