@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .adjoint import SAFE_TO_SQUARE
-from .least_squares import block_length, dual, factored, smaller_gram, solve
+from .least_squares import block_length, dual, factored, in_units, largest_of, power_of_two, solve
 from .noise import Counters, noise
 from .rollout import RolloutOptions
 
@@ -50,9 +50,6 @@ MEMORY = 0.9
 
 POISONED_BELOW = 0.5
 """Ratio of the measured to the predicted returns below which B is shrunk instead of moved."""
-
-LARGEST_EXPONENT = 100
-"""Of the powers of two by which a sample is scaled."""
 
 
 class Carry(NamedTuple):
@@ -150,6 +147,8 @@ class How(NamedTuple):
     """Standard deviation of the noise, in the units of the activity differences."""
     kind: str
     """Of the noise: "rademacher" or "gaussian"."""
+    unit: Tensor
+    """In which the activity differences of each step and sample are given, (L, B); nothing below depends on it."""
     counters: Counters
     """Of the block's first step."""
 
@@ -258,7 +257,8 @@ def feedback(
         activity = activity if all_finite else torch.where(finite.unsqueeze(-1), activity, 0)
         if baseline:
             activity = _centred(activity, finite.unsqueeze(-1), -2)
-        factor, bad = factored(smaller_gram(activity), ridge, finite)
+        activity, gram, size_of = in_units(activity)
+        factor, bad = factored(gram, ridge, finite)
         grown += bad
         unit = _unit(delta_loss[steps] / options.sigma, gradient[steps], carry)
         rows = unit.unsqueeze(-1)
@@ -277,6 +277,7 @@ def feedback(
             baseline=baseline,
             sigma=options.sigma * scale,
             kind=options.noise,
+            unit=size_of,
             counters=counters._replace(time=counters.time + start),
         )
         scaled = carry._replace(returns=carry.returns * (scale * rows), largest=carry.largest * unit)
@@ -294,15 +295,8 @@ def _with_noise(draw: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tens
 
 def _unit(delta_loss: Tensor, gradient: Tensor, carry: Carry) -> Tensor:
     """Return for each sample, (B,), the inverse of a power of two near its largest gradient; 1 where that is 0."""
-    largest = torch.maximum(_largest(delta_loss), torch.maximum(_largest(gradient), carry.largest))
-    exponent = torch.frexp(torch.where(torch.isfinite(largest) & (largest > 0), largest, 0.5)).exponent
-    limit = LARGEST_EXPONENT
-    return torch.ldexp(torch.ones_like(largest), -exponent.clamp(-limit, limit))
-
-
-def _largest(values: Tensor) -> Tensor:
-    """Return the largest |value| of each sample, (B,), from (L, B, n)."""
-    return values.abs().amax((0, 2)) if values.numel() else values.new_zeros(values.shape[1])
+    size = torch.maximum(largest_of(delta_loss, 0, 2), largest_of(gradient, 0, 2))
+    return 1 / power_of_two(torch.maximum(size, carry.largest))
 
 
 def _centred(values: Tensor, counted: Tensor, dim: int) -> Tensor:
@@ -331,7 +325,8 @@ def descend(
         known = slope * (after @ matrix)
         prior = torch.addcmul(known, slope, block.gradient[step])
         effect, predicted = (rows @ torch.stack((prior, known), -1)).unbind(-1)
-        target = block.delta_loss[step] + returns
+        unit = how.unit[step].unsqueeze(-1)
+        target = (block.delta_loss[step] + returns) / unit
         if how.baseline:
             target = _centred(target, how.finite, -1)
         power = effect.square().sum(-1)
@@ -350,7 +345,7 @@ def descend(
         written.weight[step] = weight
         written.adjoint[step] = adjoint
         injected = (later[step] @ adjoint.unsqueeze(-1)).squeeze(-1)
-        returns = (target - injected) * how.discount
+        returns = (target * unit - injected) * how.discount
         if how.baseline:
             returns = _centred(returns, how.finite, -1)
         largest = torch.maximum(largest, torch.linalg.vector_norm(adjoint, dim=-1))

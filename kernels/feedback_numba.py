@@ -85,6 +85,7 @@ def _step(
     gradient: Any,
     fed_back: Any,
     words: Any,
+    divisor: Any,
     sigma: Any,
     finite: Any,
     discount: Any,
@@ -106,7 +107,7 @@ def _step(
         _prior(slope, gradient, fed_back, step, sample, known, prior)
         for rollout in range(rollouts):
             effect[rollout], predicted[rollout] = _two_products(activity, first + rollout, prior, known)
-            target[rollout] = delta_loss[step, sample, rollout] + returns[sample, rollout]
+            target[rollout] = (delta_loss[step, sample, rollout] + returns[sample, rollout]) / divisor[step, sample]
         if baseline:
             _centre(target, finite, sample)
         gain = _gain(target, effect)
@@ -131,7 +132,8 @@ def _step(
             rest[unit] *= share * slope[step, sample, unit]
         weight[step, sample] = share
         for rollout in range(rollouts):
-            target[rollout] -= sigma * signed_sum(words, step, sample, rollout, adjoint)
+            later = sigma * signed_sum(words, step, sample, rollout, adjoint)
+            target[rollout] = target[rollout] * divisor[step, sample] - later
         if baseline:
             _centre(target, finite, sample)
         returns[sample] = discount * target
@@ -152,7 +154,7 @@ def descend(
     arrays = [
         tensor.contiguous().numpy() for tensor in (block.delta_loss, rows_of(block.activity), block.factor, block.slope)
     ]
-    arrays += [block.gradient.contiguous().numpy(), fed_back.numpy(), words]
+    arrays += [block.gradient.contiguous().numpy(), fed_back.numpy(), words, how.unit.contiguous().numpy()]
     sigma, discount, finite = _F(how.sigma), _F(how.discount), how.finite.contiguous().numpy()
     results = [
         tensor.numpy() for tensor in (returns, largest, written.adjoint, written.residual, written.weight, totals)
