@@ -217,7 +217,7 @@ class Record:
 
     def keep(self, skipped: Tensor, split_half: Tensor, ridge_grown: Tensor, prior: Tensor) -> None:
         """Store the report of a backward pass."""
-        self.estimate = Estimate(None, None, None, skipped, split_half, ridge_grown, prior)
+        self.estimate = Estimate(None, None, None, skipped, split_half, ridge_grown, prior=prior)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         """Return an empty record: a copied module has had no backward pass."""

@@ -271,8 +271,8 @@ MUTATIONS = {
     ),
     "swap: a module swapped back keeps its perturbation": Mutation(
         "swap.py",
-        'for name in ("perturbation", "_record"):',
-        'for name in ("_record",):',
+        'for name in ("perturbation", "_record", "_estimator_state"):',
+        'for name in ("_record", "_estimator_state"):',
         ("test_swap.py::test_unswap_gives_torchs_gradients_back",),
     ),
     "swap: the compiler breaks at a swapped module": Mutation(

@@ -167,3 +167,25 @@ def test_autocast_loses_nothing():
 
     (cosine,) = shadow.train(60, estimate)
     assert cosine > 0.95
+
+
+def test_a_method_that_learns_is_measured_before_and_after_it_has_learnt():
+    torch.manual_seed(0)
+    rnn, head = anpgpu.RNN(3, 16), nn.Linear(16, 3)
+    inputs = torch.randn(12, 8, 3)
+    grid = {"methods": ("anp-ls", "anp-feedback"), "rollouts": (4,), "discounts": (1,), "sigmas": (1e-3,), "repeats": 2}
+    diagnosis = anpgpu.diagnose(rnn, head, inputs, inputs.roll(4, 0), progress=False, **grid)
+    (row,) = [row for row in diagnosis.rows if row.perturbation.method == "anp-feedback"]
+    numbers, cosines = zip(*row.learning, strict=True)
+    assert numbers == (0, 20, 60)
+    assert cosines[0] < cosines[1]
+    assert row.total.cosine == cosines[2] > 0.97
+    (plain,) = [row for row in diagnosis.rows if row.perturbation == dataclasses.replace(Perturbation(), rollouts=4)]
+    assert plain.learning == ()
+    assert row.total.cosine > plain.total.cosine
+    told = ", ".join(f"{cosine:.2f}" for cosine in cosines)
+    assert f"cosine {told} after 0, 20, 60 updates of this batch" in diagnosis.table()
+    # On copies: the network has learnt nothing, and the same seed gives the same figures.
+    assert anpgpu.estimator_state(rnn) == {}
+    again = anpgpu.diagnose(rnn, head, inputs, inputs.roll(4, 0), progress=False, **grid)
+    assert [row.total.cosine for row in again.rows] == [row.total.cosine for row in diagnosis.rows]

@@ -10,6 +10,7 @@ from test_division import Division, force
 
 import anpgpu
 from anpgpu import Perturbation
+from anpgpu.registry import ESTIMATORS
 
 
 def wrong(outputs, targets):
@@ -40,7 +41,7 @@ def test_the_rollouts_that_moved_a_callable_are_counted(method, divided, monkeyp
         return torch.where(targets > 0, outputs.square().mean(-1), 1.0)
 
     if divided:
-        force(monkeypatch, Division(1, 8 if method == "anp-ls" else 3, 1))
+        force(monkeypatch, Division(1, 8 if ESTIMATORS[method].whole_samples else 3, 1))
     rnn, _ = network(method, head=False, num_layers=2)
     inputs = torch.randn(T, 2, I, dtype=torch.float64)
     which = torch.tensor([1, 0]).expand(T, 2)
