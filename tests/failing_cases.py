@@ -17,7 +17,8 @@ from anpgpu import Perturbation
 from anpgpu.estimators.found import FoundOfProblem
 from anpgpu.runtime import memory, processes
 
-METHODS = ("np", "anp", "anp-ls", "anp-feedback", "wp")
+STATELESS = ("np", "anp", "anp-ls", "wp")
+METHODS = (*STATELESS, "anp-feedback")
 NETWORKS = {
     "one layer": {},
     "two layers": {"num_layers": 2},
@@ -30,12 +31,12 @@ ROOM = {"equal": [1 << 40] * 3, "unequal": [1 << 40, memory.DEFAULT_SHARE * TIGH
 
 
 def knobs(method="np", **options):
-    return Perturbation(method, **{"rollouts": P, "sigma": 1e-3, "shard_rollouts": True, **options})
+    return Perturbation(method, **{"rollouts": P, "sigma": 1e-3, "shard_rollouts": True, "warmup": 1, **options})
 
 
 def cut(method):
     """Bytes that cut time into segments, even where few rollouts run."""
-    return memory.FIXED_BYTES + {"np": 8_000, "anp": 12_000}.get(method, 30_000)
+    return memory.FIXED_BYTES + {"np": 8_000, "anp": 12_000, "anp-feedback": 60_000}.get(method, 30_000)
 
 
 class Failing:
@@ -159,7 +160,7 @@ def results_of(how):
     """All results of updates: method, face and network to vector."""
     return {
         (method, face.__name__, network): face(how(method), **NETWORKS[network])
-        for method, face, network in product(METHODS, (backward, estimate), NETWORKS)
+        for method, face, network in product(STATELESS, (backward, estimate), NETWORKS)
     }
 
 

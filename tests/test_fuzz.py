@@ -332,6 +332,9 @@ FIELDS = {
     "ridge": ([0, 0.1, 10], lambda value: is_real(value) and 0 <= value < math.inf),
     "baseline": ([False, True], lambda value: type(value) is bool),
     "shard_rollouts": ([False, True], lambda value: type(value) is bool),
+    "prior": (["learned", "known", "none"], lambda value: value in {"learned", "known", "none"}),
+    "warmup": ([0, 1, 100], lambda value: type(value) is int and value >= 0),
+    "follow_weights": ([False, True], lambda value: type(value) is bool),
     "rank": ([None, 1, 7], lambda value: value is None or (type(value) is int and 1 <= value < 2**32)),
     "readout": (["exact", "perturbed"], lambda value: value in {"exact", "perturbed"}),
     "precision": (["auto", "bf16", "fp32"], lambda value: value in {"auto", "bf16", "fp16", "tf32", "fp32"}),
@@ -340,6 +343,7 @@ FIELDS = {
 }
 
 
+WHOLE = {"anp-ls", "anp-feedback"}
 METHODS = {"anp", "np", "anp-ls", "anp-feedback", "wp", "bptt"}
 
 
@@ -361,7 +365,7 @@ def check_perturbation(call):
     )
     if valid and arguments["baseline"]:
         # The baseline needs a second rollout in the same process.
-        valid = arguments["rollouts"] > 1 and (arguments["method"] == "anp-ls" or not arguments["shard_rollouts"])
+        valid = arguments["rollouts"] > 1 and (arguments["method"] in WHOLE or not arguments["shard_rollouts"])
     perturbation = tried("Perturbation", Perturbation, call if valid else call._replace(spoiled=tuple(arguments)))
     assert (perturbation is not None) == valid
     assert not valid or dataclasses.asdict(perturbation) == arguments
@@ -396,6 +400,7 @@ def test_every_public_op_is_fuzzed():
         assert all(accepts(value) for value in good), name
 
 
+@pytest.mark.filterwarnings("ignore:method='anp-feedback' with rollouts=1:UserWarning")
 @pytest.mark.parametrize("inputs", LEGS)
 @pytest.mark.parametrize("name", TARGETS)
 def test_inputs_are_answered_or_refused(name, inputs):

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from fuzzed_losses import absolute, classes, expected, losses, some_lengths, step_weights, takes_classes, whole_sequence
+from fuzzed_states import check_loaded_state, check_state, state_calls
 from fuzzing import CONTENTS, FLOATS, LEGS, MODERATE, REFUSED, TRIED, Call, fuzz, spoilt, tensor, tried
 from hypothesis import strategies as st
 from torch import nn
@@ -37,6 +38,9 @@ def perturbations(draw):
         rank=draw(st.sampled_from([1, None, 2])),
         readout=draw(st.sampled_from(["exact", "perturbed"])),
         max_memory=draw(st.sampled_from([None, None, 2**26])),
+        prior=draw(st.sampled_from(["learned", "learned", "known", "none"])),
+        warmup=draw(st.sampled_from([0, 2])),
+        follow_weights=draw(st.booleans()),
     )
 
 
@@ -315,7 +319,7 @@ def diagnose_calls(draw):
     arguments = draw(estimate_arguments(draw(st.sampled_from(CONTENTS))))
     arguments.pop("generator")
     grid = {
-        "methods": draw(st.sampled_from([("anp",), ["np"], ("wp",)])),
+        "methods": draw(st.sampled_from([("anp",), ["np"], ("wp",), ("anp-feedback",)])),
         "rollouts": draw(st.sampled_from([(1,), [3]])),
         "discounts": draw(st.sampled_from([(0,), (0.9,)])),
         "sigmas": draw(st.sampled_from([(1e-3,), [1e-2]])),
@@ -435,6 +439,8 @@ TARGETS = {
     "swap_": (swap_calls(with_perturbation=True), check_swap),
     "unswap_": (swap_calls(with_perturbation=False), check_unswap),
     "diagnose": (diagnose_calls(), check_diagnose),
+    "estimator_state": (state_calls(models(), loads=False), check_state),
+    "load_estimator_state_": (state_calls(models(), loads=True), check_loaded_state),
     "Decorrelate": (decorrelate_calls(), check_decorrelate),
     "Decorrelation": (decorrelation_calls(), check_decorrelation),
     "squared_correlation": (correlation_calls(), check_correlation),
@@ -454,6 +460,7 @@ def test_everything_public_is_fuzzed():
 @pytest.mark.filterwarnings("ignore:swap_ left alone:UserWarning")
 # A relu unit that is 0 everywhere.
 @pytest.mark.filterwarnings("ignore:no rollout changed the loss:UserWarning")
+@pytest.mark.filterwarnings("ignore:method='anp-feedback' with rollouts=1:UserWarning")
 @pytest.mark.parametrize("inputs", LEGS)
 @pytest.mark.parametrize("name", TARGETS)
 def test_modules_answer_or_refuse(name, inputs):

@@ -142,7 +142,7 @@ def test_rollouts_whose_loss_is_not_finite_are_left_out_and_counted(method, wild
     torch.manual_seed(0)
     rnn = nn.RNN(3, 4, bidirectional=bidirectional).double()
     inputs, targets = torch.randn(5, 2, 3).double(), torch.randn(5, 2, rnn.hidden_size * (1 + bidirectional)).double()
-    how = Perturbation(method, rollouts=16, sigma=1e-3)
+    how = Perturbation(method, rollouts=16, sigma=1e-3, warmup=0)
     clean = rnn(inputs)[0].detach()
     lost = []
 
