@@ -7,12 +7,14 @@ from .diagnosis import diagnose
 from .estimate import estimate_grad_
 from .estimators.found import Estimate
 from .kernels.noise import NOISE_STREAM_VERSION
-from .modules import RNN
+from .modules import GRU, LSTM, RNN
 from .perturbation import Perturbation
 from .state import estimator_state, load_estimator_state_
 from .swap import swap_, unswap_
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "NOISE_STREAM_VERSION",
     "RNN",
     "Decorrelation",

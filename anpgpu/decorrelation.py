@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
 from .checks import real, whole
+from .network.cells import RECURRENT
 from .network.stack import CleanRun, run_network
 from .network.weights import valid_steps
 from .runtime.settings import working_dtype
@@ -139,7 +140,10 @@ class Site(NamedTuple):
         if self.layer < 0:
             return run.outputs
         layer_run = run.layers[self.layer][self.side]
-        return layer_run.states[:-1] if self.name.startswith("weight_hh") else layer_run.inputs
+        if self.name.startswith("weight_ih"):
+            return layer_run.inputs
+        units: int = self.module.hidden_size  # type: ignore[assignment]
+        return layer_run.states[:-1, :, :units]
 
 
 class Decorrelation:
@@ -159,7 +163,7 @@ class Decorrelation:
     process updates D from its own samples: broadcast or average `matrices` to keep processes equal.
 
     Args:
-        rnn: an `anpgpu.RNN`, with any method, or a `torch.nn.RNN`.
+        rnn: an RNN, GRU or LSTM of anpgpu, with any method, or of torch.nn.
         readout: also decorrelate the inputs of this `torch.nn.Linear`, the RNN's outputs.
         hidden: decorrelate hidden states: h_{t-1} for every W_hh, and the lower layer's outputs for W_ih of every layer
             but the first (both directions at once in a bidirectional network).
@@ -176,7 +180,7 @@ class Decorrelation:
 
     def __init__(
         self,
-        rnn: nn.RNN,
+        rnn: nn.RNNBase,
         readout: nn.Linear | None = None,
         *,
         hidden: bool = True,
@@ -185,8 +189,8 @@ class Decorrelation:
         every: int = 1,
         average_over_time: bool = True,
     ) -> None:
-        if not isinstance(rnn, nn.RNN):
-            raise TypeError(f"rnn must be an anpgpu.RNN or a torch.nn.RNN, got {type(rnn).__name__}")
+        if not isinstance(rnn, RECURRENT):
+            raise TypeError(f"rnn must be an RNN, GRU or LSTM of anpgpu or torch.nn, got {type(rnn).__name__}")
         if readout is not None and not isinstance(readout, nn.Linear):
             raise TypeError(f"readout must be a torch.nn.Linear or None, got {type(readout).__name__}")
         for name, value in (("hidden", hidden), ("inputs", inputs), ("average_over_time", average_over_time)):
@@ -212,14 +216,14 @@ class Decorrelation:
     def update_(
         self,
         inputs: Tensor | PackedSequence,
-        hx: Tensor | None = None,
+        hx: Tensor | tuple[Tensor, Tensor] | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> None:
         """Run the clean network once, without dropout, and change every D by the rule.
 
         Args:
             inputs: as the rnn's, or a PackedSequence; part of the data will do, such as a stretch of a long sequence.
-            hx: initial state, as the rnn's.
+            hx: initial state, as the rnn's; of an LSTM (h_0, c_0).
             lengths: valid steps of each sample, (B,), in [0, T]; padding is ignored.
 
         Raises:
@@ -322,7 +326,7 @@ def squared_correlation(activity: Tensor, *, centred: bool = True) -> Tensor:
     return squared / (units * (units - 1))
 
 
-def _sites(rnn: nn.RNN, readout: nn.Linear | None, *, hidden: bool, inputs: bool) -> list[Site]:
+def _sites(rnn: nn.RNNBase, readout: nn.Linear | None, *, hidden: bool, inputs: bool) -> list[Site]:
     sites = []
     for index in range(len(rnn.all_weights)):
         layer, side = divmod(index, 2 if rnn.bidirectional else 1)

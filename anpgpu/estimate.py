@@ -27,14 +27,14 @@ from .task.problem import Problem, canonical, packed_like
 
 
 def estimate_grad_(
-    rnn: nn.RNN,
+    rnn: nn.RNNBase,
     readout: nn.Module | None,
     inputs: Tensor | PackedSequence,
     targets: Tensor | None,
     loss: str | LossFunction = "mse",
     *,
     perturbation: Perturbation | None = None,
-    hx: Tensor | None = None,
+    hx: Tensor | tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     targets_per: str | None = None,
     step_weight: Tensor | None = None,
@@ -43,7 +43,7 @@ def estimate_grad_(
     """Estimate gradients from forward passes and add them to `.grad`, as `backward()` does, without an autograd graph.
 
     Args:
-        rnn: an `anpgpu.RNN` or any `torch.nn.RNN`.
+        rnn: an RNN, GRU or LSTM of anpgpu or of torch.nn.
         readout: `torch.nn.Linear` from hidden states to outputs, or None: the hidden state is the output. With a
             callable loss also a module without trainable parameters.
         inputs: as the rnn's, (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
@@ -60,7 +60,7 @@ def estimate_grad_(
             readout's weights are then perturbed. Values that no rollout changes, as those of a step function at a
             small sigma, teach nothing: `Estimate.moved` is 0, and on the CPU a warning says so, once.
         perturbation: the default is the rnn's own, or `Perturbation()`.
-        hx: initial state, as the rnn's.
+        hx: initial state, as the rnn's; of an LSTM (h_0, c_0).
         lengths: valid steps of each sample, (B,), in [0, T]; padding contributes nothing. A sample of length 0 has
             outputs 0, its first state as the final one, and no loss, and is not counted in a mean.
         targets_per: "step" or "sequence", for targets of a callable loss whose sizes fit both.
@@ -81,7 +81,8 @@ def estimate_grad_(
     perturbation = check_perturbation(getattr(rnn, "perturbation", None) if perturbation is None else perturbation)
     estimator = ESTIMATORS[perturbation.method]
     values = inputs.data if isinstance(inputs, PackedSequence) else inputs
-    for name, tensor in (("inputs", values), ("hx", hx)):
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    for name, tensor in (("inputs", values), *(("hx", state) for state in states)):
         _check_leaf(name, tensor, perturbation, estimator)
     shared = perturbation.shard_rollouts and not estimator.exact and isinstance(values, Tensor)
     # Tensors of inference mode could not be used outside it, and some live longer than a call.
@@ -100,14 +101,15 @@ def estimate_grad_(
         moved = None if estimator.exact else result.moved
         if moved is not None and moved.device.type == "cpu":
             _warn_unmoved(problem, perturbation, moved)
-        _add_gradients(rnn, readout, inputs, hx, problem, result)
+        _add_gradients(rnn, readout, inputs, states, problem, result)
         outputs = result.outputs
         if problem.lengths is not None:
             outputs = torch.where(valid_steps(len(outputs), problem.lengths, outputs.device).unsqueeze(-1), outputs, 0)
+        h_n = _states(result.h_n, problem)
         return Estimate(
             loss=result.loss,
             outputs=problem.layout.restore(outputs),
-            h_n=result.h_n if problem.layout.batched else result.h_n.squeeze(1),
+            h_n=h_n[0] if len(h_n) == 1 else h_n,
             skipped=result.skipped,
             split_half=result.split_half,
             ridge_grown=result.ridge_grown,
@@ -153,7 +155,13 @@ def _warn_unmoved(problem: Problem, perturbation: Perturbation, moved: Tensor) -
     )
 
 
-def _job(rnn: nn.RNN, problem: Problem, perturbation: Perturbation, generator: torch.Generator | None) -> Job:
+def _states(states: Tensor, problem: Problem) -> tuple[Tensor, ...]:
+    """Return states, (layers * D, B, S), in the caller's layout: h, and of an LSTM c."""
+    states = states if problem.layout.batched else states.squeeze(1)
+    return states.chunk(problem.network.cell.forms.states, -1)
+
+
+def _job(rnn: nn.RNNBase, problem: Problem, perturbation: Perturbation, generator: torch.Generator | None) -> Job:
     """Return the job of an estimator that runs rollouts, and draw its seed."""
     settings = resolve(perturbation, CELLS[cell_name(rnn)], rnn.all_weights[0][1])
     if settings.estimator.keeps_state:
@@ -179,10 +187,10 @@ def _compute_parametrized(*modules: nn.Module | None) -> None:
 
 
 def _add_gradients(
-    rnn: nn.RNN,
+    rnn: nn.RNNBase,
     readout: nn.Module | None,
     inputs: Tensor | PackedSequence,
-    hx: Tensor | None,
+    states: Sequence[Tensor | None],
     problem: Problem,
     result: FoundOfProblem,
 ) -> None:
@@ -200,8 +208,7 @@ def _add_gradients(
             gradients.append((inputs.data, packed_like(result.inputs, inputs)))
     elif inputs.requires_grad:
         gradients.append((inputs, problem.layout.restore(result.inputs)))
-    if hx is not None:
-        gradients.append((hx, result.h_0 if problem.layout.batched else result.h_0.squeeze(1)))
+    gradients += zip(states, _states(result.h_0, problem), strict=False)
     learning = [
         (tensor, gradient.to(tensor.dtype))
         for tensor, gradient in gradients

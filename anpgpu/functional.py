@@ -94,6 +94,7 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
     sigma: float = 1e-3,
     noise: str = "rademacher",
     nonlinearity: str = "tanh",
+    cell: str | None = None,
     precision: str = "auto",
     store_delta_a: bool = True,
     counters: Counters = Counters(),  # noqa: B008  (an immutable tuple)
@@ -103,24 +104,28 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
     """Run perturbed rollouts of a layer in deviation form.
 
     Args:
-        preact: clean pre-activations a, (T, B, H), float32 or float64.
-        hidden: clean states h = phi(a), (T, B, H).
-        weight_hh: recurrent matrix, (H, H).
+        preact: clean pre-activations a, (T, B, H), float32 or float64. Of a gated cell its clean values, (T, B, 5 H):
+            a_r, a_z, a_n, q = W_hn h' + b_hn and h' of a GRU; a_i, a_f, a_g, a_o and c' of an LSTM; h' and c' are the
+            state before the step.
+        hidden: clean states h = phi(a), (T, B, H); of an LSTM h and c, (T, B, 2 H).
+        weight_hh: recurrent matrix, (H, H); (3 H, H) of a GRU, (4 H, H) of an LSTM.
         loss: `LinearLoss`, `SquaredLoss`, `CrossEntropyLoss`, `OutputsOnly`, or None.
         seed: the noise's key, an int or a 0-dim int64 tensor.
         rollouts: P.
-        sigma: standard deviation of the noise, positive, in units of the pre-activations.
+        sigma: standard deviation of the noise, positive, in units of the pre-activations; in a gated cell of h.
         noise: "rademacher" or "gaussian".
-        nonlinearity: "tanh" or "relu".
+        nonlinearity: "tanh" or "relu"; not read where `cell` is given.
+        cell: "tanh", "relu", "gru" or "lstm"; None is `nonlinearity`.
         precision: operands of the recurrent product; "auto" is bf16 on CUDA, the tensors' type elsewhere.
         store_delta_a: whether to return delta_a.
         counters: global indices of the first step, sample and rollout.
-        delta_h0: deviation of the state before the first step, (B, P, H); None is zero.
+        delta_h0: deviation of the state before the first step, (B, P, H), of an LSTM (B, P, 2 H); None is zero.
         backend: "auto", "triton", "cupy", "numba" or "torch".
 
     Returns:
         `Rollout`: delta_loss (T, B, P), delta_a (T, B, P, H) or None, the last delta_h (B, P, H), and with
-        `OutputsOnly` delta_o (T, B, P, O).
+        `OutputsOnly` delta_o (T, B, P, O). Of a gated cell delta_a is the deviation of the states, own noise included,
+        and in an LSTM it and delta_h have 2 H columns, delta_h and delta_c.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message quotes it.
@@ -128,15 +133,26 @@ def rollout(  # noqa: PLR0913  (an op on tensors: every argument is a keyword wi
     Source: arXiv:2405.08967; deviation form derived in `anpgpu.kernels.rollout`.
     """
     clean = checks.working("preact", preact, 3)
-    time, batch, units = clean.shape
-    checks.shaped("hidden", hidden, (time, batch, units), clean)
-    checks.shaped("weight_hh", weight_hh, (units, units), clean)
-    checks.loss(loss, clean)
+    name_of_cell = ("nonlinearity", nonlinearity) if cell is None else ("cell", cell)
+    forms = CELLS.find(name_of_cell[1], name_of_cell[0]).forms
+    time, batch, columns = clean.shape
+    if columns % forms.clean:
+        raise ValueError(
+            f"preact must have {forms.clean} values of each unit of cell {forms.name!r}, (T, B, {forms.clean} H), got "
+            f"{tuple(clean.shape)}"
+        )
+    units = columns // forms.clean
+    size = units * forms.states
+    checks.shaped("hidden", hidden, (time, batch, size), clean)
+    checks.shaped("weight_hh", weight_hh, (units * forms.gates, units), clean)
+    # The gradient of a linear loss may reach the whole state.
+    reaches = isinstance(loss, LinearLoss) and getattr(loss.grad, "shape", (0,))[-1:] == (size,)
+    checks.loss(loss, hidden if reaches else hidden[..., :units])
     whole("rollouts", rollouts, 1, 2**32)
     if delta_h0 is not None:
-        checks.shaped("delta_h0", delta_h0, (batch, rollouts, units), clean)
+        checks.shaped("delta_h0", delta_h0, (batch, rollouts, size), clean)
     checks.flag("store_delta_a", store_delta_a)
-    options = _options(clean, rollouts, sigma, noise, nonlinearity, precision)._replace(store_delta_a=store_delta_a)
+    options = _options(clean, rollouts, sigma, noise, forms.name, precision)._replace(store_delta_a=store_delta_a)
     where = checks.counters(counters, (time, batch, rollouts, units), noise)
     check_backend(backend)
     name, tensors = loss_arguments(loss)

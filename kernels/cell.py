@@ -26,11 +26,15 @@ PLAIN_DIFFERENCE_ABOVE = 0.5
 
 
 Rows = tuple[Tensor, ...]
-"""What a step needs of the clean run besides its pre-activations: tensors, (T, B, H) each."""
+"""What a step needs of the clean run besides its pre-activations: tensors, (T, B, H) or some multiple of H each."""
 
 
 class Deviation(Protocol):
-    """A cell around a clean run, made from its pre-activations, (T, B, H), and the cell's `Rows`."""
+    """A cell around a clean run, made from its pre-activations, (T, B, H), and the cell's `Rows`.
+
+    Where noise enters the state (`CellForms.noise_in_state`), delta_a is the recurrent product alone, (B, P, G H),
+    which a step may overwrite. The result, in scratch[0], is the deviation of the state before its noise, (B, P, S).
+    """
 
     def step(self, step: int, delta_a: Tensor, before: Tensor | None, scratch: tuple[Tensor, Tensor]) -> Tensor:
         """Return delta_h of a step, (B, P, H).
@@ -60,13 +64,22 @@ class CellForms(NamedTuple):
     """Name of the kernel in `cell_cupy`."""
     slope: Callable[[Tensor, Tensor], Tensor] | None = None
     """From clean pre-activations and states, (T, B, H), to phi'(a); None where a step is not h = phi(a)."""
+    noise_in_state: bool = False
+    """Whether noise is added to h_t, behind the cell, and not to the pre-activations; the rollouts' delta_a is then the
+    deviation of the state, own noise included."""
+    gates: int = 1
+    """G: W_hh is (G H, H)."""
+    states: int = 1
+    """S / H: how many numbers a unit hands on to the next step. The first H of a state are h."""
+    clean: int = 1
+    """Clean values of a unit and step that the rollouts take instead of the pre-activation alone."""
+    recurrent_apart: bool = False
+    """Whether the recurrent product reaches a pre-activation other than by being added to the input's."""
 
     def backends(self) -> tuple[str, ...]:
         """Return the backends that have a form of the cell."""
-        forms = self._asdict().items()
-        return tuple(
-            backend for backend, form in forms if backend not in {"name", "rows", "slope"} and form is not None
-        )
+        forms = {"torch": self.torch, "numba": self.numba, "triton": self.triton, "cupy": self.cupy}
+        return tuple(backend for backend, form in forms.items() if form is not None)
 
     def around(self, preact: Tensor, hidden: Tensor) -> Deviation:
         """Return torch's form of the cell around a clean run, (T, B, H)."""

@@ -52,6 +52,47 @@ class LeastSquares(NamedTuple):
     int64."""
 
 
+class Path(NamedTuple):
+    """State that a step hands on elementwise beside h: an LSTM's c. Its gradient is known from that of h.
+
+        kappa_t = gain_t lam_t + mu_t        mu_{t-1} = grad_{t-1} + keep_t kappa_t
+
+    with kappa_t = dL/dc_t, and mu_t what of it does not go through h_t.
+    """
+
+    gain: Tensor
+    """(T, B, H)."""
+    keep: Tensor
+    """(T, B, H), times the discount."""
+    grad: Tensor | None = None
+    """dL/dc_t that arrives from outside, (T, B, H); None is zero."""
+    deviation: Tensor | None = None
+    """delta_c of the rollouts, (T, B, P, H), where they store it."""
+
+    def share(self, step: int, handed: Tensor | None) -> Tensor | None:
+        """Return mu_t . delta_c_t, (B, P), from what later steps hand back, (B, H)."""
+        if self.deviation is None or handed is None:
+            return None
+        arriving = handed if self.grad is None else handed + self.grad[step]
+        return (self.deviation[step] @ arriving.unsqueeze(-1)).squeeze(-1)
+
+    def hand_back_(self, step: int, adjoint: Tensor, handed: Tensor | None, shares: Tensor | float = 1.0) -> Tensor:
+        """Return kappa_t, (..., B, H), from lam_t and what later steps hand back, which is overwritten.
+
+        `shares`: what `grad` is multiplied by.
+        """
+        assert handed is not None  # noqa: S101  (for the type checker)
+        kappa = torch.addcmul(handed, self.gain[step], adjoint)
+        if self.grad is not None:
+            kappa = kappa + self.grad[step] * shares
+        torch.mul(self.keep[step], kappa, out=handed)
+        return kappa
+
+    def steps(self, steps: slice) -> Path:
+        """Return the path of some steps."""
+        return Path(*(None if value is None else value[steps] for value in self))  # type: ignore[arg-type]
+
+
 class Deflation(NamedTuple):
     """The settings of a block of steps."""
 
@@ -69,6 +110,8 @@ class Deflation(NamedTuple):
     """Of the block's first step."""
     unit: Tensor
     """What the activity differences of each step and sample are given in units of, (L, B); the noise is not."""
+    path: Path | None = None
+    """Of the block, with its deviation; its part in the returns, mu_t . delta_c_t, is taken out of the regression."""
 
 
 def least_squares(
@@ -85,6 +128,8 @@ def least_squares(
     counters: Counters,
     draw: Callable[..., Tensor],
     recursion: Callable[..., Tensor] | None,
+    path: Path | None = None,
+    handed: Tensor | None = None,
 ) -> LeastSquares:
     """Estimate the adjoint of a block of steps from all rollouts of its samples.
 
@@ -104,13 +149,17 @@ def least_squares(
         counters: as in the rollout.
         draw: generates the noise again; a backend's `noise`.
         recursion: a backend's own `deflate` for the dual form with Rademacher noise; None where it has none.
+        path: of an LSTM's c, with its deviation. Left in the returns it would bias the regression on delta_h, however
+            many rollouts there are.
+        handed: what later steps hand back along the path, (B, H), overwritten with what these do.
     """
     time, batch, _, units = delta_a.shape
     # Scaling delta_a and sigma by a constant scales nothing below but the result.
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
     loss_unit = power_of_two(torch.maximum(largest_of(delta_loss, 0, 2), largest_of(carry, 1))).unsqueeze(-1)
     delta_loss, carry = delta_loss / loss_unit, carry / loss_unit
-    own = recursion if options.noise == "rademacher" else None
+    own = recursion if options.noise == "rademacher" and path is None else None
+    reached = None if path is None or handed is None else handed / loss_unit
     all_finite = not delta_a.is_cuda and bool(finite.all())
     adjoint = delta_loss.new_empty((3, time, batch, units))
     credit = torch.empty_like(delta_loss)
@@ -135,13 +184,17 @@ def least_squares(
             kind=options.noise,
             counters=counters._replace(time=counters.time + start),
             unit=unit,
+            path=None if path is None else _counted(path.steps(steps), finite, scale, loss_unit),
         )
-        run = own if own is not None and dual(activity) else functools.partial(deflate, draw=draw)
+        plain = functools.partial(deflate, draw=draw, handed=reached)
+        run = own if own is not None and dual(activity) else plain
         carry = run(delta_loss[steps], activity, factor, carry, seed, how, estimate=together, credit=credit[steps])
         for half, gram in enumerate(halves):
             estimate = _half(activity[..., half::2, :], gram, credit[steps, :, half::2], ridge, finite[:, half::2])
             adjoint[half, steps] = estimate.div_(2 * unit.unsqueeze(-1))
             together -= adjoint[half, steps]
+    if handed is not None and reached is not None:
+        torch.mul(reached, loss_unit, out=handed)
     # The two factors' product may leave the range of a result that does not.
     adjoint = adjoint if scale == 1.0 else adjoint.mul_(scale)
     return LeastSquares(adjoint.mul_(loss_unit), carry * loss_unit, grown)
@@ -158,6 +211,7 @@ def deflate(
     estimate: Tensor,
     credit: Tensor,
     draw: Callable[..., Tensor] = noise,
+    handed: Tensor | None = None,
 ) -> Tensor:
     """Go through a block of steps, last first; return the carry for the step before it, (B, P).
 
@@ -171,6 +225,7 @@ def deflate(
         estimate: written, (L, B, H), contiguous.
         credit: written, the returns that were regressed, (L, B, P), contiguous.
         draw: generates the noise.
+        handed: what later steps hand back along `how.path`, (B, H), overwritten.
     """
     shape = tuple(activity.shape)
     later = draw(seed, shape, sigma=how.sigma, kind=how.kind, counters=how.counters, dtype=activity.dtype)
@@ -179,6 +234,9 @@ def deflate(
         if how.baseline:
             counted = how.finite.sum(-1, keepdim=True)
             target -= torch.where(how.finite, target, 0).sum(-1, keepdim=True) / counted
+        around = None if how.path is None else how.path.share(step, handed)
+        if around is not None:
+            target -= around
         target = target.unsqueeze(-1)
         if dual(activity):
             solution = activity[step].mT @ solve(factor[step], target)
@@ -186,8 +244,27 @@ def deflate(
             solution = solve(factor[step], activity[step].mT @ target)
         solution /= how.unit[step, :, None, None]
         estimate[step] = solution.squeeze(-1)
-        carry = (target - later[step] @ solution).squeeze(-1).mul_(how.discount)
+        carry = (target - later[step] @ solution).squeeze(-1)
+        if how.path is not None and around is not None:
+            carry += around
+            how.path.hand_back_(step, estimate[step], handed)
+        carry.mul_(how.discount)
     return carry
+
+
+def _counted(path: Path, finite: Tensor, scale: float, loss_unit: Tensor) -> Path:
+    """Return a path for estimates and losses in units, with the deviations of rollouts that do not count set to zero.
+
+    `loss_unit`: of each sample's losses, (B, 1).
+    """
+    deviation = path.deviation
+    if deviation is not None and (deviation.is_cuda or not bool(finite.all())):
+        deviation = torch.where(finite.unsqueeze(-1), deviation, 0)
+    return path._replace(
+        gain=path.gain if scale == 1.0 else path.gain * scale,
+        grad=None if path.grad is None else path.grad / loss_unit,
+        deviation=deviation,
+    )
 
 
 def solve(factor: Tensor, target: Tensor) -> Tensor:

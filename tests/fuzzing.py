@@ -87,7 +87,7 @@ WRONG = st.one_of(
             *(1e308, math.nan, math.inf, -math.inf, 1j, [], (), {}, [1, 2], (1.5,), ["x"], {"x": 1}),
         ]
     ),
-    st.sampled_from([torch.float32, torch.device("meta"), torch.nn.Linear, torch.nn.GRU(2, 2), len, object()]),
+    st.sampled_from([torch.float32, torch.device("meta"), torch.nn.Linear, torch.nn.GRUCell(2, 2), len, object()]),
     st.sampled_from([np.float64(0.5), np.float32(0.5), np.int64(2), np.zeros(3), np.zeros((3, 2, 4), np.float32)]),
     wrong_tensor(),
 )

@@ -304,8 +304,8 @@ MUTATIONS = {
     ),
     "decorrelation: W_hh sees the states a step late": Mutation(
         "decorrelation.py",
-        "return layer_run.states[:-1] if",
-        "return layer_run.states[1:] if",
+        "return layer_run.states[:-1,",
+        "return layer_run.states[1:,",
         ("test_decorrelation.py::test_every_matrix_follows_the_rule",),
     ),
     "alignment: the jackknife's scatter is a mean instead of a sum": Mutation(

@@ -363,11 +363,14 @@ def test_targets_per_decides_where_sizes_do_not():
 
 
 def test_swap_names_what_it_leaves_alone():
-    model = nn.ModuleDict({"rnn": nn.RNN(2, 3), "lstm": nn.LSTM(3, 3), "cell": nn.GRUCell(3, 3)})
-    with pytest.warns(UserWarning, match=r"lstm \(LSTM\), cell \(GRUCell\)"):
+    cells = {"rnn": nn.RNNCell(3, 3), "gru": nn.GRUCell(3, 3), "lstm": nn.LSTMCell(3, 3)}
+    model = nn.ModuleDict({"whole": nn.RNN(2, 3), "narrow": nn.LSTM(3, 3, proj_size=2), **cells})
+    alone = r"narrow \(LSTM, proj_size=2\), rnn \(RNNCell\), gru \(GRUCell\), lstm \(LSTMCell\)"
+    with pytest.warns(UserWarning, match=alone):
         assert anpgpu.swap_(model) == 1
-    with pytest.raises(ValueError, match=r"no nn\.RNN.*left alone: 1 \(LSTM\)"):
-        anpgpu.swap_(nn.Sequential(nn.Linear(2, 3), nn.LSTM(3, 3)))
+    assert type(model["narrow"]) is nn.LSTM
+    with pytest.raises(ValueError, match=r"no nn\.RNN.*left alone: 1 \(LSTMCell\)"):
+        anpgpu.swap_(nn.Sequential(nn.Linear(2, 3), nn.LSTMCell(3, 3)))
     with pytest.raises(ValueError, match=r"no nn\.RNN"):
         anpgpu.swap_(nn.Linear(2, 3))
 

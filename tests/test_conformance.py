@@ -1,4 +1,4 @@
-"""`anpgpu.RNN` beside `torch.nn.RNN`: the same outputs, gradients and types of error for all arguments."""
+"""anpgpu's modules beside `torch.nn.RNN`, `GRU` and `LSTM`: the same outputs, gradients and types of error."""
 
 import itertools
 import os
@@ -23,6 +23,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 class Case(NamedTuple):
     """The arguments of a constructor and a call."""
 
+    module: str = "RNN"
     num_layers: int = 1
     bidirectional: bool = False
     dropout: float = 0.0
@@ -42,16 +43,17 @@ class Case(NamedTuple):
     batch: int = 2
 
     def modules(self, perturbation=None):
-        """An `RNN` and an nn.RNN with the same parameters."""
-        names = ("num_layers", "bidirectional", "dropout", "bias", "batch_first", "nonlinearity")
+        """A module of ours and torch's with the same parameters."""
+        names = ["num_layers", "bidirectional", "dropout", "bias", "batch_first"]
+        names += ["nonlinearity"] * (self.module == "RNN")
         options = {name: getattr(self, name) for name in names} | {"dtype": DTYPES[self.dtype]}
         how = Perturbation(self.method, rollouts=3) if perturbation is None else perturbation
         torch.manual_seed(self.features)
         with warnings.catch_warnings():
             # Dropout without a second layer: torch says so, twice.
             warnings.simplefilter("ignore", UserWarning)
-            rnn = anpgpu.RNN(self.features, self.hidden, perturbation=how, **options)
-            twin = nn.RNN(self.features, self.hidden, **options)
+            rnn = getattr(anpgpu, self.module)(self.features, self.hidden, perturbation=how, **options)
+            twin = getattr(nn, self.module)(self.features, self.hidden, **options)
         twin.load_state_dict(rnn.state_dict(), strict=True)
         for module in (rnn, twin):
             module.train(self.training).requires_grad_(not self.frozen)
@@ -75,8 +77,11 @@ class Case(NamedTuple):
         if self.hx == "none":
             return inputs, None
         states = (self.num_layers * (1 + self.bidirectional), *(() if unbatched else (self.batch,)), self.hidden)
-        hx = torch.randn(states, generator=generator).to(dtype)
-        return inputs, hx.requires_grad_(self.hx == "with gradient")
+        hx = [
+            torch.randn(states, generator=generator).to(dtype).requires_grad_(self.hx == "with gradient")
+            for _ in range(1 + (self.module == "LSTM"))
+        ]
+        return inputs, tuple(hx) if len(hx) > 1 else hx[0]
 
     @property
     def packed(self):
@@ -86,6 +91,7 @@ class Case(NamedTuple):
 FORMS = ("batched", "unbatched", "packed, sorted", "packed, unsorted")
 CASES = st.builds(
     Case,
+    module=st.sampled_from(["RNN", "GRU", "LSTM"]),
     num_layers=st.integers(1, 3),
     bidirectional=st.booleans(),
     dropout=st.sampled_from([0.0, 0.5, 1.0]),
@@ -110,10 +116,16 @@ def flat(outputs):
     return outputs.data if isinstance(outputs, PackedSequence) else outputs
 
 
+def as_tuple(hx):
+    return hx if isinstance(hx, tuple) else (hx,)
+
+
 def call(module, inputs, hx):
+    """Outputs and every final state."""
     torch.manual_seed(7)
-    outputs, h_n = module(inputs, hx)
-    return outputs, h_n
+    outputs, final = module(inputs, hx)
+    assert isinstance(final, tuple) == isinstance(module, nn.LSTM)
+    return outputs, *as_tuple(final)
 
 
 def assert_same_layout(outputs, expected):
@@ -158,9 +170,11 @@ def test_outputs_and_draws_are_those_of_torch(case):
             assert_close(flat(ours), flat(torchs), case.dtype)
             assert (case.packed and learns) or torch.equal(drawn, torch.get_rng_state())
     if flat(expected[0]).requires_grad:
-        for outputs, h_n in (results, expected):
-            (flat(outputs).float().sum() + h_n.float().square().sum()).backward()
-        for ours, torchs in gradients(rnn, twin, (inputs, others[0]), (hx, others[1])):
+        for outputs, *final in (results, expected):
+            (flat(outputs).float().sum() + sum(state.float().square().sum() for state in final)).backward()
+        for ours, torchs in gradients(
+            rnn, twin, (inputs, others[0]), *zip(as_tuple(hx), as_tuple(others[1]), strict=True)
+        ):
             assert_same_form(ours, torchs, case.dtype if case.method == "bptt" else None)
 
 
@@ -198,10 +212,11 @@ def test_gradients_are_those_of_torch_where_rollouts_suffice(case):
     rnn, twin = case.modules(how)
     first, second = case.arguments(), case.arguments()
     for module, (inputs, hx) in ((rnn, first), (twin, second)):
-        outputs, h_n = call(module, inputs, hx)
+        outputs, *final = call(module, inputs, hx)
         ramp = torch.linspace(-1, 1, flat(outputs).numel(), dtype=torch.float64).view(flat(outputs).shape)
-        (flat(outputs) * ramp).sum().add(h_n.square().sum()).backward()
-    pairs = gradients(rnn, twin, *zip(first, second, strict=True))
+        (flat(outputs) * ramp).sum().add(sum(state.square().sum() for state in final)).backward()
+    leaves = [(inputs, *as_tuple(hx)) for inputs, hx in (first, second)]
+    pairs = gradients(rnn, twin, *zip(*leaves, strict=True))
     assert all((ours is None) == (torchs is None) for ours, torchs in pairs)
     # All gradients in one vector with a 1, because a relative error needs a norm and silent units have gradient 0.
     ours, torchs = (
@@ -264,6 +279,27 @@ STATE_FAULTS = {
     "tuple": lambda hx: (hx,),
     "str": lambda hx: "hx",
 }
+PAIR_FAULTS = {
+    "h alone": lambda hx: hx[0],
+    "one state": lambda hx: hx[:1],
+    "no state": lambda hx: (),
+    "joined": lambda hx: torch.cat(hx, -1),
+    "str": lambda hx: "hx",
+    "float64": lambda hx: tuple(state.double() for state in hx),
+    "int64": lambda hx: tuple(state.long() for state in hx),
+    "other types": lambda hx: (hx[0].double(), hx[1].float()),
+    "on meta": lambda hx: tuple(state.to("meta") for state in hx),
+}
+"""Faults of an LSTM's (h, c)."""
+
+
+def faulted(hx, name, which):
+    """hx with a fault; in an LSTM's (h, c) of one of the two, or of the pair."""
+    if not isinstance(hx, tuple):
+        return STATE_FAULTS[name](hx)
+    if which == "both":
+        return list(PAIR_FAULTS.values())[list(STATE_FAULTS).index(name) % len(PAIR_FAULTS)](hx)
+    return tuple(STATE_FAULTS[name](state) if number == which else state for number, state in enumerate(hx))
 
 
 def reshaped(change):
@@ -291,8 +327,9 @@ MODULE_FAULTS = {
         st.tuples(st.just("module"), st.sampled_from(list(MODULE_FAULTS))),
     ),
     st.booleans(),
+    st.sampled_from([0, 1, "both"]),
 )
-def test_errors_are_those_of_torch(case, fault, grad):
+def test_errors_are_those_of_torch(case, fault, grad, which):
     where, name = fault
     results = []
     for module in case.modules():
@@ -300,7 +337,7 @@ def test_errors_are_those_of_torch(case, fault, grad):
         if where == "input":
             inputs = INPUT_FAULTS[name](inputs, case)
         elif where == "hx":
-            hx = STATE_FAULTS[name](hx)
+            hx = faulted(hx, name, which)
         else:
             MODULE_FAULTS[name](module)
         with torch.set_grad_enabled(grad):
@@ -328,27 +365,31 @@ def outcome(module, inputs, hx):
 
 
 @pytest.mark.parametrize(
-    ("args", "options", "most"),
+    ("module", "args", "options", "most"),
     [
-        ((2, 1, 2**40), {}, 256),
-        ((2, 1), {"num_layers": 257}, 256),
-        ((2, 1), {"num_layers": 129, "bidirectional": True}, 128),
-        ((2, 1, 129, "tanh", True, False, 0.0, True), {}, 128),
+        *((module, (2, 1, 2**40), {}, 256) for module in ("RNN", "GRU", "LSTM")),
+        *((module, (2, 1), {"num_layers": 257}, 256) for module in ("RNN", "GRU", "LSTM")),
+        *((module, (2, 1), {"num_layers": 129, "bidirectional": True}, 128) for module in ("RNN", "GRU", "LSTM")),
+        ("RNN", (2, 1, 129, "tanh", True, False, 0.0, True), {}, 128),
+        ("GRU", (2, 1, 129, True, False, 0.0, True), {}, 128),
+        ("LSTM", (2, 1, 129, True, False, 0.0, True), {}, 128),
     ],
 )
-def test_more_layers_than_the_noise_can_name_are_refused(args, options, most):
+def test_more_layers_than_the_noise_can_name_are_refused(module, args, options, most):
     layers = options.get("num_layers", 2**40 if len(args) == 3 else 129)
     with pytest.raises(ValueError, match=f"num_layers must be at most {most}, got {layers}"):
-        anpgpu.RNN(*args, **options)
-    assert len(anpgpu.RNN(2, 1, 256).all_weights) == 256
+        getattr(anpgpu, module)(*args, **options)
+    assert len(getattr(anpgpu, module)(2, 1, 256).all_weights) == 256
 
 
-def test_hx_of_too_many_samples_raises_where_torch_takes_some_of_them():
-    rnn, twin = Case().modules()
+@pytest.mark.parametrize("module", ["RNN", "GRU", "LSTM"])
+def test_hx_of_too_many_samples_raises_where_torch_takes_some_of_them(module):
+    rnn, twin = Case(module=module).modules()
     inputs = pack_padded_sequence(torch.zeros(3, 2, 2), [2, 3], enforce_sorted=False)
-    assert twin(inputs, torch.zeros(1, 3, 3))[1].shape == (1, 2, 3)
-    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 2, 3\), got \[1, 3, 3\]"):
-        rnn(inputs, torch.zeros(1, 3, 3))
+    hx = torch.zeros(1, 3, 3) if module != "LSTM" else (torch.zeros(1, 3, 3), torch.zeros(1, 3, 3))
+    assert as_tuple(twin(inputs, hx)[1])[0].shape == (1, 2, 3)
+    with pytest.raises(RuntimeError, match=r"Expected hidden.* size \(1, 2, 3\), got \[1, 3, 3\]"):
+        rnn(inputs, hx)
 
 
 @pytest.mark.parametrize(
@@ -373,9 +414,13 @@ def test_hx_of_too_many_samples_raises_where_torch_takes_some_of_them():
         (("2", 3), {}),
     ],
 )
-def test_constructor_takes_and_refuses_what_torchs_does(args, options):
-    ours, torchs = (constructed(kind, args, options) for kind in (anpgpu.RNN, nn.RNN))
-    if isinstance(torchs, type):
+@pytest.mark.parametrize("module", ["RNN", "GRU", "LSTM"])
+def test_constructor_takes_and_refuses_what_torchs_does(module, args, options):
+    ours, torchs = (constructed(getattr(kind, module), args, options) for kind in (anpgpu, nn))
+    if isinstance(torchs, nn.LSTM) and torchs.proj_size:
+        # Ours have no projections.
+        assert ours is ValueError
+    elif isinstance(torchs, type):
         assert ours is torchs
     else:
         assert repr(ours) == repr(torchs)
@@ -392,9 +437,10 @@ def constructed(kind, args, options):
         return type(error)
 
 
+@pytest.mark.parametrize("module", ["RNN", "GRU", "LSTM"])
 @pytest.mark.parametrize("form", FORMS)
-def test_flatten_parameters_and_all_weights_are_torchs(form):
-    case = Case(num_layers=2, bidirectional=True, form=form)
+def test_flatten_parameters_and_all_weights_are_torchs(form, module):
+    case = Case(module, num_layers=2, bidirectional=True, form=form)
     rnn, twin = case.modules()
     inputs, _ = case.arguments()
     before = flat(rnn(inputs)[0])

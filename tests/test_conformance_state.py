@@ -1,4 +1,4 @@
-"""Parameters of `anpgpu.RNN` tied, replaced, computed, moved and saved; padding has no effect."""
+"""Parameters of anpgpu's modules tied, replaced, computed, moved and saved; padding has no effect."""
 
 import copy
 import io
@@ -36,13 +36,34 @@ EXACT = Perturbation("anp-ls", rollouts=40, sigma=1e-7, noise="gaussian", discou
 """Enough rollouts for gradients that equal torch's to 1e-4."""
 
 
-def pair(*args, **options):
-    """Modules with the same float64 parameters, whose gradients should agree."""
-    torch.manual_seed(4)
-    rnn = anpgpu.RNN(*args, dtype=torch.float64, perturbation=EXACT, **options)
-    twin = nn.RNN(*args, dtype=torch.float64, **options)
-    twin.load_state_dict(rnn.state_dict(), strict=True)
-    return rnn, twin
+@pytest.fixture(params=["RNN", "GRU", "LSTM"])
+def name_of_module(request):
+    return request.param
+
+
+@pytest.fixture
+def ours(name_of_module):
+    """The class of anpgpu."""
+    return getattr(anpgpu, name_of_module)
+
+
+@pytest.fixture
+def pair(ours, name_of_module):
+    """Makes modules with the same float64 parameters, whose gradients should agree."""
+
+    def made(*args, **options):
+        torch.manual_seed(4)
+        rnn = ours(*args, dtype=torch.float64, perturbation=EXACT, **options)
+        twin = getattr(nn, name_of_module)(*args, dtype=torch.float64, **options)
+        twin.load_state_dict(rnn.state_dict(), strict=True)
+        return rnn, twin
+
+    return made
+
+
+def states(hx):
+    """The final states as a tuple."""
+    return hx if isinstance(hx, tuple) else (hx,)
 
 
 INPUTS = torch.linspace(-1, 1, 4 * 2 * 3, dtype=torch.float64).sin().view(4, 2, 3)
@@ -56,7 +77,7 @@ def assert_same_gradients(rnn, twin):
         assert_close(ours[name], expected[name], "least_squares")
 
 
-def test_a_tied_parameter_gets_the_sum_of_its_gradients():
+def test_a_tied_parameter_gets_the_sum_of_its_gradients(pair):
     rnn, twin = pair(3, 3, num_layers=2)
     for module in (rnn, twin):
         module.weight_hh_l1 = module.weight_hh_l0
@@ -65,7 +86,7 @@ def test_a_tied_parameter_gets_the_sum_of_its_gradients():
     assert_same_gradients(rnn, twin)
 
 
-def test_a_parameter_of_two_networks_gets_the_sum_of_its_gradients():
+def test_a_parameter_of_two_networks_gets_the_sum_of_its_gradients(pair):
     class Twice(nn.Module):
         def __init__(self, first, second):
             super().__init__()
@@ -81,21 +102,22 @@ def test_a_parameter_of_two_networks_gets_the_sum_of_its_gradients():
     assert_same_gradients(rnn, twin)
 
 
-def test_a_reassigned_parameter_is_the_one_that_counts():
+def test_a_reassigned_parameter_is_the_one_that_counts(pair):
     rnn, twin = pair(3, 4)
     old = rnn.weight_hh_l0
     for module in (rnn, twin):
-        module.weight_hh_l0 = nn.Parameter(0.5 * torch.eye(4, dtype=torch.float64))
+        gates = len(module.weight_hh_l0) // 4
+        module.weight_hh_l0 = nn.Parameter(0.5 * torch.eye(4, dtype=torch.float64).repeat(gates, 1))
     assert_same_gradients(rnn, twin)
     assert old.grad is None
     for module in (rnn, twin):
-        module.bias_hh_l0.data = torch.full((4,), 0.1, dtype=torch.float64)
+        module.bias_hh_l0.data = torch.full_like(module.bias_hh_l0, 0.1)
         with torch.no_grad():
             module.weight_ih_l0.mul_(0.5)
     assert_same_gradients(rnn, twin)
 
 
-def test_a_weight_computed_by_the_model_passes_its_gradient_on():
+def test_a_weight_computed_by_the_model_passes_its_gradient_on(pair):
     # Weight dropping and hypernetworks replace a parameter by a plain tensor before every call.
     rnn, twin = pair(3, 4)
     grads = []
@@ -119,7 +141,7 @@ PARAMETRIZATIONS = {
 
 @pytest.mark.parametrize("kind", PARAMETRIZATIONS)
 @pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1_reverse"])
-def test_parametrized_weights_learn(kind, name):
+def test_parametrized_weights_learn(kind, name, pair, ours):
     rnn, twin = pair(3, 4, num_layers=2, bidirectional=True)
     for module in (rnn, twin):
         torch.manual_seed(2)
@@ -135,13 +157,13 @@ def test_parametrized_weights_learn(kind, name):
     assert_same_gradients(rnn, twin)
     nn.utils.parametrize.remove_parametrizations(rnn, name)
     nn.utils.parametrize.remove_parametrizations(twin, name)
-    assert type(rnn) is anpgpu.RNN
+    assert type(rnn) is ours
     assert_same_gradients(rnn, twin)
 
 
-def test_a_parametrized_network_trains():
+def test_a_parametrized_network_trains(ours):
     torch.manual_seed(0)
-    rnn = parametrizations.orthogonal(anpgpu.RNN(3, 4, perturbation=Perturbation("anp", rollouts=8)), "weight_hh_l0")
+    rnn = parametrizations.orthogonal(ours(3, 4, perturbation=Perturbation("anp", rollouts=8)), "weight_hh_l0")
     optimiser = torch.optim.SGD(rnn.parameters(), lr=0.1)
     losses = []
     for _ in range(30):
@@ -152,10 +174,10 @@ def test_a_parametrized_network_trains():
         losses.append(float(loss.detach()))
     weight = rnn.weight_hh_l0.detach()
     assert losses[-1] < 0.5 * losses[0]
-    assert_close(weight @ weight.t(), torch.eye(4), "float32")
+    assert_close(weight.t() @ weight, torch.eye(4), "float32")
 
 
-def test_functional_call_estimates_for_the_parameters_it_is_given():
+def test_functional_call_estimates_for_the_parameters_it_is_given(pair):
     rnn, twin = pair(3, 4, num_layers=2)
     results = []
     for module in (rnn, twin):
@@ -170,29 +192,29 @@ def test_functional_call_estimates_for_the_parameters_it_is_given():
         assert_close(results[0][1][name].grad, results[1][1][name].grad, "least_squares")
 
 
-def test_a_module_from_the_meta_device_is_an_ordinary_one():
+def test_a_module_from_the_meta_device_is_an_ordinary_one(ours):
     torch.manual_seed(1)
-    source = anpgpu.RNN(3, 4, 2, bidirectional=True, dtype=torch.float64)
+    source = ours(3, 4, 2, bidirectional=True, dtype=torch.float64)
     with torch.device("meta"):
-        rnn = anpgpu.RNN(3, 4, 2, bidirectional=True, dtype=torch.float64, perturbation=source.perturbation)
+        rnn = ours(3, 4, 2, bidirectional=True, dtype=torch.float64, perturbation=source.perturbation)
     outputs, h_n = rnn(INPUTS.to("meta"))
-    assert (outputs.shape, h_n.shape) == ((4, 2, 8), (4, 2, 4))
+    assert outputs.shape == (4, 2, 8)
     assert outputs.is_meta
-    assert h_n.is_meta
+    assert all(state.shape == (4, 2, 4) and state.is_meta for state in states(h_n))
     rnn.to_empty(device="cpu").load_state_dict(source.state_dict(), strict=True)
     assert_same(step(rnn, INPUTS), step(source, INPUTS))
-    assigned = anpgpu.RNN(3, 4, 2, bidirectional=True, dtype=torch.float64, device="meta")
+    assigned = ours(3, 4, 2, bidirectional=True, dtype=torch.float64, device="meta")
     assigned.load_state_dict(source.state_dict(), strict=True, assign=True)
     assert_same(step(assigned, INPUTS), step(source, INPUTS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_move_to_another_type_moves_everything(dtype):
+def test_a_move_to_another_type_moves_everything(dtype, pair, ours):
     rnn, _ = pair(3, 4, num_layers=2)
     rnn.perturbation = Perturbation("anp", rollouts=4)
     step(rnn, INPUTS)
     moved = copy.deepcopy(rnn).to(dtype)
-    fresh = anpgpu.RNN(3, 4, 2, dtype=dtype, perturbation=rnn.perturbation)
+    fresh = ours(3, 4, 2, dtype=dtype, perturbation=rnn.perturbation)
     fresh.load_state_dict(rnn.state_dict(), strict=True)
     inputs = INPUTS.to(dtype)
     assert torch.equal(moved(inputs)[0], fresh(inputs)[0])
@@ -201,7 +223,7 @@ def test_a_move_to_another_type_moves_everything(dtype):
     assert all(grad.dtype == torch.float64 for grad in step(back, INPUTS).values())
 
 
-def test_saved_modules_come_back_whole():
+def test_saved_modules_come_back_whole(pair, ours):
     rnn, twin = pair(3, 4, num_layers=2, bidirectional=True)
     hooked = []
     rnn.eval().weight_hh_l0.requires_grad_(False)
@@ -212,20 +234,20 @@ def test_saved_modules_come_back_whole():
     states = torch.load(buffer, weights_only=True)
     assert list(states["rnn"]) == list(states["twin"])
     for other in (copy.deepcopy(rnn), copy.copy(rnn), pickle.loads(pickle.dumps(rnn))):
-        assert type(other) is anpgpu.RNN
+        assert type(other) is ours
         assert not other.training
         assert not other.weight_hh_l0.requires_grad
         assert other.perturbation == EXACT
         other.register_forward_hook(lambda *arguments: hooked.append(type(arguments[0])))
         assert_close(other(INPUTS)[0], twin(INPUTS)[0], "float64")
-    assert hooked == [anpgpu.RNN] * 3
+    assert hooked == [ours] * 3
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("filler", [7.0, -1e4])
-def test_what_a_packed_sequence_is_padded_with_changes_nothing(monkeypatch, method, filler):
+def test_what_a_packed_sequence_is_padded_with_changes_nothing(monkeypatch, method, filler, ours):
     # Samples are padded to one length inside. The padding must not reach any loss, norm, product or update.
-    rnn = anpgpu.RNN(3, 4, 2, bidirectional=True, perturbation=Perturbation(method, rollouts=5))
+    rnn = ours(3, 4, 2, bidirectional=True, perturbation=Perturbation(method, rollouts=5))
     packed = pack_padded_sequence(torch.randn(6, 3, 3), [2, 6, 3], enforce_sorted=False)
 
     def results():
@@ -233,10 +255,10 @@ def test_what_a_packed_sequence_is_padded_with_changes_nothing(monkeypatch, meth
         rnn.zero_grad()
         torch.manual_seed(2)
         outputs, h_n = rnn(packed)
-        (outputs.data.square().sum() + h_n.sum()).backward()
+        (outputs.data.square().sum() + sum(state.sum() for state in states(h_n))).backward()
         estimate = rnn.last_estimate
         grads = [parameter.grad for parameter in rnn.parameters()]
-        return [outputs.data, h_n, estimate.skipped, torch.nan_to_num(estimate.split_half), *grads]
+        return [outputs.data, *states(h_n), estimate.skipped, torch.nan_to_num(estimate.split_half), *grads]
 
     expected = results()
     pad = torch._VF._pad_packed_sequence
@@ -259,9 +281,9 @@ def absolute(outputs, targets):
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", absolute])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_padding_of_inputs_and_targets_contributes_nothing(method, bidirectional, loss):
+def test_padding_of_inputs_and_targets_contributes_nothing(method, bidirectional, loss, ours):
     torch.manual_seed(0)
-    rnn, head = nn.RNN(3, 4, 2, bidirectional=bidirectional), nn.Linear(4 * (1 + bidirectional), 5)
+    rnn, head = ours(3, 4, 2, bidirectional=bidirectional), nn.Linear(4 * (1 + bidirectional), 5)
     inputs = torch.randn(6, 3, 3)
     targets = torch.randint(5, (6, 3)) if loss == "cross_entropy" else torch.randn(6, 3, 5)
     lengths = [2, 6, 3]
@@ -281,7 +303,8 @@ def test_padding_of_inputs_and_targets_contributes_nothing(method, bidirectional
             lengths=lengths, generator=torch.Generator().manual_seed(1),
         )  # fmt: skip
         grads = [parameter.grad for module in (rnn, head) for parameter in module.parameters()]
-        results.append([*grads, seen.loss, seen.outputs, seen.h_n, seen.skipped, torch.nan_to_num(seen.split_half)])
+        half = torch.nan_to_num(seen.split_half)
+        results.append([*grads, seen.loss, seen.outputs, *states(seen.h_n), seen.skipped, half])
     assert bool(results[0][0].isfinite().all())
     for other in results[1:]:
         assert all(torch.equal(tensor, other_tensor) for tensor, other_tensor in zip(results[0], other, strict=True))

@@ -386,8 +386,8 @@ def test_wrong_options_are_quoted(options, error, message):
 
 
 def test_wrong_arguments_are_quoted():
-    with pytest.raises(TypeError, match="got GRU"):
-        Decorrelation(nn.GRU(I, H))
+    with pytest.raises(TypeError, match="got GRUCell"):
+        Decorrelation(nn.GRUCell(I, H))
     rnn, _, attached = decorrelated()
     with pytest.raises(ValueError, match=r"lengths must be in \[0, 6\], got \[0, 6, 7\]"):
         attached.update_(draw(T, B, I), lengths=[0, 6, 7])

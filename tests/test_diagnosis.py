@@ -435,7 +435,7 @@ def test_a_missing_matplotlib_is_named(tmp_path, monkeypatch):
         (TypeError, r"repeats.*2\.5", {"repeats": 2.5}),
         (ValueError, "tolerance.*1", {"tolerance": 1}),
         (ValueError, "seed.*-1", {"seed": -1}),
-        (TypeError, "rnn.*LSTM", {"rnn": nn.LSTM(INPUTS, HIDDEN)}),
+        (TypeError, "rnn.*LSTMCell", {"rnn": nn.LSTMCell(INPUTS, HIDDEN)}),
         (TypeError, "perturbation.*7", {"perturbation": 7}),
         (TypeError, "readout.*Sequential", {"readout": nn.Sequential()}),
         (ValueError, "targets.*shape", {"targets": torch.zeros(5)}),

@@ -4,6 +4,7 @@ The clean run must be torch's. Gradients must be finite wherever torch's are, un
 A refused call must leave no gradient, and its message must tell what was wrong.
 """
 
+import functools
 import math
 import warnings
 
@@ -77,8 +78,10 @@ def sequences(draw, arguments, content):
 
 
 @st.composite
-def rnn_calls(draw):
+def rnn_calls(draw, name="RNN"):
     construction = draw(constructions())
+    if name != "RNN":
+        del construction["nonlinearity"]
     content = draw(st.sampled_from(CONTENTS))
     inputs, time, batch = draw(sequences(construction, content))
     if batch and draw(st.booleans()):
@@ -90,11 +93,16 @@ def rnn_calls(draw):
     return Call(arguments | {"inputs": inputs}, spoiled, content)
 
 
-def run_rnn(inputs, perturbation, **options):
+def joined(states):
+    """The final states in one tensor."""
+    return torch.stack(states) if isinstance(states, tuple) else states
+
+
+def run_rnn(name, inputs, perturbation, **options):
     # In eval mode, since tests/test_conformance.py compares dropout.
-    rnn = quietly(anpgpu.RNN, **options, perturbation=perturbation).eval()
-    outputs, h_n = rnn(inputs)
-    return rnn, outputs, h_n
+    rnn = quietly(getattr(anpgpu, name), **options, perturbation=perturbation).eval()
+    outputs, final = rnn(inputs)
+    return rnn, outputs, joined(final)
 
 
 def quietly(kind, **options):
@@ -104,25 +112,26 @@ def quietly(kind, **options):
         return kind(**options)
 
 
-def check_rnn(call):
+def check_rnn(name, call):
     options = {name: value for name, value in call.arguments.items() if name not in {"inputs", "perturbation"}}
     # The constructor's messages are torch's, which do not always quote the value.
     torchs = bool(call.spoiled) and call.spoiled != ("perturbation",)
-    result = tried("RNN", run_rnn, call, errors=(*REFUSES, AttributeError), quoting=not torchs)
+    result = tried(name, functools.partial(run_rnn, name), call, errors=(*REFUSES, AttributeError), quoting=not torchs)
     if result is None:
         # tests/test_conformance.py compares types of errors. With this many layers torch would not come to an end.
         endless = isinstance(call.arguments["num_layers"], int) and call.arguments["num_layers"] >= 2**40
         if torchs and not endless:
-            assert refused(lambda: quietly(nn.RNN, **options)(call.arguments["inputs"])) is not None
+            assert refused(lambda: quietly(getattr(nn, name), **options)(call.arguments["inputs"])) is not None
         return
     rnn, outputs, h_n = result
-    twin = quietly(nn.RNN, **options).eval()
+    twin = quietly(getattr(nn, name), **options).eval()
     twin.load_state_dict(rnn.state_dict(), strict=True)
     if refused(lambda: twin(call.arguments["inputs"])) is not None:
         # torch's constructor accepts numbers for flags and flags for numbers, with which its forward pass fails.
         assert call.spoiled
         return
-    expected, expected_h_n = twin(call.arguments["inputs"])
+    expected, final = twin(call.arguments["inputs"])
+    expected_h_n = joined(final)
     values, right = (states if isinstance(states, torch.Tensor) else states.data for states in (outputs, expected))
     assert_same_states(values, right)
     assert_same_states(h_n, expected_h_n)
@@ -258,19 +267,27 @@ def told_by_torch(arguments, outputs):
     return expected(loss, outputs, targets, valid, weight)
 
 
+OURS = (anpgpu.RNN, anpgpu.GRU, anpgpu.LSTM)
+
+
 def parameters_of(value):
     return list(value.parameters()) if isinstance(value, nn.Module) else []
 
 
 @st.composite
 def models(draw, depth=0):
-    """A module with RNNs inside, some of them ours."""
-    kind = draw(st.sampled_from(["rnn", "ours", "gru", "linear", "parametrized", "nested", "nested"]))
+    """A module with recurrent networks inside, some of them ours."""
+    kind = draw(
+        st.sampled_from(
+            ["rnn", "ours", "gru", "lstm", "our lstm", "cell", "linear", "parametrized", "nested", "nested"]
+        )
+    )
     if kind == "nested" and depth < 3:
         return nn.Sequential(*draw(st.lists(models(depth + 1), max_size=3)))
     if kind == "parametrized":
         return nn.utils.parametrizations.weight_norm(nn.RNN(2, 3), "weight_hh_l0")
-    return {"rnn": nn.RNN, "ours": anpgpu.RNN, "gru": nn.GRU}.get(kind, nn.Linear)(2, 3)
+    torchs = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM, "cell": nn.GRUCell}
+    return (torchs | {"ours": anpgpu.RNN, "our lstm": anpgpu.LSTM}).get(kind, nn.Linear)(2, 3)
 
 
 class Derived(nn.RNN):
@@ -292,8 +309,8 @@ def check_swap(call):
     before = [type(module) for module in model.modules()] if isinstance(model, nn.Module) else []
     weights = [id(parameter) for parameter in parameters_of(model)]
     derived = Derived in before
-    excuses = ("Derived is a subclass",) if derived else ("there is no nn.RNN to swap",)
-    excuses = excuses if derived or not any(issubclass(kind, nn.RNN) for kind in before) else ()
+    excuses = ("Derived is a subclass",) if derived else ("there is no nn.RNN, nn.GRU or nn.LSTM to swap",)
+    excuses = excuses if derived or not any(issubclass(kind, nn.RNNBase) for kind in before) else ()
     count = tried("swap_", anpgpu.swap_, call, excuses=excuses)
     assert count is None or not derived
     after = [type(module) for module in model.modules()] if isinstance(model, nn.Module) else []
@@ -301,8 +318,8 @@ def check_swap(call):
     if count is None:
         assert after == before
         return
-    assert count == sum(issubclass(kind, nn.RNN) for kind in before)
-    assert count == sum(issubclass(kind, anpgpu.RNN) for kind in after)
+    assert count == sum(issubclass(kind, nn.RNNBase) for kind in before)
+    assert count == sum(issubclass(kind, OURS) for kind in after)
     assert anpgpu.unswap_(model) == count
 
 
@@ -310,7 +327,7 @@ def check_unswap(call):
     model = call.arguments["model"]
     count = tried("unswap_", anpgpu.unswap_, call)
     if count is not None:
-        assert not any(isinstance(module, anpgpu.RNN) for module in model.modules())
+        assert not any(isinstance(module, OURS) for module in model.modules())
         assert anpgpu.unswap_(model) == 0
 
 
@@ -434,7 +451,7 @@ def check_correlation(call):
 
 
 TARGETS = {
-    "RNN": (rnn_calls(), check_rnn),
+    **{name: (rnn_calls(name), functools.partial(check_rnn, name)) for name in ("RNN", "GRU", "LSTM")},
     "estimate_grad_": (estimate_calls(), check_estimate),
     "swap_": (swap_calls(with_perturbation=True), check_swap),
     "unswap_": (swap_calls(with_perturbation=False), check_unswap),

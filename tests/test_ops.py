@@ -35,6 +35,7 @@ from anpgpu.functional import Counters, CrossEntropyLoss, LinearLoss, OutputsOnl
 from anpgpu.ops import tensors
 from anpgpu.ops.network import FIELDS, new_seed
 from anpgpu.ops.tensors import loss_arguments
+from anpgpu.registry import CELLS
 from anpgpu.runtime.settings import new_seed as drawn_seed
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
@@ -59,13 +60,17 @@ def probabilities():
     return randn(T, B, 3).softmax(-1)
 
 
-def rnn_arguments(layers=1, directions=1, *, autocast=None, dropout=False, lengths=None, batch_first=False):
-    rnn = anpgpu.RNN(FEATURES, H, layers, bidirectional=directions == 2)
+def rnn_arguments(
+    layers=1, directions=1, *, cell="tanh", autocast=None, dropout=False, lengths=None, batch_first=False
+):
+    module = {"gru": anpgpu.GRU, "lstm": anpgpu.LSTM}.get(cell, anpgpu.RNN)
+    rnn = module(FEATURES, H, layers, bidirectional=directions == 2)
+    size = H * CELLS[cell].forms.states
     inputs = randn(B, T, FEATURES).transpose(0, 1) if batch_first else randn(T, B, FEATURES)
     kind = torch.float32 if autocast is None else autocast
     masks = [randn(T, B, directions * H).to(kind) for _ in range(layers - 1)] if dropout else []
     weights = [weight.detach() for weight in rnn.parameters()]
-    return (inputs, randn(layers * directions, B, H), weights, masks, lengths, "tanh", True, directions, autocast)
+    return (inputs, randn(layers * directions, B, size), weights, masks, lengths, cell, True, directions, autocast)
 
 
 def backward_arguments(method="anp", lowest=0, kept=0, **options):
@@ -112,12 +117,21 @@ SAMPLES = {
         lambda: rnn_arguments(3, 2, dropout=True),
         lambda: rnn_arguments(2, autocast=torch.bfloat16, batch_first=True),
         lambda: rnn_arguments(2, 2, lengths=torch.tensor([5, 2, 3])),
+        lambda: rnn_arguments(2, 2, cell="gru", dropout=True),
+        lambda: rnn_arguments(2, cell="gru", autocast=torch.bfloat16),
+        lambda: rnn_arguments(2, 2, cell="lstm", lengths=torch.tensor([5, 2, 3])),
+        lambda: rnn_arguments(2, cell="lstm", autocast=torch.bfloat16),
+        lambda: rnn_arguments(2, cell="lstm", autocast=torch.bfloat16, lengths=torch.tensor([5, 2, 3])),
     ],
     "rnn_backward": [
         backward_arguments,
         lambda: backward_arguments("np", lowest=1, layers=3, directions=2, dropout=True),
         lambda: backward_arguments("anp-ls", layers=2, autocast=torch.bfloat16, batch_first=True),
         lambda: backward_arguments("wp", layers=2, directions=2, lengths=torch.tensor([5, 2, 3])),
+        lambda: backward_arguments("anp-ls", layers=2, directions=2, cell="gru", lengths=torch.tensor([5, 2, 3])),
+        lambda: backward_arguments("np", lowest=1, layers=2, cell="gru", autocast=torch.bfloat16),
+        lambda: backward_arguments("anp-ls", layers=2, cell="lstm"),
+        lambda: backward_arguments("wp", layers=2, directions=2, cell="lstm", lengths=torch.tensor([5, 2, 3])),
     ],
 }  # fmt: skip
 

@@ -307,7 +307,11 @@ def packed(time=5, batch=2, features=3):
 
 CLASSES = torch.zeros(5, 2, dtype=torch.int64)
 ESTIMATE_CASES = [
-    bad(TypeError, "rnn.*GRU", rnn=torch.nn.GRU(3, 4)),
+    bad(TypeError, "rnn.*GRUCell", rnn=torch.nn.GRUCell(3, 4)),
+    bad(ValueError, "proj_size=2", rnn=torch.nn.LSTM(3, 4, proj_size=2)),
+    bad(TypeError, r"hx.*\(h_0, c_0\).*Tensor", rnn=torch.nn.LSTM(3, 4), hx=torch.zeros(1, 2, 4)),
+    bad(TypeError, r"hx.*\(h_0, c_0\).*tuple of 1", rnn=torch.nn.LSTM(3, 4), hx=(torch.zeros(1, 2, 4),)),
+    bad(TypeError, "hx must be a tensor, got tuple", rnn=torch.nn.GRU(3, 4), hx=(torch.zeros(1, 2, 4),)),
     bad(TypeError, "rnn.*NoneType", rnn=None),
     bad(ValueError, "readout.*4.*5", readout=torch.nn.Linear(5, 2)),
     bad(TypeError, "readout.*str", readout="linear"),

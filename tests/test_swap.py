@@ -24,10 +24,6 @@ def assert_same(first, second):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# Its GRU is left alone, which test_cases.py looks at.
-pytestmark = pytest.mark.filterwarnings("ignore:swap_ left alone:UserWarning")
-
-
 class Nested(nn.Module):
     """A model with recurrent networks at several depths, one of them shared."""
 
@@ -35,13 +31,15 @@ class Nested(nn.Module):
         super().__init__()
         self.first = nn.RNN(4, 5)
         self.block = nn.ModuleDict({"deep": nn.Sequential(nn.RNN(5, 5, num_layers=2)), "gru": nn.GRU(5, 5)})
+        self.block["lstm"] = nn.LSTM(5, 5)
         self.again = self.first
         self.head = nn.Linear(5, 2)
 
     def forward(self, inputs):
         hidden, _ = self.first(inputs)
         hidden, _ = self.block["deep"](hidden)
-        return self.head(self.block["gru"](hidden)[0])
+        hidden, _ = self.block["gru"](hidden)
+        return self.head(self.block["lstm"](hidden)[0])
 
 
 def test_swap_counts_and_keeps_parameters_names_and_outputs():
@@ -51,7 +49,7 @@ def test_swap_counts_and_keeps_parameters_names_and_outputs():
     expected = model(inputs).detach()
     before = dict(model.named_parameters())
     names, state = [name for name, _ in model.named_modules()], list(model.state_dict())
-    assert anpgpu.swap_(model, HOW) == 2
+    assert anpgpu.swap_(model, HOW) == 4
     after = dict(model.named_parameters())
     assert list(before) == list(after)
     assert all(after[name] is before[name] for name in before)
@@ -60,7 +58,8 @@ def test_swap_counts_and_keeps_parameters_names_and_outputs():
     assert isinstance(model.first, anpgpu.RNN)
     assert model.again is model.first
     assert isinstance(model.block["deep"][0], anpgpu.RNN)
-    assert type(model.block["gru"]) is nn.GRU
+    assert type(model.block["gru"]) is anpgpu.GRU
+    assert type(model.block["lstm"]) is anpgpu.LSTM
     assert_close(model(inputs), expected, "float32")
 
 
@@ -71,12 +70,12 @@ def test_an_optimiser_made_before_the_swap_goes_on():
     inputs = torch.randn(6, 3, 4)
     for swap in (None, anpgpu.swap_, anpgpu.unswap_):
         if swap is not None:
-            assert swap(model) == 2
-        before = model.first.weight_hh_l0.detach().clone()
+            assert swap(model) == 4
+        before = model.block["lstm"].weight_hh_l0.detach().clone()
         optimiser.zero_grad()
         model(inputs).square().sum().backward()
         optimiser.step()
-        assert not torch.equal(model.first.weight_hh_l0, before)
+        assert not torch.equal(model.block["lstm"].weight_hh_l0, before)
     assert len(optimiser.state) == len(list(model.parameters()))
 
 
@@ -87,11 +86,14 @@ def test_unswap_gives_torchs_gradients_back():
     expected = step_of_model(model, inputs)
     anpgpu.swap_(model, HOW)
     estimated = step_of_model(model, inputs)
-    assert not torch.equal(estimated["first.weight_hh_l0"], expected["first.weight_hh_l0"])
+    for name in ("first", "block.gru", "block.lstm"):
+        assert not torch.equal(estimated[f"{name}.weight_hh_l0"], expected[f"{name}.weight_hh_l0"])
     assert_close(estimated["head.weight"], expected["head.weight"], "float32")
-    assert anpgpu.unswap_(model) == 2
+    assert anpgpu.unswap_(model) == 4
     assert type(model.first) is nn.RNN
     assert vars(model.first).keys() == vars(nn.RNN(4, 5)).keys()
+    assert type(model.block["gru"]) is nn.GRU
+    assert type(model.block["lstm"]) is nn.LSTM
     assert_same(step_of_model(model, inputs), expected)
     assert anpgpu.unswap_(model) == 0
     pickle.loads(pickle.dumps(model))
@@ -108,16 +110,17 @@ def test_swapping_again_changes_the_perturbation():
     model = Nested()
     anpgpu.swap_(model, HOW)
     other = Perturbation("np")
-    assert anpgpu.swap_(model, other) == 2
+    assert anpgpu.swap_(model, other) == 4
     assert model.first.perturbation == model.block["deep"][0].perturbation == other
 
 
-def test_swap_of_a_bare_rnn_and_of_none():
-    rnn = nn.RNN(4, 5)
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_swap_of_a_bare_network_and_of_none(name):
+    rnn = getattr(nn, name)(4, 5)
     assert anpgpu.swap_(rnn) == 1
-    assert isinstance(rnn, anpgpu.RNN)
+    assert type(rnn) is getattr(anpgpu, name)
     assert rnn.perturbation == Perturbation()
-    with pytest.raises(ValueError, match=r"no nn\.RNN to swap inside Linear"):
+    with pytest.raises(ValueError, match=r"no nn\.RNN, nn\.GRU or nn\.LSTM to swap inside Linear"):
         anpgpu.swap_(nn.Linear(2, 2))
 
 

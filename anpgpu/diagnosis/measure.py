@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from anpgpu import checks
 from anpgpu.checks import real, whole
 from anpgpu.estimate import estimate_grad_
 from anpgpu.estimators.found import Estimate
+from anpgpu.network.cells import RECURRENT
 from anpgpu.perturbation import Perturbation, check_perturbation
 from anpgpu.registry import ESTIMATORS
 from anpgpu.state import estimator_state, load_estimator_state_
@@ -43,7 +45,7 @@ EstimateOf = Callable[[Perturbation, "torch.Generator | None"], tuple[Tensor, Es
 
 
 def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
-    rnn: nn.RNN,
+    rnn: nn.RNNBase,
     readout: nn.Module | None,
     inputs: Tensor | PackedSequence,
     targets: Tensor | None,
@@ -57,7 +59,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     repeats: int = 4,
     tolerance: float = 0.05,
     seed: int = 0,
-    hx: Tensor | None = None,
+    hx: Tensor | tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     targets_per: str | None = None,
     step_weight: Tensor | None = None,
@@ -78,7 +80,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     smallest bias, is recommended. A callable that is only partly differentiable (a detached term) is not detected.
 
     Args:
-        rnn: an `anpgpu.RNN` or any `torch.nn.RNN`.
+        rnn: an RNN, GRU or LSTM of anpgpu or of torch.nn.
         readout: as in `estimate_grad_`, like inputs, targets and loss. The readout's own gradient is not compared.
         inputs: a batch of the usual size, (T, B, I), (B, T, I) with batch_first, (T, I), or a PackedSequence.
         targets: per step or per sequence.
@@ -93,7 +95,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
         repeats: seeds per setting, at least 2.
         tolerance: loss of cosine accepted for a lower cost, in [0, 1); `advice` ignores smaller differences.
         seed: from which the seeds of the estimates are drawn; the same seed gives the same result.
-        hx: initial state, as the rnn's.
+        hx: initial state, as the rnn's; of an LSTM (h_0, c_0).
         lengths: valid steps of each sample, (B,).
         targets_per: as in `estimate_grad_`.
         step_weight: weight of each step's loss, (T, B), as in `estimate_grad_`.
@@ -121,8 +123,8 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     whole("seed", seed, 0, 2**63)
     if not 0 <= real("tolerance", tolerance) < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance!r}")
-    if not isinstance(rnn, nn.RNN):
-        raise TypeError(f"rnn must be an anpgpu.RNN or a torch.nn.RNN, got {type(rnn).__name__}")
+    if not isinstance(rnn, RECURRENT):
+        raise TypeError(f"rnn must be an RNN, GRU or LSTM of anpgpu or torch.nn, got {type(rnn).__name__}")
     grid = [
         dataclasses.replace(current, method=method, rollouts=count, discount=discount)
         for method in methods
@@ -139,6 +141,8 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     if not trained:
         raise ValueError("no parameter of the rnn requires a gradient: there is nothing to diagnose")
 
+    detached = _detached(hx)
+
     def estimate(setting: Perturbation, generator: torch.Generator | None) -> tuple[Tensor, Estimate]:
         copied.zero_grad()
         report = estimate_grad_(
@@ -148,7 +152,7 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
             targets,
             loss,
             perturbation=setting,
-            hx=hx.detach() if isinstance(hx, Tensor) else hx,
+            hx=detached,
             lengths=lengths,
             targets_per=targets_per,
             step_weight=step_weight,
@@ -181,6 +185,13 @@ def diagnose(  # noqa: PLR0913  (a grid reads best as keywords)
     best = closest_sigma(rows, at_current_sigma, tolerance, unseen) or best
     now = measure.row_of[current]
     return Diagnosis(rows, now, best, advise(rows, now, best, tolerance, unseen), unseen)
+
+
+def _detached(hx: Any) -> Any:
+    """Return first states without their graph."""
+    if isinstance(hx, (tuple, list)):
+        return tuple(map(_detached, hx))
+    return hx.detach() if isinstance(hx, Tensor) else hx
 
 
 def _with_sigmas(setting: Perturbation, sigmas: Sequence[float]) -> Iterator[Perturbation]:

@@ -61,7 +61,7 @@ class Backward(NamedTuple):
     grad_outputs: Tensor
     """dL/d(outputs), (T, B, D * H)."""
     grad_h_n: Tensor
-    """dL/dh_n, (layers * D, B, H)."""
+    """dL/d(final states), (layers * D, B, S)."""
 
     @property
     def found(self) -> Found:
@@ -184,7 +184,8 @@ def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Fo
     for first in range(own.start, own.stop, max(division.samples, 1)):
         samples = slice(first, min(first + division.samples, own.stop))
         learner = result.learners[0] if result.learners else None
-        sweep = Sweep(weights.weight_hh, backward.seed, settings, Chunk(samples, layer.number), division, learner)
+        chunk = Chunk(samples, layer.number)
+        sweep = Sweep(weights.weight_hh, backward.seed, settings, network.cell.path, chunk, division, learner)
         grad = layer.loss.of(slice(0, time), samples).grad
         # An incoming gradient with NaN or inf makes every loss difference so: these rollouts count, and NaN propagates.
         trust = None if grad is None else ~torch.isfinite(grad).all(-1).all(0)
@@ -250,7 +251,8 @@ def _of_side(above: Tensor, side: int, units: int, lengths: Tensor | None) -> Te
 
 
 def _with_final(grad: Tensor, grad_h_n: Tensor, lengths: Tensor | None) -> Tensor:
-    """Add dL/dh_n at each sample's last valid step (in processing order)."""
+    """Add dL/d(final state) at each sample's last valid step (in processing order); return dL/d(states), (T, B, S)."""
+    grad = torch.nn.functional.pad(grad, (0, grad_h_n.shape[-1] - grad.shape[-1]))
     if lengths is None:
         return torch.cat((grad[:-1], (grad[-1] + grad_h_n).unsqueeze(0)))
     last = (lengths - 1).to(grad.device).view(1, -1, 1).expand(1, -1, grad.shape[-1])

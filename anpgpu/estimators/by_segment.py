@@ -93,7 +93,15 @@ class _ChunkOfSamples:
             masks=tuple(mask[:, samples] for mask in masks),
         )
         self.sweeps = [
-            Sweep(layer[0].weight_hh, job.seed, job.settings, Chunk(samples, number), division, learner)
+            Sweep(
+                layer[0].weight_hh,
+                job.seed,
+                job.settings,
+                job.problem.network.cell.path,
+                Chunk(samples, number),
+                division,
+                learner,
+            )
             for (number, layer), learner in zip(
                 enumerate(self.problem.network.layers), result.learners or repeat(None), strict=False
             )

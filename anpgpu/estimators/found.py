@@ -26,8 +26,8 @@ class Estimate(NamedTuple):
     """Clean loss, 0-dim."""
     outputs: Tensor | None
     """Clean outputs in the layout of the inputs: (T, B, O), (B, T, O) with batch_first, (T, O) unbatched."""
-    h_n: Tensor | None
-    """Clean final states, as `torch.nn.RNN` returns them."""
+    h_n: Tensor | tuple[Tensor, ...] | None
+    """Clean final states, as torch's modules return them: of an LSTM (h_n, c_n)."""
     skipped: Tensor
     """Number of rollouts left out because they were not finite, over samples, layers and directions; 0-dim int64."""
     split_half: Tensor
@@ -90,7 +90,7 @@ class GradientSums:
         """Add sum_t A_t (x_t, 1)^T and sum_t R_t (h_{t-1}, 1)^T of some steps, A and R the fields of `gates`."""
         for total, adjoint, presynaptic in (
             (self.weight_ih, gates.inputs, run.inputs),
-            (self.weight_hh, gates.recurrent, run.states[:-1]),
+            (self.weight_hh, gates.recurrent, run.states[:-1, :, : self.weight_hh.shape[2]]),
         ):
             rows = adjoint.flatten(1, 2).transpose(1, 2)
             total.baddbmm_(rows, presynaptic.flatten(0, 1).expand(len(rows), -1, -1))
@@ -132,7 +132,7 @@ class Found:
     Args:
         network: in the working type.
         inputs: (T, B, I).
-        h_0: (layers * D, B, H).
+        h_0: (layers * D, B, S).
         parts: number of parts of the weights' gradients, see `GradientSums`.
     """
 
@@ -167,12 +167,12 @@ class Found:
 
         Args:
             index: of the layer and direction in `layers`.
-            parts: the adjoint in parts, (parts, L, b, H).
+            parts: the adjoint in parts, (parts, L, b, S).
             weights: of the layer.
             run: its clean activity over these steps.
 
         Returns:
-            The adjoint, (L, b, H), and dL/dx, (L, b, I).
+            The adjoint, (L, b, S), and dL/dx, (L, b, I).
         """
         gates = self.cell.gate_adjoints(parts, weights, run)
         self.layers[index].add(gates, run)

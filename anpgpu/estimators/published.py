@@ -146,6 +146,11 @@ def _rule(job: Job) -> type[Published]:
 def _readout(problem: Problem, method: str) -> Tensor:
     """Return W_o; raise unless there are one layer, one direction, a readout, no biases and equal lengths."""
     layers, directions = len(problem.network.layers), problem.network.directions
+    cell = problem.network.cell.forms
+    if cell.noise_in_state:
+        raise ValueError(
+            f"method={method!r} is defined for noise in the pre-activations of an nn.RNN, got a {cell.name}"
+        )
     if (layers, directions) != (1, 1):
         raise ValueError(
             f"method={method!r} is defined for one layer and one direction, got num_layers={layers}, "

@@ -58,6 +58,8 @@ class Rule(Estimator):
     def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
         self.settings, self.seed, self.finite = settings, seed, finite
         self.units = weight_hh.shape[1]
+        self.handed = weight_hh.new_zeros((len(finite), self.units))
+        """What the steps after the segment hand back along an LSTM's c, (b, H)."""
         self.carry = weight_hh.new_zeros(finite.shape)
         """The return of the step after the segment, (b, P)."""
         self.sums: Tensor | None = None
@@ -203,6 +205,8 @@ class LeastSquares(Rule):
                 counters=block.counters,
                 draw=implementation("noise", backend),
                 recursion=recursion,
+                path=block.path,
+                handed=self.handed,
             )
         self.add_sums(sums)
         self.ridge_grown += grown

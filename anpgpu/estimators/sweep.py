@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anpgpu.kernels.least_squares import Path
 from anpgpu.kernels.loss import Loss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import Rollout, RolloutOptions
@@ -44,6 +45,8 @@ class Block(NamedTuple):
     options: RolloutOptions
     counters: Counters
     """Counters of the first step, sample and rollout."""
+    path: Path | None = None
+    """Of an LSTM's c in the segment."""
 
 
 class Sweep:
@@ -53,6 +56,7 @@ class Sweep:
         weight_hh: (G H, H), in the working type.
         seed: 0-dim int64 tensor.
         settings: the resolved perturbation, whose estimator is a rule.
+        path_of: `network.cells.Cell.path` of the layer's cell.
         chunk: which samples, of which layer.
         division: number of rollouts at a time, and of segments.
         learner: what the layer learns in this update; None where the estimator keeps no state.
@@ -63,11 +67,15 @@ class Sweep:
         weight_hh: Tensor,
         seed: Tensor,
         settings: Settings,
+        path_of: Callable[[Tensor, Tensor, float], Path | None],
         chunk: Chunk,
         division: Division,
         learner: Any = None,
     ) -> None:
         self.weight_hh, self.seed, self.settings, self.chunk = weight_hh, seed, settings, chunk
+        self.path_of, self.units = path_of, weight_hh.shape[1]
+        self.handed: Tensor | None = None
+        """What the segment after hands back along the path, (parts, b, H)."""
         total = settings.options.rollouts
         step = division.rollouts
         self.blocks = [slice(first, min(first + step, total)) for first in range(0, total, step)]
@@ -150,8 +158,9 @@ class Sweep:
             gradient: returns dL/dh of each step's own loss, (L, B, H), for a black-box loss; called once measured.
 
         Returns:
-            Parts that sum to the estimate, (parts, L, B, H); see `registry.Estimator.parts`.
+            Parts that sum to the estimate, (parts, L, B, S); see `registry.Estimator.parts`.
         """
+        path = self._path(preact, hidden, loss)
         fused = self.rule.fused and loss is not None and loss.measured
         for rollouts in self.blocks:
             start = self._start(rollouts, steps.start)
@@ -178,16 +187,47 @@ class Sweep:
                 self._mark(rollouts, moved.delta_h, delta_loss)
                 if trust is not None:
                     self.finite[:, rollouts] |= trust.unsqueeze(1)
+            activity = moved.delta_a
+            if path is not None:
+                # Regressed and averaged is h alone.
+                delta_c = None if activity is None else activity[..., self.units :]
+                block = block._replace(path=path._replace(deviation=delta_c))
+                activity = None if activity is None else activity[..., : self.units]
             if self.learner is not None:
                 # A loss or its gradient is given.
                 of_loss: Any = gradient or getattr(loss, "state_gradient", None)
                 self.rule.expect(self.learner, self.settings.options.cell.slope_of(preact, hidden), of_loss())
-            self.rule.add(block, torch.where(self.finite[:, rollouts], delta_loss, 0), moved.delta_a)
+            self.rule.add(block, torch.where(self.finite[:, rollouts], delta_loss, 0), activity)
             give_back(moved.delta_a)
         if not self.segmented:
             self.check()
         parts: Tensor = self.rule.estimate(self.counts)
-        return parts
+        return parts if path is None else self._with_path(parts, path)
+
+    def _path(self, preact: Tensor, states: Tensor, loss: Loss | None) -> Path | None:
+        """Return the path of a segment, with the part of dL/d(h, c), (L, B, S), that arrives at c."""
+        if self.settings.options.cell.states == 1:
+            return None
+        path = self.path_of(preact, states, self.settings.discount)
+        grad = None if loss is None else loss.grad
+        if path is None or grad is None or grad.shape[-1] == self.units:
+            return path
+        return path._replace(grad=grad[..., self.units :])
+
+    def _with_path(self, parts: Tensor, path: Path) -> Tensor:
+        """Return the estimates of dL/dh and of dL/dc that follow, (parts, L, B, 2 H), from (parts, L, B, H)."""
+        if self.handed is None:
+            self.handed = torch.zeros_like(parts[:, 0])
+        whole = parts.new_empty((*parts.shape[:-1], 2 * self.units))
+        whole[..., : self.units] = parts
+        # The even and the odd rollouts' parts get half each of what no rollout measured; of processes that share the
+        # rollouts one counts it.
+        share = self.settings.share
+        halves = parts.new_zeros((len(parts), 1, 1))
+        halves[:2] = 0.5 if share.by_samples or share.index == 0 else 0.0
+        for step in range(parts.shape[1] - 1, -1, -1):
+            whole[:, step, :, self.units :] = path.hand_back_(step, parts[:, step], self.handed, halves)
+        return whole
 
     def _credit_fused(
         self, block: Block, preact: Tensor, hidden: Tensor, loss: Loss | None, start: Tensor | None

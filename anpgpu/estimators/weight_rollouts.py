@@ -37,7 +37,7 @@ class FinalGradients(NamedTuple):
     """The term of the loss that is linear in the final states."""
 
     grad: Tensor
-    """dL/dh_n, (layers * D, b, H)."""
+    """dL/d(final states), (layers * D, b, S)."""
     last_step: Tensor
     """Each sample's last valid step in processing order, (b,) int64."""
 
@@ -52,7 +52,11 @@ class WeightNoise:
     def __init__(
         self, weights: LayerWeights, seed: Tensor, settings: Settings, layer: int, samples: slice, rollouts: slice
     ) -> None:
-        units, fan_in = weights.weight_hh.shape[0], weights.weight_ih.shape[1] + weights.weight_hh.shape[0] + 1
+        units = weights.weight_hh.shape[0]
+        self.apart = settings.options.cell.recurrent_apart
+        self.inputs, self.recurrent = weights.weight_ih.shape[1], weights.hidden_size
+        # Where both sides of the pre-activations are apart, so are their biases.
+        fan_in = self.inputs + self.recurrent + 1 + self.apart
         batch, count = samples.stop - samples.start, rollouts.stop - rollouts.start
         kind, dtype = settings.options.noise, weights.weight_hh.dtype
         counters = Counters(layer=layer, rollout=settings.share.own.start + rollouts.start, rank=settings.process_rank)
@@ -79,8 +83,20 @@ class WeightNoise:
             for purpose, size in ((Purpose.LOW_RANK_U, units), (Purpose.LOW_RANK_V, fan_in))
         )
 
+    def sides(self, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return E z of presynaptic activity z = (x, h, 1), (b, p, G H), from x, (b, p, I), and h, (b, p, H).
+
+        Where the recurrent side of the pre-activations is apart, the two are E (0, h, 0, 1) and E (x, 0, 1, 0).
+        """
+        one = hidden.new_ones((*hidden.shape[:-1], 1))
+        if not self.apart:
+            return self.times(torch.cat((inputs, hidden, one), dim=-1)), None
+        nothing = torch.zeros_like(one)
+        recurrent = torch.cat((torch.zeros_like(inputs), hidden, nothing, one), dim=-1)
+        return self.times(recurrent), self.times(torch.cat((inputs, torch.zeros_like(hidden), one, nothing), dim=-1))
+
     def times(self, presynaptic: Tensor) -> Tensor:
-        """Return E z, (b, p, H), for presynaptic activity z, (b, p, fan_in)."""
+        """Return E z, (b, p, G H), for presynaptic activity z, (b, p, fan_in)."""
         if self.rank is None:
             return (self.dense @ presynaptic.unsqueeze(-1)).squeeze(-1)
         along = self.right @ presynaptic.unsqueeze(-1)
@@ -136,6 +152,9 @@ def estimate_weights(
         NonFiniteRolloutsError: no rollout of some sample is finite.
     """
     sums = [[GradientSums(weights) for weights in layer] for layer in network.layers]
+    if network.cell.forms.recurrent_apart:
+        for gradient in (side for layer in sums for side in layer):
+            gradient.bias_hh = gradient.bias_hh.clone()
     skipped = torch.zeros((), dtype=torch.int64, device=seed.device)
     total = settings.options.rollouts
     for first in range(0, batch, max(block[0], 1)):
@@ -176,7 +195,9 @@ def _add_weighted(
                 weighted = weight_noise.weighted_sum(torch.where(parity == half, share, 0))
                 gradient.weight_ih[half] += weighted[:, :fan_in]
                 gradient.weight_hh[half] += weighted[:, fan_in : fan_in + units]
-                gradient.bias_ih[half] += weighted[:, -1]
+                gradient.bias_ih[half] += weighted[:, fan_in + units]
+                if weight_noise.apart:
+                    gradient.bias_hh[half] += weighted[:, -1]
 
 
 class _Run:
@@ -226,7 +247,7 @@ class _Run:
                 if self.final is not None:
                     extra = self._final_change(delta_h, number * self.network.directions + side)
                     change = extra if change is None else change + extra
-                sides.append(in_processing_order(delta_h, bool(side), self.lengths))
+                sides.append(in_processing_order(delta_h[..., : weights.hidden_size], bool(side), self.lengths))
             below = joined(sides)
         assert below is not None  # noqa: S101  (for the type checker; a network has a layer)
         deviation = output_deviation(segment.loss.readout, below)
@@ -238,7 +259,7 @@ class _Run:
         return differences
 
     def _final_change(self, delta_h: Tensor, index: int) -> Tensor:
-        """Return dL/dh_n . delta_h_n, (b, p), from (T, b, p, H)."""
+        """Return dL/d(final state) . its deviation, (b, p), from (T, b, p, S)."""
         assert self.final is not None  # noqa: S101  (for the type checker; the caller looked)
         last = self.final.last_step[self.samples]
         grad = self.final.grad[index, self.samples]
@@ -255,26 +276,30 @@ class _Run:
         delta_x: Tensor | None,
         rollouts: slice,
     ) -> Tensor:
-        """Return one layer's delta_h, (L, b, p, H), in processing order."""
+        """Return the deviations of one layer's states, (L, b, p, S), in processing order."""
         length, batch, _ = run.inputs.shape
         count = rollouts.stop - rollouts.start
         preact = self.network.cell.preactivations(weights, run)
         deviation = self.network.cell.forms.around(preact, run.states[1:])
-        result = preact.new_empty((length, batch, count, preact.shape[-1]))
+        units = weights.hidden_size
+        result = preact.new_empty((length, batch, count, run.states.shape[-1]))
         delta_h = self.deviations.get((number, side))
         if delta_h is None:
             delta_h = preact.new_zeros(result.shape[1:])
-        ones = preact.new_ones((batch, count, 1))
         scratch = (torch.empty_like(delta_h), torch.empty_like(delta_h))
         for step in range(length):
             inputs = run.inputs[step].unsqueeze(1).expand(-1, count, -1)
             if delta_x is not None:
                 inputs = inputs + delta_x[step]
-            presynaptic = torch.cat((inputs, run.states[step].unsqueeze(1) + delta_h, ones), dim=-1)
-            delta_a = delta_h @ weights.weight_hh.t() + self.settings.options.sigma * weight_noise.times(presynaptic)
+            hidden = (run.states[step].unsqueeze(1) + delta_h)[..., :units]
+            noisy, apart = weight_noise.sides(inputs, hidden)
+            delta_a = delta_h[..., :units] @ weights.weight_hh.t() + self.settings.options.sigma * noisy
+            driven = None if apart is None else self.settings.options.sigma * apart
             if delta_x is not None:
-                delta_a += delta_x[step] @ weights.weight_ih.t()
-            result[step] = deviation.step(step, delta_a, delta_h, scratch)
+                added_to = delta_a if driven is None else driven
+                added_to += delta_x[step] @ weights.weight_ih.t()
+            extra = {} if driven is None else {"inputs": driven}
+            result[step] = deviation.step(step, delta_a, delta_h, scratch, **extra)
             delta_h = result[step]
         self.deviations[number, side] = delta_h
         return result

@@ -92,7 +92,10 @@ class _WeightShape(NamedTuple):
         for weights in (weights for layer in self.network.layers for weights in layer):
             units, fan_in = weights.weight_hh.shape[0], weights.weight_ih.shape[1] + weights.weight_hh.shape[1] + 1
             noise_floats += 2 * (units * fan_in if rank is None else rank * (units + fan_in))
-        floats = self.steps * (3 * width + self.outputs) + noise_floats
+        cell = self.settings.options.cell
+        floats = self.steps * (3 * cell.states * width + self.outputs) + noise_floats
+        # Temporaries of a gated cell's step.
+        floats += 6 * (cell.gates - 1) * width
         return FIXED_BYTES + block[0] * block[1] * self.network.layers[0][0].weight_hh.element_size() * floats
 
 

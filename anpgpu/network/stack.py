@@ -31,6 +31,11 @@ class Network(NamedTuple):
         """H."""
         return self.layers[0][0].hidden_size
 
+    @property
+    def state_size(self) -> int:
+        """S."""
+        return self.hidden_size * self.cell.forms.states
+
     def to(self, dtype: torch.dtype) -> Network:
         """Return the network with its weights detached and in `dtype`."""
         return self._replace(layers=tuple(tuple(weights.to(dtype) for weights in layer) for layer in self.layers))
@@ -55,7 +60,7 @@ class CleanRun(NamedTuple):
     outputs: Tensor
     """(T, B, D * H), in time order."""
     h_n: Tensor
-    """(layers * D, B, H)."""
+    """(layers * D, B, S)."""
 
 
 @within("clean_run")
@@ -66,7 +71,7 @@ def run_network(
     lengths: Tensor | None = None,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> CleanRun:
-    """Run a network on inputs (T, B, I) from h_0 (layers * D, B, H); outputs past a sample's length are zero.
+    """Run a network on inputs (T, B, I) from h_0 (layers * D, B, S); outputs past a sample's length are zero.
 
     `dropout` returns a mask for the inputs of every layer but the first.
     """
@@ -90,7 +95,7 @@ def run_network(
                 cell.run_padded(weights, ordered[side], h_0[first + side], lengths)
                 for side, weights in enumerate(layer)
             ]
-            values = joined([in_processing_order(state[1:], bool(side), lengths) for side, state in enumerate(states)])
+            values = outputs_of(states, network.hidden_size, lengths)
         runs.append(tuple(LayerRun(*activity, valid) for activity in zip(ordered, states, strict=True)))
         final += [_last_states(state, lengths) for state in states]
     return CleanRun(tuple(runs), tuple(masks), values, torch.stack(final))
@@ -101,8 +106,13 @@ def joined(sides: list[Tensor]) -> Tensor:
     return sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
 
 
+def outputs_of(states: list[Tensor], units: int, lengths: Tensor | None) -> Tensor:
+    """Return a layer's outputs, (T, B, D * H) in time order, from each direction's states, (T + 1, B, S)."""
+    return joined([in_processing_order(state[1:, :, :units], bool(side), lengths) for side, state in enumerate(states)])
+
+
 def _last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return each sample's state after its last valid step, (B, H)."""
+    """Return each sample's state after its last valid step, (B, S)."""
     if lengths is None:
         return states[-1]
     index = lengths.to(states.device).view(1, -1, 1).expand(1, -1, states.shape[-1])

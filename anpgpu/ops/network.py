@@ -21,7 +21,7 @@ from anpgpu.estimators.by_layer import Backward
 from anpgpu.estimators.found import Found
 from anpgpu.estimators.kept import kept_by_handle
 from anpgpu.network.cells import LayerRun
-from anpgpu.network.stack import CleanRun, Network, joined, run_network
+from anpgpu.network.stack import CleanRun, Network, outputs_of, run_network
 from anpgpu.network.weights import in_processing_order, valid_steps
 from anpgpu.perturbation import Perturbation
 from anpgpu.registry import CELLS
@@ -61,9 +61,12 @@ class Structure(NamedTuple):
         """Number of parameters of one layer, both directions."""
         return (4 if self.biases else 2) * self.directions
 
-    def state_dtype(self, weight: Tensor) -> torch.dtype:
+    def state_dtype(self, weight: Tensor, *, packed: bool) -> torch.dtype:
         """Return the type of the states: the parameters', or autocast's, which leaves float64 alone."""
-        return weight.dtype if self.autocast is None or weight.dtype == torch.float64 else self.autocast
+        if self.autocast is None or weight.dtype == torch.float64:
+            return weight.dtype
+        taken = CELLS[self.cell].takes_autocast(weight.device.type, packed=packed)
+        return self.autocast if taken else weight.dtype
 
 
 STRUCTURE = "str cell, bool biases, SymInt directions, ScalarType? autocast"
@@ -113,23 +116,25 @@ def clean_run(
 
     Args:
         inputs: (T, B, I).
-        hx: (layers * D, B, H).
+        hx: (layers * D, B, S); of an LSTM h_0 and c_0 joined.
         weights: the flat list of parameters that `torch.nn.RNN` keeps.
         masks: dropout masks of the inputs of every layer but the first, (T, B, D * H) each; none without dropout.
         lengths: valid steps of each sample, (B,) int64 on the CPU; None is all.
         *scalars: `Structure`.
 
     Returns:
-        outputs, (T, B, D * H); h_n, (layers * D, B, H); and per layer and direction the states in processing order,
-        (T + 1, B, H), for the backward pass. All contiguous, and none shares memory with another.
+        outputs, (T, B, D * H); h_n, (layers * D, B, S); and per layer and direction the states in processing order,
+        (T + 1, B, S), for the backward pass. All contiguous, and none shares memory with another.
     """
     structure = Structure(*scalars)
     drawn = iter(masks)
     with _under(structure.autocast, inputs.device):
         run = run_network(structure.network(weights), inputs, hx, lengths, (lambda _: next(drawn)) if masks else None)
     # The caller may change what is returned in place, as nn.RNN's; the backward pass has states of its own.
-    outputs = run.outputs.clone(memory_format=torch.contiguous_format)
-    return outputs, run.h_n.clone(), [side.states.contiguous() for layer in run.layers for side in layer]
+    dtype = structure.state_dtype(weights[0], packed=lengths is not None)
+    outputs = run.outputs.to(dtype).clone(memory_format=torch.contiguous_format)
+    h_n = run.h_n.to(dtype).clone()
+    return outputs, h_n, [side.states.to(dtype).contiguous() for layer in run.layers for side in layer]
 
 
 @clean_run.register_fake
@@ -137,12 +142,12 @@ def _(
     inputs: Tensor, hx: Tensor, weights: Sequence[Tensor], masks: Any, lengths: Any, *scalars: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     structure = Structure(*scalars)
-    dtype, units = structure.state_dtype(weights[0]), hx.shape[2]
+    dtype = structure.state_dtype(weights[0], packed=lengths is not None)
     time, batch = inputs.shape[:2]
     return (
-        inputs.new_empty((time, batch, structure.directions * units), dtype=dtype),
+        inputs.new_empty((time, batch, structure.directions * weights[1].shape[1]), dtype=dtype),
         inputs.new_empty(hx.shape, dtype=dtype),
-        [inputs.new_empty((time + 1, batch, units), dtype=dtype) for _ in range(hx.shape[0])],
+        [inputs.new_empty((time + 1, batch, hx.shape[2]), dtype=dtype) for _ in range(hx.shape[0])],
     )
 
 
@@ -172,7 +177,7 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
 
     Args:
         grad_outputs: dL/doutputs, (T, B, D * H).
-        grad_h_n: dL/dh_n, (layers * D, B, H).
+        grad_h_n: dL/d(final states), (layers * D, B, S).
         *rest: `Left`; the number of the lowest layer that needs a gradient, 0 if inputs or hx do; the handle of the
             module's state, see `estimators.kept`; `Structure`; the fields of `Perturbation`.
 
@@ -279,11 +284,12 @@ class PerturbedRNN(torch.autograd.Function):
         wanted = [number for number in range(call.weights) if needed[2 + number]]
         lowest = 0 if needed[0] or needed[1] else min(wanted) // per_layer
         states = tensors[-1]
-        batch, units = states.shape[1:]
+        batch, size = states.shape[1:]
         if grad_outputs is None:
-            grad_outputs = states.new_zeros((values.shape[0], batch, call.structure.directions * units))
+            outputs = call.structure.directions * tensors[1].shape[1]
+            grad_outputs = states.new_zeros((values.shape[0], batch, outputs))
         if grad_h_n is None:
-            grad_h_n = states.new_zeros((ctx.states, batch, units))
+            grad_h_n = states.new_zeros((ctx.states, batch, size))
         split = _Split(call.weights, ctx.states, (lowest, call.kept, *call.structure, *call.perturbation))
         d_inputs, d_hx, *d_weights = underived(
             _backward_of, split, grad_outputs, grad_h_n, seed, values, lengths, *tensors
@@ -377,5 +383,5 @@ def _rebuild(left: Left, structure: Structure, dtype: torch.dtype) -> CleanRun:
             for side, state in enumerate(states)
         ]
         layers.append(tuple(sides))
-        values = joined([in_processing_order(state[1:], bool(side), lengths) for side, state in enumerate(states)])
+        values = outputs_of(states, left.weights[1].shape[1], lengths)
     return CleanRun(tuple(layers), tuple(masks), values, values.new_empty(0))

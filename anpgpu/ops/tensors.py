@@ -182,16 +182,16 @@ def _(
     tensors, (name, *scalars, _, backend) = rest[: len(LOSS_TENSORS)], rest[len(LOSS_TENSORS) :]
     options, loss = _options_of(scalars), _loss_of(name, tensors)
     readout = None if loss is None else loss.readout
-    time, batch, units = preact.shape
-    rows = (batch, options.rollouts)
+    time, batch, units = *preact.shape[:2], weight_hh.shape[1]
+    rows, size = (batch, options.rollouts), units * options.cell.states
     outputs = units if readout is None else readout.shape[0]
     chosen = choose_backend(backend, preact.device, preact.dtype, options.cell)
     stored = stored_dtype(chosen, options.precision, preact.dtype)
     measured = loss is not None and loss.measured
     return (
         preact.new_empty((time, *rows) if measured else (0,)),
-        preact.new_empty((time, *rows, units), dtype=stored) if options.store_delta_a else preact.new_empty(0),
-        preact.new_empty((*rows, units)),
+        preact.new_empty((time, *rows, size), dtype=stored) if options.store_delta_a else preact.new_empty(0),
+        preact.new_empty((*rows, size)),
         preact.new_empty((0,) if loss is None or measured else (time, *rows, outputs)),
     )
 

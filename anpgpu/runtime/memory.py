@@ -67,6 +67,10 @@ class Shape(NamedTuple):
     layers: int
     """Layers whose deviations at segment starts are stored at the same time."""
     itemsize: int
+    gates: int = 1
+    """G of the cell."""
+    states: int = 1
+    """S / H of the cell."""
 
     def divide(self, max_memory: int, device_type: str) -> Division:
         """Return the coarsest division that fits; see `divide`."""
@@ -133,17 +137,19 @@ def needed_bytes(shape: Shape, division: Division) -> int:
     """Return the bytes a division needs: an upper estimate, tested against measured peaks."""
     length = -(-shape.time // division.segments)
     block = division.samples * division.rollouts
-    per_step = block * (padded(shape.hidden) * shape.stores_delta + 4)
-    per_step += division.samples * (6 * shape.hidden + shape.clean_floats + shape.extra_floats)
-    tiles = block * (6 * shape.hidden + 2 * shape.outputs)
+    # A gated cell's clean values and their forms, and the temporaries of its step.
+    clean, temporary = 6 + 14 * (shape.gates - 1), 6 + 5 * (shape.gates - 1)
+    per_step = block * (padded(shape.hidden) * shape.states * shape.stores_delta + 4)
+    per_step += division.samples * (clean * shape.hidden + shape.clean_floats + shape.extra_floats)
+    tiles = block * (temporary * shape.hidden + 2 * shape.outputs)
     # Output deviations by segment and concatenated, outputs, and temporaries of the caller's loss.
     whole = shape.time * block * 6 * shape.outputs + (shape.time * division.samples * shape.rollouts) * bool(
         shape.outputs
     )
     starts = 0
     if division.segments > 1:
-        starts = division.segments * division.samples * shape.hidden * (shape.rollouts * shape.layers)
-        starts += division.segments * division.samples * shape.hidden * shape.layers
+        starts = division.segments * division.samples * shape.states * shape.hidden * (shape.rollouts * shape.layers)
+        starts += division.segments * division.samples * shape.states * shape.hidden * shape.layers
     return FIXED_BYTES + shape.itemsize * (shape.fixed_floats + length * per_step + tiles + whole + starts)
 
 
@@ -164,7 +170,7 @@ def divide(shape: Shape, max_memory: int, device_type: str) -> Division:
     whole = full
     if device_type == "cpu" and shape.stores_delta:
         # Newly allocated memory costs a page fault for every 4 KB.
-        row_bytes = shape.itemsize * shape.time * padded(shape.hidden)
+        row_bytes = shape.itemsize * shape.time * padded(shape.hidden) * shape.states
         whole = [block for block in full if block[0] * block[1] * row_bytes <= SPARE_BYTES] or full
     cuts = _doubled(shape.time)
     for candidates, segment_counts in ((whole, [1]), (full, cuts), (blocks, [1, *cuts])):

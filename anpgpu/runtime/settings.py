@@ -70,6 +70,8 @@ class Settings(NamedTuple):
             fixed_floats=layers * self.estimator.state_floats(self.share.most, hidden) if self.kept is not None else 0,
             layers=layers,
             itemsize=itemsize,
+            gates=self.options.cell.gates,
+            states=self.options.cell.states,
         )
 
 
@@ -114,6 +116,11 @@ def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
         else:
             precision = PRECISION_OF.get(weight.dtype, "fp32")
     estimator = ESTIMATORS[perturbation.method]
+    if estimator.keeps_state and cell.forms.slope is None:
+        raise ValueError(
+            f"method={perturbation.method!r} needs a cell h = phi(a), and {cell.forms.name!r} is none: use "
+            "method='anp-ls'"
+        )
     share = share_of(perturbation.rollouts, shared=perturbation.shard_rollouts, by_samples=estimator.whole_samples)
     options = RolloutOptions(
         rollouts=share.own.stop - share.own.start,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from anpgpu.checks import one_of
-from anpgpu.network.cells import cell_name
+from anpgpu.network.cells import RECURRENT, cell_name
 from anpgpu.network.stack import Network
 from anpgpu.network.weights import valid_steps
 from anpgpu.registry import CELLS, LOSSES
@@ -49,7 +49,7 @@ class Sequences(NamedTuple):
     inputs: Tensor
     """(T, B, I)."""
     h_0: Tensor
-    """(layers * D, B, H)."""
+    """(layers * D, B, S); of an LSTM h_0 and c_0 joined."""
     lengths: Tensor | None
     layout: Layout
 
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
     inputs: Tensor
     """(T, B, I)."""
     h_0: Tensor
-    """(layers * D, B, H)."""
+    """(layers * D, B, S); of an LSTM h_0 and c_0 joined."""
     lengths: Tensor | None
     loss: MeasuredLoss
     dropout: Callable[[Tensor], Tensor] | None
@@ -100,19 +100,21 @@ class Problem(NamedTuple):
 
 
 def canonical(
-    rnn: nn.RNN,
+    rnn: nn.RNNBase,
     readout: nn.Module | None,
     inputs: Tensor | PackedSequence,
     targets: Tensor | None,
     loss: str | LossFunction,
-    hx: Tensor | None,
+    hx: Tensor | tuple[Tensor, Tensor] | None,
     lengths: Tensor | Sequence[int] | None,
     targets_per: str | None = None,
     step_weight: Tensor | None = None,
 ) -> Problem:
     """Check the arguments of `estimate_grad_`, where they are described, and return them in canonical form."""
-    if not isinstance(rnn, nn.RNN):
-        raise TypeError(f"rnn must be an anpgpu.RNN or a torch.nn.RNN, got {type(rnn).__name__}")
+    if not isinstance(rnn, RECURRENT):
+        raise TypeError(f"rnn must be an RNN, GRU or LSTM of anpgpu or torch.nn, got {type(rnn).__name__}")
+    if rnn.proj_size:
+        raise ValueError(f"an LSTM with projections cannot be perturbed, got proj_size={rnn.proj_size}")
     kind = loss_class(loss)
     options = kind.options_of(loss)
     _check_readout(readout, kind, loss, rnn.hidden_size * (2 if rnn.bidirectional else 1))
@@ -177,9 +179,9 @@ def loss_class(loss: object) -> type[MeasuredLoss]:
 
 
 def sequences(
-    rnn: nn.RNN,
+    rnn: nn.RNNBase,
     inputs: Tensor | PackedSequence,
-    hx: Tensor | None,
+    hx: Tensor | tuple[Tensor, Tensor] | None,
     lengths: Tensor | Sequence[int] | None,
 ) -> Sequences:
     """Check an RNN and its sequences and return them in canonical form; arguments as in `estimate_grad_`."""
@@ -194,7 +196,13 @@ def sequences(
         _same_device(f"the rnn's {name}", weight, values)
     if values.is_meta:
         raise ValueError(f"inputs must hold values to estimate from, got a tensor on {values.device}")
-    h_0 = _initial_state(rnn, values, hx, layout)
+    network = Network.of(
+        weights,
+        biases=rnn.bias,
+        directions=2 if rnn.bidirectional else 1,
+        cell=CELLS[cell_name(rnn)],
+    ).to(dtype)
+    h_0 = _initial_state(rnn, network.cell.forms.states, values, hx, layout)
     time, batch, _ = values.shape
     if not time:
         raise RuntimeError(
@@ -204,12 +212,6 @@ def sequences(
     if valid_lengths is not None:
         # Padding may hold anything, even NaN, and must not reach the states.
         values = torch.where(valid_steps(time, valid_lengths, values.device).unsqueeze(-1), values, 0)
-    network = Network.of(
-        weights,
-        biases=rnn.bias,
-        directions=2 if rnn.bidirectional else 1,
-        cell=CELLS[cell_name(rnn)],
-    ).to(dtype)
     return Sequences(network, values.detach().to(dtype), h_0.detach().to(dtype), valid_lengths, layout)
 
 
@@ -258,7 +260,7 @@ def _check_readout(readout: nn.Module | None, kind: type[MeasuredLoss], loss: st
 
 
 def _padded(
-    rnn: nn.RNN, inputs: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None
+    rnn: nn.RNNBase, inputs: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None
 ) -> tuple[Tensor, Tensor | Sequence[int] | None, Layout]:
     """Return (T, B, I) inputs, lengths and the caller's layout."""
     if isinstance(inputs, PackedSequence):
@@ -277,11 +279,23 @@ def _padded(
     return time_first, lengths, layout
 
 
-def _initial_state(rnn: nn.RNN, values: Tensor, hx: Tensor | None, layout: Layout) -> Tensor:
-    """Return h_0, (layers * D, B, H)."""
+def _initial_state(
+    rnn: nn.RNNBase, count: int, values: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None, layout: Layout
+) -> Tensor:
+    """Return the first states, (layers * D, B, S), `count` tensors joined."""
     shape = (len(rnn.all_weights), values.shape[1], rnn.hidden_size)
     if hx is None:
-        return values.new_zeros(shape)
+        return values.new_zeros((*shape[:2], count * shape[2]))
+    if count == 1:
+        return _state(hx, shape, values, layout)
+    if not isinstance(hx, (tuple, list)) or len(hx) != count:
+        size = f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
+        raise TypeError(f"hx must be a tuple (h_0, c_0), got {type(hx).__name__}{size}")
+    return torch.cat([_state(part, shape, values, layout) for part in hx], -1)
+
+
+def _state(hx: object, shape: tuple[int, int, int], values: Tensor, layout: Layout) -> Tensor:
+    """Return h_0 or c_0 as given, (layers * D, B, H), checked."""
     if not isinstance(hx, Tensor):
         raise TypeError(f"hx must be a tensor, got {type(hx).__name__}")
     if hx.dim() != 2 + layout.batched:
