@@ -8,6 +8,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from .cell_gated_numba import GRU_BRANCH, LSTM_BRANCH, clean_values, gru_row, lstm_row
 from .cell_numba import RELU_BRANCH, TANH_BRANCH, clean_rows, plain_row, relu_row, tanh_row
 from .compile_numba import inlined, kernel
 from .loss import Loss, Measure
@@ -181,6 +182,8 @@ def rollout(
     delta_h0: Tensor | None = None,
 ) -> Rollout:
     """Run a block of perturbed rollouts through time; see the reference."""
+    if options.cell.noise_in_state:
+        return _of_states(preact, hidden, weight_hh, loss, seed, options, counters, delta_h0)
     time, batch, units = preact.shape
     rollouts, rows = options.rollouts, batch * options.rollouts
     measure = Measure(loss, preact, rollouts)
@@ -241,6 +244,110 @@ def rollout(
             measure.step(stop - 1, delta_h)
     stored = room[..., :units] if options.store_delta_a else None
     return Rollout(measure.delta_loss, stored, delta_h, measure.delta_o)
+
+
+@kernel
+def _state_step(
+    branch: Any,
+    step: Any,
+    rollouts: Any,
+    moved: Any,
+    state: Any,
+    words: Any,
+    words_start: Any,
+    noise: Any,
+    sigma: Any,
+    scratch: Any,
+    clean: Any,
+    stored: Any,
+    grad: Any,
+    delta_loss: Any,
+) -> None:
+    """Take all rollouts of a gated cell through a step. An array of length 0 means that there is none.
+
+    Args:
+        branch: which cell.
+        step: the step.
+        rollouts: P.
+        moved: W_hh delta_h of the step before, (B P, G H), overwritten.
+        state: (B P, S), of the step before, then of this one.
+        words: packed signs of some steps, (L, B P, words).
+        words_start: the first of these steps.
+        noise: noise that is not packed, (B P, padded).
+        sigma: standard deviation of the noise in packed signs.
+        scratch: a row for each thread's block of rollouts, (blocks, G H).
+        clean: the cell's `clean_values`, (T, B, n H).
+        stored: written, the deviations of the states, (T, B P, S).
+        grad: gradient of a linear loss, (T, B, H) or (T, B, S).
+        delta_loss: written, its differences, (T, B P).
+    """
+    rows, size = state.shape
+    units = moved.shape[1] // (3 if branch == GRU_BRANCH else 4)
+    for block in numba.prange(scratch.shape[0]):
+        top = block * ROWS_TOGETHER
+        for row in range(top, min(top + ROWS_TOGETHER, rows)):
+            sample = row // rollouts
+            if branch == GRU_BRANCH:
+                gru_row(moved, row, state, scratch, block, clean[step, sample], units)
+            elif branch == LSTM_BRANCH:
+                lstm_row(moved, row, state, scratch, block, clean[step, sample], units)
+            if words.shape[0]:
+                _add_signs(state, row, words, step - words_start, sigma, units)
+            else:
+                _add_row(state, row, noise, units)
+            if stored.shape[0]:
+                _copy_row(stored, step, row, state, 0, size)
+            if grad.shape[0]:
+                delta_loss[step, row] = linear_difference(state, row, grad, step, sample, grad.shape[2])
+
+
+def _of_states(
+    preact: Tensor,
+    hidden: Tensor,
+    weight_hh: Tensor,
+    loss: Loss | None,
+    seed: Tensor,
+    options: RolloutOptions,
+    counters: Counters,
+    delta_h0: Tensor | None,
+) -> Rollout:
+    """Run a block of rollouts of a gated cell, whose noise enters the state; arguments as in `rollout`."""
+    time, batch, _ = preact.shape
+    (columns, units), rollouts = weight_hh.shape, options.rollouts
+    rows, size = batch * rollouts, units * options.cell.states
+    product = RecurrentProduct(weight_hh, rows, precision=options.precision, sigma=options.sigma)
+    branch, clean = clean_values(options.cell, preact, hidden)
+    measure = Measure(loss, preact[..., :units], rollouts)
+    linear = None if loss is None else loss.grad
+    moved = preact.new_zeros((rows, columns))
+    state = preact.new_zeros((batch, rollouts, size))
+    if delta_h0 is not None:
+        state.copy_(delta_h0)
+    room = spare_room(preact, (time if options.store_delta_a else 0, batch, rollouts, size))
+    draw = _Noise(seed, preact[..., :units], options, counters)
+    grad, delta_loss = _NO_ROWS, _NO_WEIGHTS
+    if linear is not None and measure.delta_loss is not None:
+        grad, delta_loss = linear.contiguous().numpy(), measure.delta_loss.view(time, rows).numpy()
+    scratch = preact.new_empty((-(-rows // ROWS_TOGETHER), columns))
+    for step in range(time):
+        if step or delta_h0 is not None:
+            product.add_to(moved, state[..., :units], keep=0.0)
+        _state_step(
+            branch,
+            step,
+            rollouts,
+            moved.numpy(),
+            state.view(rows, size).numpy(),
+            *draw.of(step, step + 1),
+            scratch.numpy(),
+            clean.numpy(),
+            room.view(len(room), rows, size).numpy(),
+            grad,
+            delta_loss,
+        )
+        if linear is None:
+            measure.step(step, state[..., :units])
+    return Rollout(measure.delta_loss, room if options.store_delta_a else None, state, measure.delta_o)
 
 
 def _with_columns(weight_hh: Tensor, readout: Tensor | None) -> Tensor:

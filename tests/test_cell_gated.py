@@ -11,12 +11,13 @@ from torch import nn
 
 from anpgpu import functional
 from anpgpu.kernels.cell_gated import exact_difference
-from anpgpu.kernels.loss import LinearLoss, OutputsOnly
+from anpgpu.kernels.loss import LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import noise
 from anpgpu.kernels.rollout import RolloutOptions, rollout
 from anpgpu.network.cells import LayerRun
 from anpgpu.network.weights import LayerWeights
 from anpgpu.registry import CELLS
+from anpgpu.runtime.dispatch import implementation
 
 T, B, P, I, H = 6, 2, 5, 3, 4  # noqa: E741  (the design's names)
 SEED = torch.tensor(-77)
@@ -61,12 +62,11 @@ class Clean:
         _, (states,) = self.cell.run_layer((self.weights,), self.inputs, start.unsqueeze(0))
         self.run = LayerRun(self.inputs, states)
 
-    def rollout(self, sigma, dtype=torch.float64, loss=None, **options):
-        settings = RolloutOptions(
-            P, sigma, cell=self.cell.forms, precision="fp64" if dtype == torch.float64 else "fp32", store_delta_a=True
-        )
+    def rollout(self, sigma, dtype=torch.float64, loss=None, *, run=rollout, noise="rademacher", **options):
+        precision = "fp64" if dtype == torch.float64 else "fp32"
+        settings = RolloutOptions(P, sigma, noise, self.cell.forms, precision, store_delta_a=True)
         preact = self.cell.preactivations(self.weights, self.run)
-        return rollout(
+        return run(
             preact.to(dtype), self.run.states[1:].to(dtype), self.weights.weight_hh.to(dtype), loss, SEED,
             options=settings, **options,
         )  # fmt: skip
@@ -116,16 +116,54 @@ def test_deviations_are_the_difference_of_two_runs(cell, sigma, bias):
     assert torch.equal(moved.delta_h, moved.delta_a[-1])
 
 
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("cell", STEPS)
-def test_float32_is_precise_at_any_sigma(cell, bias):
-    clean = Clean(cell, BIASES[bias])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_float32_is_precise_at_any_sigma(backend, cell, bias, noise):
+    clean, run = Clean(cell, BIASES[bias]), implementation("rollout", backend)
     for sigma in (1e-6, 1e-2, 3.0):
-        exact, moved = clean.rollout(sigma), clean.rollout(sigma, torch.float32)
+        exact, moved = clean.rollout(sigma, noise=noise), clean.rollout(sigma, torch.float32, run=run, noise=noise)
         assert moved.delta_a.dtype == torch.float32
         for units in (slice(0, H), slice(H, None)) if clean.cell.forms.states > 1 else (slice(None),):
             error = relative_error(moved.delta_a[..., units], exact.delta_a[..., units])
             assert error < 1e-5, (sigma, units)
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_compiled_rollouts_measure_losses_and_begin_where_they_are_told(cell):
+    clean, run = Clean(cell), implementation("rollout", "numba")
+    start = 0.1 * torch.randn(B, P, clean.run.states.shape[-1], dtype=torch.float64)
+    readout, error = torch.randn(2, H, dtype=torch.float64), torch.randn(T, B, 2, dtype=torch.float64)
+    losses = {
+        "linear": LinearLoss(torch.randn(T, B, H, dtype=torch.float64)),
+        "whole state": LinearLoss(torch.randn_like(clean.run.states[1:])),
+        "squared": SquaredLoss(readout, error, torch.ones(T, B, dtype=torch.float64)),
+        "outputs": OutputsOnly(readout),
+        "none": None,
+    }
+    for name, loss in losses.items():
+        exact = clean.rollout(0.1, loss=loss, delta_h0=start)
+        narrow = None if loss is None else type(loss)(*(tensor.float() for tensor in loss))
+        moved = clean.rollout(0.1, torch.float32, narrow, run=run, delta_h0=start.float())
+        for field in ("delta_loss", "delta_a", "delta_h", "delta_o"):
+            ours, reference = getattr(moved, field), getattr(exact, field)
+            assert (ours is None) == (reference is None), (name, field)
+            if ours is not None:
+                assert_close(ours, reference, "float32_long")
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_a_compiled_rollout_that_is_lost_stays_lost(cell):
+    clean, run = Clean(cell), implementation("rollout", "numba")
+    start = torch.zeros(B, P, clean.run.states.shape[-1])
+    start[0, 1, 0] = torch.nan
+    moved = clean.rollout(0.1, torch.float32, run=run, delta_h0=start)
+    lost = ~moved.delta_h.isfinite().all(-1)
+    assert lost.nonzero().tolist() == [[0, 1]]
+    # Changes that no float32 exponential can hold, all the same, saturate.
+    moved = clean.rollout(1e4, torch.float32, run=run)
+    assert_close(moved.delta_a, clean.rollout(1e4).delta_a, "float32_long")
 
 
 @pytest.mark.parametrize("cell", STEPS)
@@ -166,5 +204,5 @@ def test_the_public_op_takes_a_cell(cell):
 
 def test_a_backend_without_the_cell_names_those_that_have_it():
     for cell in STEPS:
-        with pytest.raises(ValueError, match=f"cell '{cell}' has no form on backend 'cupy', only on torch"):
+        with pytest.raises(ValueError, match=f"cell '{cell}' has no form on backend 'cupy', only on torch, numba"):
             CELLS[cell].forms.on("cupy")

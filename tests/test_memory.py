@@ -19,7 +19,8 @@ from torch import nn
 case = json.loads(sys.argv[1])
 T, B, I, H, O = case["time"], case["batch"], 8, case["hidden"], 4
 torch.manual_seed(0)
-rnn, head = nn.RNN(I, H), nn.Linear(H, O)
+module = case.get("module", "RNN")
+rnn, head = getattr(nn, module)(I, H), nn.Linear(H, O)
 
 
 def absolute(outputs, targets):
@@ -39,7 +40,7 @@ def peak():
 
 
 def backward(inputs, **options):
-    network = anpgpu.RNN(I, H, perturbation=anpgpu.Perturbation(case["method"], discount=0.9, **options))
+    network = getattr(anpgpu, module)(I, H, perturbation=anpgpu.Perturbation(case["method"], discount=0.9, **options))
     network(inputs)[0].sum().backward()
 
 
@@ -52,8 +53,9 @@ work(inputs[:2], targets[:2], rollouts=2)
 if case["run"]:
     work(inputs, targets, rollouts=case["rollouts"], max_memory=case["mebibytes"] << 20)
 elif by_autograd:
-    # What a backward pass may have beside: states, outputs, their gradient, pre-activations, adjoint and its halves.
-    clean = torch.ones(10, T, B, H)
+    # What a backward pass may have beside: states, outputs, their gradient, pre-activations, adjoint and its halves; in
+    # a gated cell those of each gate.
+    clean = torch.ones({"RNN": 10, "GRU": 24, "LSTM": 34}[module], T, B, H)
 else:
     outputs = torch.ones(T, B, O)
 print(json.dumps(peak()))
@@ -102,6 +104,15 @@ def test_memory_of_every_method(method, loss, time):
 
 def test_memory_of_a_backward_pass():
     assert_bounded(method="anp", loss="autograd", time=1000, **SMALL)
+
+
+@pytest.mark.parametrize("module", ["GRU", "LSTM"])
+@pytest.mark.parametrize(
+    ("method", "loss", "time"),
+    [("np", "mse", 1000), ("anp", "mse", 2000), ("anp-ls", "mse", 500), ("wp", "mse", 300), ("anp", "autograd", 500)],
+)
+def test_memory_of_gated_cells(module, method, loss, time):
+    assert_bounded(method=method, loss=loss, time=time, module=module, **SMALL)
 
 
 @pytest.mark.slow
