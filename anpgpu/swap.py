@@ -35,8 +35,10 @@ def swap_(model: nn.Module, perturbation: Perturbation | None = None) -> int:
             class derived from torch's; the model is then unchanged.
     """
     chosen = check_perturbation(perturbation)
-    networks, others = [], []
-    for name, module in module_of("model", model).named_modules():
+    networks: list[nn.Module] = []
+    others: list[str] = []
+    modules: dict[str, nn.Module] = dict(module_of("model", model).named_modules())
+    for name, module in modules.items():
         projects = bool(getattr(module, "proj_size", 0))
         if isinstance(module, tuple(SWAPPED)) and not projects:
             networks.append(module)

@@ -15,7 +15,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import anpgpu
 from anpgpu import Perturbation
 
-METHODS = ("anp", "np", "anp-ls", "anp-feedback", "wp")
+METHODS = ("anp", "np", "anp-ls", "wp")
+SERVED = [("RNN", "anp-feedback"), *((kind, method) for kind in ("RNN", "GRU", "LSTM") for method in METHODS)]
+"""Modules, and the methods that train them."""
 
 
 def step(module, inputs, seed=3):
@@ -243,7 +245,7 @@ def test_saved_modules_come_back_whole(pair, ours):
     assert hooked == [ours] * 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name_of_module", "method"), SERVED)
 @pytest.mark.parametrize("filler", [7.0, -1e4])
 def test_what_a_packed_sequence_is_padded_with_changes_nothing(monkeypatch, method, filler, ours):
     # Samples are padded to one length inside. The padding must not reach any loss, norm, product or update.
@@ -280,7 +282,7 @@ def absolute(outputs, targets):
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", absolute])
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name_of_module", "method"), SERVED)
 def test_padding_of_inputs_and_targets_contributes_nothing(method, bidirectional, loss, ours):
     torch.manual_seed(0)
     rnn, head = ours(3, 4, 2, bidirectional=bidirectional), nn.Linear(4 * (1 + bidirectional), 5)

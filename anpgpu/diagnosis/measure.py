@@ -228,7 +228,7 @@ class _Measure:
     """Measures settings, each once and all with the same seeds, so that they do not differ by chance."""
 
     def __init__(
-        self, estimate: EstimateOf, truth: Tensor | None, masks: dict[str, Tensor], seeds: list[int], rnn: nn.RNN
+        self, estimate: EstimateOf, truth: Tensor | None, masks: dict[str, Tensor], seeds: list[int], rnn: nn.RNNBase
     ) -> None:
         self.estimate, self.truth, self.masks, self.seeds, self.rnn = estimate, truth, masks, seeds, rnn
         self.row_of: dict[Perturbation, Row] = {}
