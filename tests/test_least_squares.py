@@ -185,7 +185,7 @@ def indefinite(monkeypatch: pytest.MonkeyPatch, *where: int) -> None:
         return product
 
     usual = least_squares_module._smaller_gram
-    monkeypatch.setattr(least_squares_module, "_smaller_gram", gram)
+    monkeypatch.setattr(least_squares_module, "smaller_gram", gram)
 
 
 @pytest.mark.parametrize("rollouts", [4, 9])
