@@ -184,7 +184,7 @@ def indefinite(monkeypatch: pytest.MonkeyPatch, *where: int) -> None:
         chosen[..., 0, -1] = chosen[..., -1, 0] = 9 * product.diagonal(dim1=-2, dim2=-1).sum(-1)[where]
         return product
 
-    usual = least_squares_module._smaller_gram
+    usual = least_squares_module.smaller_gram
     monkeypatch.setattr(least_squares_module, "smaller_gram", gram)
 
 
