@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import study_long
@@ -36,10 +36,15 @@ QUICK_MINUTES = 9.0
 
 
 class Finished:
-    """The file of finished runs. Only one process may write to it at a time."""
+    """The file of finished runs. Only one process may write to it at a time.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: of the file, one JSON line for each run.
+        key: returns what identifies a run.
+    """
+
+    def __init__(self, path: Path, key: Callable[[dict], str] | None = None) -> None:
+        self.path, self.key = path, key or (lambda run: key_of(run["task"], training.Settings(**run["settings"])))
         self.runs: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
@@ -47,7 +52,7 @@ class Finished:
             # A process that is killed while writing leaves an unfinished line.
             if line.endswith("\n"):
                 run = json.loads(line)
-                self.runs[key_of(run["task"], training.Settings(**run["settings"]))] = run
+                self.runs[self.key(run)] = run
         if text and not text.endswith("\n"):
             path.write_text(text[: text.rfind("\n") + 1])
 
@@ -57,7 +62,7 @@ class Finished:
             file.write(json.dumps(run) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.runs[key_of(run["task"], training.Settings(**run["settings"]))] = run
+        self.runs[self.key(run)] = run
 
 
 class Queue:
