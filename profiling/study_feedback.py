@@ -19,125 +19,21 @@ stopped goes on where it was. Parts can run in processes of their own.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import fmean
 
 import machine
 import torch
 from gate import estimate_check, require
-from report import quartiles, table, write
+from report import table, write
 from study import Finished
-from study_feedback_runs import CASES, EXACT, KNOWN, MNIST, SEVEN, Run, made
+from study_feedback_plan import PARTS, SEEDS
+from study_feedback_report import TABLES
+from study_feedback_runs import MNIST, Run, made
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parent / "results" / "feedback"
-
-WARMUPS = (0, 5, 10, 20, 30, 60)
-DEFAULT_WARMUP = 30
-
-CLOSED = ("copying 10, orthogonal", "copying 10", "copying 20", "adding, 10 steps", "permuted digits")
-CLOSED_BATCH = {"adding, 10 steps": 32}
-"""Sequences of an update where 8 are too few for BPTT to solve the task in as many updates."""
-
-RATIO, FLOOR = 1.25, 0.01
-"""A closed loop keeps up if its mean loss is at most RATIO times BPTT's plus FLOOR."""
-
-LONG_RATE, LONG_BATCH = 2e-4, 32
-
-
-def learned(rollouts: int, *, warmup: int = DEFAULT_WARMUP, follow: bool = True) -> str:
-    """Spell an estimator with learned feedback."""
-    return f"anp-feedback rollouts={rollouts} warmup={warmup}" + ("" if follow else " follow_weights=false")
-
-
-PARTS_OF_METHOD = {
-    "both": learned(8),
-    "B moves with W alone": learned(8, warmup=0),
-    "warm-up alone": learned(8, follow=False),
-    "none": learned(8, warmup=0, follow=False),
-}
-
-
-def shadows(rollouts: int) -> tuple[str, ...]:
-    """Return the estimators of one size of the protocol."""
-    return (EXACT, learned(rollouts, warmup=0), f"anp-ls rollouts={rollouts}")
-
-
-def cosine_runs(seeds: int) -> Iterator[Run]:
-    estimators = (
-        *shadows(8), learned(8), learned(8, warmup=0, follow=False), learned(4, warmup=0), learned(1, warmup=0), KNOWN
-    )  # fmt: skip
-    for seed, task in itertools.product(range(seeds), SEVEN):
-        yield Run("cosine", task, estimators, seed, 150)
-
-
-def sizes_runs(seeds: int) -> Iterator[Run]:
-    first = SEVEN[0]
-    for seed in range(seeds):
-        yield Run("cosine", "copying 10, 400 steps", (*shadows(4), KNOWN), seed, 150, hidden=64)
-        yield Run("cosine", first, shadows(8), seed, 150, nonlinearity="relu")
-        yield Run("cosine", first, shadows(8), seed, 190, layers=2)
-        yield Run("cosine", first, shadows(8), seed, 190, bidirectional=True)
-        yield Run("cosine", first, (*shadows(8), learned(4, warmup=0), KNOWN), seed, 150, batch=1)
-        yield Run("cosine", first, (*shadows(8), KNOWN), seed, 150, batch=32)
-        yield Run("cosine", first, (*shadows(16), KNOWN), seed, 110, hidden=512)
-        yield Run("cosine", first, (*shadows(64), KNOWN), seed, 110, hidden=1024)
-
-
-def closed_runs(seeds: int) -> Iterator[Run]:
-    for seed, task in itertools.product(range(seeds), CLOSED):
-        more = (learned(4), learned(16), "anp-ls rollouts=8") if not seed else ()
-        for estimator in (EXACT, learned(8), *more):
-            yield Run("train", task, (estimator,), seed, 1000, batch=CLOSED_BATCH.get(task, 8))
-
-
-def long_runs(seeds: int) -> Iterator[Run]:
-    how = {"lr": LONG_RATE, "batch": LONG_BATCH}
-
-    def trained(estimator: str, seed: int) -> Run:
-        return Run("train", MNIST, (estimator,), seed, 1200, **how)
-
-    for seed in range(min(2, seeds)):
-        yield from (trained(estimator, seed) for estimator in (EXACT, learned(8)))
-    yield Run("path", MNIST, (EXACT, *PARTS_OF_METHOD.values()), 0, 300, **how)
-    yield from (trained(estimator, 0) for estimator in reversed(PARTS_OF_METHOD.values()))
-    for seed in range(2, seeds):
-        yield from (trained(estimator, seed) for estimator in (EXACT, learned(8)))
-    yield Run("path", MNIST, (learned(8), EXACT), 0, 300, **how)
-
-
-def time_runs(seeds: int) -> Iterator[Run]:
-    for seed, threads, hidden in itertools.product(range(seeds), (2, 1), (128, 512)):
-        half = f"anp-ls rollouts={hidden // 2}"
-        methods = (EXACT, learned(8, warmup=0), learned(4, warmup=0))
-        turns, few = (15, 5) if hidden == 128 else (7, 2)
-        yield Run("time", "random", methods, seed, turns, hidden=hidden, batch=32, threads=threads)
-        yield Run("time", "random", (methods[1], half), seed, few, hidden=hidden, batch=32, threads=threads)
-
-
-def warmup_runs(seeds: int) -> Iterator[Run]:
-    how = {MNIST: {"lr": LONG_RATE, "batch": LONG_BATCH}}
-    for seed, task in itertools.product(range(seeds), (SEVEN[0], "permuted digits", MNIST)):
-        estimators = (EXACT, *(learned(8, warmup=warmup) for warmup in WARMUPS))
-        yield Run("cosine", task, estimators, seed, 10, **how.get(task, {}))
-        for estimator in estimators:
-            yield Run("train", task, (estimator,), seed, 300, **how.get(task, {}))
-
-
-PARTS: dict[str, Callable[[int], Iterator[Run]]] = {
-    "cosine": cosine_runs,
-    "closed": closed_runs,
-    "long": long_runs,
-    "time": time_runs,
-    "warmup": warmup_runs,
-    "sizes": sizes_runs,
-}
-SEEDS = {"cosine": 3, "closed": 3, "long": 5, "time": 3, "warmup": 2, "sizes": 1}
 
 
 def smaller(run: Run) -> Run:
@@ -163,6 +59,33 @@ def study(part: str, options: argparse.Namespace) -> None:
         finished.add({**made(run, options.mnist), "commit": commit})
 
 
+def report(folder: Path, checks: list[dict[str, object]]) -> None:
+    """Write feedback.json and feedback.txt: the machine and the tables of the runs that there are."""
+    runs = {part: list(Finished(folder / f"{part}.jsonl", key_of).runs.values()) for part in PARTS}
+    every = [run for mine in runs.values() for run in mine]
+    if not every:
+        return
+    host = machine.machine()
+    results = {name: make(runs[part]) for name, (part, make) in TABLES.items() if runs[part]}
+    record = {
+        "machine": host,
+        "checks": checks,
+        "commits": sorted({run["commit"] or "" for run in every}),
+        "processor_seconds": round(sum(run["seconds"] for run in every)),
+        "results": results,
+    }
+    parts = [machine.line(host), f"{len(every)} runs, {record['processor_seconds'] / 60:.0f} minutes of processor time"]
+    for name, rows in results.items():
+        shown = [{column: value for column, value in row.items() if not isinstance(value, dict)} for row in rows]
+        # `table` is of one type a column.
+        columns = list(dict.fromkeys(column for row in shown for column in row))
+        parts.append(
+            f"{name}\n\n{table([{column: row.get(column) for column in columns} for row in shown])}" if rows else name
+        )
+    write(folder / "feedback.json", record, "\n\n".join(parts))
+    print("\n\n".join(parts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
@@ -175,11 +98,12 @@ def main() -> None:
     options.output = options.output or (RESULTS / "quick" if options.quick else RESULTS)
     # A single rollout is part of the study.
     warnings.filterwarnings("ignore", message=".*with rollouts=1 learns.*")
+    torch.set_num_threads(1)
+    checks = require([estimate_check()])
     if not options.report:
-        torch.set_num_threads(1)
-        require([estimate_check()])
         for part in options.only:
             study(part, options)
+    report(options.output, checks)
 
 
 if __name__ == "__main__":

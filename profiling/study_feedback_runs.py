@@ -161,48 +161,29 @@ class Run(NamedTuple):
 
 
 def perturbation(spelled: str) -> anpgpu.Perturbation:
-    """Return what "method name=value ..." says."""
-    method, *values = spelled.split()
-    return anpgpu.Perturbation(
-        method, **{name: json.loads(value) for name, _, value in (v.partition("=") for v in values)}
-    )
+    """Return what "method name=value ..." says; the known part is made of autograd."""
+    method, *values = (EXACT if spelled == KNOWN else spelled).split()
+    pairs = (value.split("=") for value in values)
+    return anpgpu.Perturbation(method, **{name: json.loads(value) for name, value in pairs})
 
 
 def network(run: Run, task: tasks.Task, orthogonal: bool) -> tuple[dict[str, anpgpu.RNN], nn.Linear]:
-    """Return a network for each estimator but the known part, all of the same parameters, and a readout."""
+    """Return a network for each estimator, all of the same parameters, and a readout."""
     torch.manual_seed(run.seed)
-    networks: dict[str, anpgpu.RNN] = {}
     structure = {"num_layers": run.layers, "nonlinearity": run.nonlinearity, "bidirectional": run.bidirectional}
-    state = torch.get_rng_state()
-    for name in run.estimators:
-        if name == KNOWN:
-            continue
-        torch.set_rng_state(state)
-        rnn = anpgpu.RNN(task.inputs, run.hidden, perturbation=perturbation(name), **structure)
-        first = next(iter(networks.values()), rnn)
-        for parameter, value in first.named_parameters():
-            setattr(rnn, parameter, value)
-        networks[name] = rnn
-    for parameter, value in rnn.named_parameters():
-        if orthogonal and "weight_hh" in parameter:
+    trained = anpgpu.RNN(task.inputs, run.hidden, **structure)
+    for name, value in trained.named_parameters():
+        if orthogonal and "weight_hh" in name:
             nn.init.orthogonal_(value)
-    return networks, nn.Linear(run.hidden * (1 + run.bidirectional), task.outputs)
-
-
-def backward(task: tasks.Task, rnn: nn.RNN, readout: nn.Linear, batch: tasks.Batch) -> float:
-    """Set the gradients of all parameters; return the loss."""
-    for module in (rnn, readout):
-        module.zero_grad()
-    loss = training.loss_of(task, readout(rnn(batch.inputs)[0]), batch.targets)
-    loss.backward()
-    return float(loss.detach())
-
-
-def known_part(task: tasks.Task, rnn: nn.RNN, readout: nn.Linear, batch: tasks.Batch) -> None:
-    """Set the gradients to those of each step's loss through that step alone."""
-    for module in (rnn, readout):
-        module.zero_grad()
-    training.one_step_truncated(task, rnn, readout, batch, None)
+    readout = nn.Linear(run.hidden * (1 + run.bidirectional), task.outputs)
+    networks, state = {}, torch.get_rng_state()
+    for estimator in run.estimators:
+        networks[estimator] = anpgpu.RNN(task.inputs, run.hidden, perturbation=perturbation(estimator), **structure)
+        for name, value in trained.named_parameters():
+            setattr(networks[estimator], name, value)
+    # The noise does not depend on how many estimators there are.
+    torch.set_rng_state(state)
+    return networks, readout
 
 
 def clipped(rnn: nn.RNN) -> dict[str, Tensor]:
@@ -228,29 +209,33 @@ class Training:
         self.run = run
         self.task, orthogonal = case_of(run.task, mnist_path)
         self.networks, self.readout = network(run, self.task, orthogonal)
-        self.trained = self.networks[run.estimators[0]]
 
     def __iter__(self) -> Iterator[Update]:
         """Yield between an update's gradient and its step; the caller may use the gradients' places meanwhile."""
-        run, parameters = self.run, [*self.trained.parameters(), *self.readout.parameters()]
+        run, trained = self.run, self.networks[self.run.estimators[0]]
+        parameters = [*trained.parameters(), *self.readout.parameters()]
         optimiser = torch.optim.Adam(parameters, run.lr)
         batches = itertools.islice(self.task.batches(run.seed, run.batch), run.updates)
         for number, batch in enumerate(tqdm(batches, total=run.updates, desc=run.task, leave=False, mininterval=5)):
-            loss = backward(self.task, self.trained, self.readout, batch)
-            recurrent = clipped(self.trained)
+            loss, recurrent = self.by(run.estimators[0], batch)
             gradients = [value.grad.clone() for value in parameters if value.grad is not None]
             yield Update(number, loss, batch, recurrent)
             for value, gradient in zip(parameters, gradients, strict=True):
                 value.grad = gradient
             optimiser.step()
 
-    def by(self, estimator: str, batch: tasks.Batch) -> dict[str, Tensor]:
-        """Return the clipped gradient of each W_hh by an estimator that does not train."""
+    def by(self, estimator: str, batch: tasks.Batch) -> tuple[float, dict[str, Tensor]]:
+        """Set all gradients by an estimator; return the loss and the clipped gradient of each W_hh."""
+        rnn = self.networks[estimator]
+        for module in (rnn, self.readout):
+            module.zero_grad()
         if estimator == KNOWN:
-            known_part(self.task, self.trained, self.readout, batch)
-            return clipped(self.trained)
-        backward(self.task, self.networks[estimator], self.readout, batch)
-        return clipped(self.networks[estimator])
+            value, _ = training.one_step_truncated(self.task, rnn, self.readout, batch, None)
+        else:
+            loss = training.loss_of(self.task, self.readout(rnn(batch.inputs)[0]), batch.targets)
+            loss.backward()
+            value = float(loss.detach())
+        return value, clipped(rnn)
 
 
 def shadow(run: Run, mnist_path: Path | None) -> dict[str, object]:
@@ -261,13 +246,13 @@ def shadow(run: Run, mnist_path: Path | None) -> dict[str, object]:
     cosines: dict[str, dict[str, dict[int, float]]] = {name: {} for name in others}
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in run.estimators}
     walks: dict[str, dict[str, float]] = {name: {} for name in others}
-    every, loss = run.kind == "path", math.nan
+    every = run.kind == "path"
     process = Training(run, mnist_path)
-    for number, loss, batch, gradients in process:
+    for number, _loss, batch, gradients in process:
         inside = any(low <= number < high for low, high in windows)
         # Only learned feedback needs the updates between: it keeps something from one to the next.
         needed = [name for name in run.estimators[1:] if every or inside or "feedback" in name or name == EXACT]
-        found = {run.estimators[0]: gradients} | {name: process.by(name, batch) for name in needed}
+        found = {run.estimators[0]: gradients} | {name: process.by(name, batch)[1] for name in needed}
         for name, by_weight in found.items():
             for key, gradient in by_weight.items():
                 sums[name][key] = sums[name].get(key, 0) + gradient.double()
@@ -288,7 +273,6 @@ def shadow(run: Run, mnist_path: Path | None) -> dict[str, object]:
             }
             for name, by_weight in cosines.items()
         },
-        "loss": loss,
     }
     if every:
         result["sum"] = {
@@ -311,7 +295,7 @@ def train(run: Run, mnist_path: Path | None) -> dict[str, object]:
         losses.append(update.loss)
         if not math.isfinite(update.loss):
             break
-    scored = training.evaluate(process.task, process.trained, process.readout, process.task.test)
+    scored = training.evaluate(process.task, process.networks[run.estimators[0]], process.readout, process.task.test)
     size = max(1, run.updates // CHUNKS)
     parts = [losses[first : first + size] for first in range(0, len(losses), size)]
     return {

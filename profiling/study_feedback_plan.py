@@ -1,0 +1,113 @@
+"""The runs of `study_feedback.py`, part by part, the most important first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from study_feedback_runs import EXACT, KNOWN, MNIST, SEVEN, Run
+
+WARMUPS = (0, 5, 10, 20, 30, 60)
+DEFAULT_WARMUP = 30
+
+CLOSED = ("copying 10, orthogonal", "copying 10", "copying 20", "adding, 10 steps", "permuted digits")
+CLOSED_BATCH = {"adding, 10 steps": 32}
+"""Sequences of an update where 8 are too few for BPTT to solve the task in as many updates."""
+
+RATIO, FLOOR = 1.25, 0.01
+"""A closed loop keeps up if its mean loss is at most RATIO times BPTT's plus FLOOR."""
+
+LONG_RATE, LONG_BATCH = 2e-4, 32
+
+
+def learned(rollouts: int, *, warmup: int = DEFAULT_WARMUP, follow: bool = True) -> str:
+    """Spell an estimator with learned feedback."""
+    return f"anp-feedback rollouts={rollouts} warmup={warmup}" + ("" if follow else " follow_weights=false")
+
+
+PARTS_OF_METHOD = {
+    "both": learned(8),
+    "B moves with W alone": learned(8, warmup=0),
+    "warm-up alone": learned(8, follow=False),
+    "none": learned(8, warmup=0, follow=False),
+}
+
+
+def shadows(rollouts: int) -> tuple[str, ...]:
+    """Return the estimators of one size of the protocol."""
+    return (EXACT, learned(rollouts, warmup=0), f"anp-ls rollouts={rollouts}")
+
+
+def cosine_runs(seeds: int) -> Iterator[Run]:
+    estimators = (
+        *shadows(8), learned(8), learned(8, warmup=0, follow=False), learned(4, warmup=0), learned(1, warmup=0), KNOWN
+    )  # fmt: skip
+    for seed, task in itertools.product(range(seeds), SEVEN):
+        yield Run("cosine", task, estimators, seed, 150)
+
+
+def sizes_runs(seeds: int) -> Iterator[Run]:
+    first = SEVEN[0]
+    for seed in range(seeds):
+        yield Run("cosine", "copying 10, 400 steps", (*shadows(4), KNOWN), seed, 150, hidden=64)
+        yield Run("cosine", first, shadows(8), seed, 150, nonlinearity="relu")
+        yield Run("cosine", first, shadows(8), seed, 190, layers=2)
+        yield Run("cosine", first, shadows(8), seed, 190, bidirectional=True)
+        yield Run("cosine", first, (*shadows(8), learned(4, warmup=0), KNOWN), seed, 150, batch=1)
+        yield Run("cosine", first, (*shadows(8), KNOWN), seed, 150, batch=32)
+        yield Run("cosine", first, (*shadows(16), KNOWN), seed, 110, hidden=512)
+        yield Run("cosine", first, (*shadows(64), KNOWN), seed, 110, hidden=1024)
+
+
+def closed_runs(seeds: int) -> Iterator[Run]:
+    def trained(task: str, estimator: str, seed: int) -> Run:
+        return Run("train", task, (estimator,), seed, 1000, batch=CLOSED_BATCH.get(task, 8))
+
+    for seed, task in itertools.product(range(seeds), CLOSED):
+        yield from (trained(task, estimator, seed) for estimator in (EXACT, learned(8)))
+    for task in CLOSED:
+        yield from (trained(task, estimator, 0) for estimator in (KNOWN, learned(4), "anp-ls rollouts=8", learned(16)))
+
+
+def long_runs(seeds: int) -> Iterator[Run]:
+    how = {"lr": LONG_RATE, "batch": LONG_BATCH}
+
+    def trained(estimator: str, seed: int) -> Run:
+        return Run("train", MNIST, (estimator,), seed, 1200, **how)
+
+    for seed in range(min(2, seeds)):
+        yield from (trained(estimator, seed) for estimator in (EXACT, learned(8)))
+    yield Run("path", MNIST, (EXACT, *PARTS_OF_METHOD.values()), 0, 300, **how)
+    yield from (trained(estimator, 0) for estimator in reversed(PARTS_OF_METHOD.values()))
+    for seed in range(2, seeds):
+        yield from (trained(estimator, seed) for estimator in (EXACT, learned(8)))
+    yield Run("path", MNIST, (learned(8), EXACT), 0, 300, **how)
+
+
+def time_runs(seeds: int) -> Iterator[Run]:
+    for seed, threads, hidden in itertools.product(range(seeds), (2, 1), (128, 512)):
+        half = f"anp-ls rollouts={hidden // 2}"
+        methods = (EXACT, learned(8, warmup=0), learned(4, warmup=0))
+        turns, few = (15, 5) if hidden == 128 else (7, 2)
+        yield Run("time", "random", methods, seed, turns, hidden=hidden, batch=32, threads=threads)
+        yield Run("time", "random", (methods[1], half), seed, few, hidden=hidden, batch=32, threads=threads)
+
+
+def warmup_runs(seeds: int) -> Iterator[Run]:
+    how = {MNIST: {"lr": LONG_RATE, "batch": LONG_BATCH}}
+    for seed, task in itertools.product(range(seeds), (SEVEN[0], "permuted digits", MNIST)):
+        estimators = (EXACT, *(learned(8, warmup=warmup) for warmup in WARMUPS))
+        yield Run("cosine", task, estimators, seed, 10, **how.get(task, {}))
+        for estimator in estimators:
+            yield Run("train", task, (estimator,), seed, 300, **how.get(task, {}))
+
+
+PARTS: dict[str, Callable[[int], Iterator[Run]]] = {
+    "cosine": cosine_runs,
+    "closed": closed_runs,
+    "long": long_runs,
+    "time": time_runs,
+    "warmup": warmup_runs,
+    "sizes": sizes_runs,
+}
+SEEDS = {"cosine": 3, "closed": 3, "long": 5, "time": 3, "warmup": 2, "sizes": 1}
