@@ -27,8 +27,8 @@ def learned(rollouts: int, *, warmup: int = DEFAULT_WARMUP, follow: bool = True)
 
 PARTS_OF_METHOD = {
     "both": learned(8),
-    "B moves with W alone": learned(8, warmup=0),
     "warm-up alone": learned(8, follow=False),
+    "B moves with W alone": learned(8, warmup=0),
     "none": learned(8, warmup=0, follow=False),
 }
 
@@ -75,17 +75,19 @@ def long_runs(seeds: int) -> Iterator[Run]:
     def trained(estimator: str, seed: int) -> Run:
         return Run("train", MNIST, (estimator,), seed, 1200, **how)
 
-    for seed in range(min(2, seeds)):
-        yield from (trained(estimator, seed) for estimator in (EXACT, learned(8)))
-    yield Run("path", MNIST, (EXACT, *PARTS_OF_METHOD.values()), 0, 300, **how)
-    yield from (trained(estimator, 0) for estimator in reversed(PARTS_OF_METHOD.values()))
-    for seed in range(2, seeds):
-        yield from (trained(estimator, seed) for estimator in (EXACT, learned(8)))
-    yield Run("path", MNIST, (learned(8), EXACT), 0, 300, **how)
+    both, *others = PARTS_OF_METHOD.values()
+    paths = [Run("path", MNIST, (EXACT, estimator), 0, 300, **how) for estimator in (both, *others)]
+    yield from (trained(estimator, 0) for estimator in (EXACT, both))
+    yield from paths[:3]
+    for seed in range(1, seeds):
+        yield from (trained(estimator, seed) for estimator in (EXACT, both))
+    yield from paths[3:]
+    yield from (trained(estimator, 0) for estimator in (*others, KNOWN))
+    yield Run("path", MNIST, (both, EXACT), 0, 300, **how)
 
 
 def time_runs(seeds: int) -> Iterator[Run]:
-    for seed, threads, hidden in itertools.product(range(seeds), (2, 1), (128, 512)):
+    for seed, threads, hidden in itertools.product(range(seeds), (1, 2), (128, 512)):
         half = f"anp-ls rollouts={hidden // 2}"
         methods = (EXACT, learned(8, warmup=0), learned(4, warmup=0))
         turns, few = (15, 5) if hidden == 128 else (7, 2)

@@ -158,7 +158,12 @@ def closed(runs: Sequence[dict]) -> Rows:
                 "P = 16": first.get(learned(16)),
                 "8": first.get(learned(8)),
                 "4": first.get(learned(4)),
+                KNOWN: first.get(KNOWN),
                 "anp-ls, 8": first.get("anp-ls rollouts=8"),
+                **{
+                    f"{name}, s": mean_of([run["seconds"] for run in group])
+                    for name, group in (("BPTT", exact), ("P = 8", ours))
+                },
                 "losses": {
                     name: [fmean(part) for part in zip(*(run["losses"] for run in group), strict=False)]
                     for name, group in (("BPTT", exact), ("P = 8", ours))
@@ -183,6 +188,8 @@ def long(runs: Sequence[dict]) -> Rows:
                     "P = 8 over BPTT": final(ours) / final(exact),
                     "BPTT, accuracy": 100 * exact["test"][1],
                     "P = 8, accuracy": 100 * ours["test"][1],
+                    "BPTT, s": exact["seconds"],
+                    "P = 8, s": ours["seconds"],
                 }
             )
     if len(rows) > 1:
@@ -196,7 +203,7 @@ def parts_of_method(runs: Sequence[dict]) -> Rows:
     paths = [run for run in of_kind(runs, "path") if run["settings"]["estimators"][0] == EXACT]
     trained = by_estimator([run for run in of_kind(runs, "train") if not run["settings"]["seed"]])
     rows: Rows = []
-    for words, estimator in {"BPTT": EXACT, **PARTS_OF_METHOD}.items():
+    for words, estimator in {"BPTT": EXACT, **PARTS_OF_METHOD, KNOWN: KNOWN}.items():
         run = trained.get(estimator, [None])[0]
         sums = [path["sum"].get(estimator, {}).get("weight_hh_l0") for path in paths]
         sums = [value for value in sums if value is not None]

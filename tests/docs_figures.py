@@ -7,7 +7,7 @@ A table of figures stands below a comment that names a function and the result f
 
     <!-- figures: scaling from profiling/results/study/scaling.json -->
 
-The function, of docs_tables.py, takes the contents of the files in that order and returns the rows of the table.
+The function, of docs_tables*.py, takes the contents of the files in that order and returns the rows of the table.
 `<!-- figures printed by their commands -->` stands above figures without a result file, `<!-- no figures -->` above a
 table whose numbers are no measurements.
 """
@@ -22,9 +22,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from docs_tables import MINUS, TABLES, Rows
+import docs_tables
+import docs_tables_feedback
+from docs_tables import MINUS, Rows
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLES = docs_tables.TABLES | docs_tables_feedback.TABLES
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 PRINTED = "figures printed by their commands"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import docs_figures
-import docs_tables
 import pytest
 from docs_figures import NO_FIGURES, PRINTED, ROOT, differences, expected, numbers, tables_of
 
@@ -251,7 +250,7 @@ def test_figures_without_a_result_file_are_few():
 
 def test_every_function_of_figures_is_used():
     used = {docs_figures.CITED.fullmatch(place.table.comment)[1] for place in FIGURES}
-    assert used == set(docs_tables.TABLES)
+    assert used == set(docs_figures.TABLES)
 
 
 def test_result_files_of_figures_are_measurements():

@@ -7,8 +7,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "profiling"))
 
-import study_feedback_plan  # noqa: E402  (found through the line above)
-from study_feedback_runs import EXACT, Run, shadow  # noqa: E402
+import study_feedback_plan
+from study_feedback_runs import EXACT, Run, shadow
 
 learned = study_feedback_plan.learned
 

@@ -1,0 +1,145 @@
+"""The published tables of learned feedback, from the result file of `profiling/study_feedback.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from docs_tables import ABSENT, Rows, decimals, percent, significant, without_zero
+
+
+def cosine(value: float | None) -> str:
+    """Return a cosine to two decimal places, to three where it is near 1; none is rounded up to 1."""
+    if value is None:
+        return ABSENT
+    places = 2 if value < 0.9 else 3
+    return decimals(value, places) if value < 0.9995 else "> .999"
+
+
+def loss(value: float | None) -> str:
+    return ABSENT if value is None else without_zero(significant(value))
+
+
+def feedback_cosine(result: dict) -> Rows:
+    """Cosine of dW_hh to BPTT's after 140 updates: mean of the seeds, and the lowest for 8 rollouts."""
+    names = ("P = 8, B not moved with W", "P = 4", "P = 1", "known part", "anp-ls, P = 8", "updates 0-10")
+    return [
+        [row["task"], *(cosine(row[name]) for name in ("P = 8", "lowest", *names, "0-10, warmed up"))]
+        for row in result["results"]["cosine"]
+    ]
+
+
+def feedback_closed(result: dict) -> Rows:
+    """Final losses where each estimator trains, means over seeds, and those of seed 0 for the others."""
+    return [
+        [
+            row["task"],
+            str(row["seeds"]),
+            loss(row["BPTT"]),
+            loss(row["P = 8"]),
+            significant(row["P = 8 over BPTT"]),
+            "yes" if row["kept up"] else "no" if row["BPTT solves it"] else "BPTT does not solve it",
+            *(f"{row[name]:.0f}" for name in ("BPTT, s", "P = 8, s")),
+            *(loss(row[name]) for name in ("seed 0: BPTT", "P = 16", "8", "4", "known part", "anp-ls, 8")),
+        ]
+        for row in result["results"]["closed"]
+    ]
+
+
+def feedback_long(result: dict) -> Rows:
+    """Loss and accuracy on long sequences, seed by seed."""
+    return [
+        [
+            str(row["seed"]),
+            loss(row["BPTT"]),
+            loss(row["P = 8"]),
+            significant(row["P = 8 over BPTT"]),
+            *(percent(row[name] / 100, 1) for name in ("BPTT, accuracy", "P = 8, accuracy")),
+            *(f"{row[name]:.0f}" for name in ("BPTT, s", "P = 8, s")),
+        ]
+        for row in result["results"]["long"]
+    ]
+
+
+def feedback_parts(result: dict) -> Rows:
+    """Errors of sums, cosines and final loss with the parts of the method switched off."""
+    return [
+        [
+            row["part"],
+            *(
+                ABSENT if row[name] is None else decimals(row[name], 3)
+                for name in ("error of the sum", "of a random walk")
+            ),
+            cosine(row["cosine 0-10"]),
+            loss(row["loss"]),
+        ]
+        for row in result["results"]["parts"]
+    ]
+
+
+def feedback_speed(result: dict) -> Rows:
+    """The time of an update over BPTT's, and over that of anp-ls with half as many rollouts as units."""
+    names = ("P = 8 / BPTT", "P = 4 / BPTT", "P = 8 / anp-ls P = H/2")
+    return [
+        [
+            str(row["H"]),
+            str(row["threads"]),
+            significant(row["BPTT ms"]),
+            *(without_zero(significant(row[name])) if name in row else ABSENT for name in names),
+        ]
+        for row in result["results"]["speed"]
+    ]
+
+
+def feedback_warmup(result: dict) -> Rows:
+    """Cosine of the first ten updates and later losses, by the estimates of the warm-up."""
+    return [
+        [row["task"], row["warmup"], cosine(row["cosine 0-10"]), loss(row["loss at a third"]), loss(row["loss"])]
+        for row in result["results"]["warmup"]
+    ]
+
+
+def feedback_sizes(result: dict) -> Rows:
+    """Cosine of dW_hh while B is learnt, at other sizes and structures; the lowest of the W_hh."""
+    groups: dict[tuple, list[dict]] = {}
+    names = ("task", "hidden", "batch", "nonlinearity", "layers", "bidirectional", "rollouts")
+    for row in result["results"]["sizes"]:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    rows = []
+    for key, mine in groups.items():
+        setting = dict(zip(names, key, strict=True))
+        words = [
+            "400 steps" * ("400" in setting["task"]),
+            "ReLU" * (setting["nonlinearity"] == "relu"),
+            "two layers" * (setting["layers"] == 2),
+            "two directions" * setting["bidirectional"],
+            f"B = {setting['batch']}" * (setting["batch"] != 8),
+        ]
+
+        def lowest(window: str, mine: list[dict] = mine) -> str:
+            values = [row[window] for row in mine]
+            return ABSENT if None in values else cosine(min(values))
+
+        windows = ("0-10", "20-30", "50-60", "90-100", "last 10", "anp-ls", "known part")
+        rows.append(
+            [
+                ", ".join(word for word in words if word) or ABSENT,
+                f"{setting['hidden']:,}",
+                str(setting["rollouts"]),
+                *map(lowest, windows),
+            ]
+        )
+    return rows
+
+
+TABLES: dict[str, Callable[..., Rows]] = {
+    table.__name__: table
+    for table in (
+        feedback_closed,
+        feedback_cosine,
+        feedback_long,
+        feedback_parts,
+        feedback_sizes,
+        feedback_speed,
+        feedback_warmup,
+    )
+}
