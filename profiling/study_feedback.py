@@ -30,7 +30,7 @@ from report import table, write
 from study import Finished
 from study_feedback_plan import PARTS, SEEDS
 from study_feedback_report import TABLES
-from study_feedback_runs import MNIST, Run, made
+from study_feedback_runs import CASES, MNIST, Run, made
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parent / "results" / "feedback"
@@ -51,6 +51,7 @@ def study(part: str, options: argparse.Namespace) -> None:
     finished = Finished(options.output / f"{part}.jsonl", key_of)
     runs = list(PARTS[part](options.seeds or (1 if options.quick else SEEDS[part])))
     runs = [smaller(run) for run in runs] if options.quick else runs
+    runs = [run for run in runs if not options.tasks or run.task in options.tasks]
     if options.mnist is None:
         runs = [run for run in runs if run.task != MNIST]
     runs = [run for run in dict.fromkeys(runs) if key_of({"settings": run._asdict()}) not in finished.runs]
@@ -89,6 +90,7 @@ def report(folder: Path, checks: list[dict[str, object]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
+    parser.add_argument("--tasks", nargs="+", choices=[*CASES, MNIST], help="only these")
     parser.add_argument("--seeds", type=int, help="instead of each part's own number")
     parser.add_argument("--mnist", type=Path, help="numpy arrays train_images, train_labels, test_images, test_labels")
     parser.add_argument("--quick", action="store_true", help="one seed, small networks, few updates")

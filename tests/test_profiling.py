@@ -204,6 +204,26 @@ def test_defaults_orders_the_methods(tmp_path):
     assert picture.stat().st_size > 0
 
 
+def test_learned_feedback_is_shadowed_and_a_stopped_study_goes_on(tmp_path):
+    tasks = ("copying 10, orthogonal", "digits by row")
+    arguments = ("--quick", "--only", "cosine", "--tasks", *tasks, "--output", tmp_path)
+    record = read(tmp_path / "feedback.json", run_script("study_feedback.py", *arguments))
+    rows = record["results"]["cosine"]
+    assert [row["task"] for row in rows] == list(tasks)
+    for row in rows:
+        assert row["P = 8"] > row["P = 1"] > max(row["known part"], row["anp-ls, P = 8"])
+        assert row["P = 8"] > row["P = 4"]
+        assert row["0-10, warmed up"] > row["updates 0-10"]
+        assert row["warmed up"] > 0.99
+    # The last run is lost, as where the study is killed while it writes; the others are not made again.
+    path = tmp_path / "cosine.jsonl"
+    first, second = path.read_text().splitlines(keepends=True)
+    path.write_text(first.replace('"seconds": ', '"seconds": 1000') + second[:100])
+    again = read(tmp_path / "feedback.json", run_script("study_feedback.py", *arguments))
+    assert again["processor_seconds"] > 1000 > record["processor_seconds"]
+    assert again["results"]["cosine"] == rows
+
+
 def test_variance_finds_where_the_baseline_pays(tmp_path):
     output = tmp_path / "variance.json"
     record = read(output, run_script("study_variance.py", "--quick", "--seeds", 3, "--output", output))
