@@ -111,6 +111,11 @@ def final(run: dict) -> float:
     return value if math.isfinite(value) else math.inf
 
 
+def accuracy_of(run: dict) -> float:
+    """Return the mean accuracy near the end of a run."""
+    return fmean(accuracy for _, accuracy in run.get("looks") or [run["test"]])
+
+
 def by_estimator(runs: Sequence[dict]) -> dict[str, list[dict]]:
     return {names[0]: mine for (names,), mine in grouped_by_estimators(runs).items()}
 
@@ -138,7 +143,7 @@ def closed(runs: Sequence[dict]) -> Rows:
             for name, group in named.items()
         }
         accuracy = {
-            name: 100 * fmean(run["test"][1] for run in group) if group[0]["test"][1] is not None else None
+            name: None if group[0]["test"][1] is None else 100 * fmean(map(accuracy_of, group))
             for name, group in ((EXACT, exact), ("ours", ours))
         }
         rows.append(

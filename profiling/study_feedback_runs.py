@@ -40,6 +40,9 @@ WINDOWS = ((0, 10), (20, 30), (50, 60), (90, 100))
 
 TIMED_STEPS = 100
 
+LOOKS, BETWEEN = 10, 10
+"""So many times near its end a run is scored on held-out sequences, so many updates apart: single scores differ much."""
+
 CHUNKS = 20
 """A run's losses are kept as means over so many equal parts."""
 
@@ -237,6 +240,11 @@ class Training:
             value = float(loss.detach())
         return value, clipped(rnn)
 
+    def score(self) -> list[float | None]:
+        """Return loss and accuracy on held-out sequences."""
+        scored = training.evaluate(self.task, self.networks[self.run.estimators[0]], self.readout, self.task.test)
+        return [None if value is None else round(value, 5) for value in scored]
+
 
 def shadow(run: Run, mnist_path: Path | None) -> dict[str, object]:
     """Return, for each estimator and W_hh: cosines with BPTT, and the error of the sum of clipped gradients."""
@@ -290,18 +298,17 @@ def shadow(run: Run, mnist_path: Path | None) -> dict[str, object]:
 
 def train(run: Run, mnist_path: Path | None) -> dict[str, object]:
     """Return the losses of training by one estimator, means over equal parts, and its score on held-out sequences."""
-    process, losses = Training(run, mnist_path), []
+    process, losses, looks = Training(run, mnist_path), [], []
     for update in process:
         losses.append(update.loss)
         if not math.isfinite(update.loss):
             break
-    scored = training.evaluate(process.task, process.networks[run.estimators[0]], process.readout, process.task.test)
+        left = run.updates - update.number
+        if left <= LOOKS * BETWEEN and left % BETWEEN == 0:
+            looks.append(process.score())
     size = max(1, run.updates // CHUNKS)
     parts = [losses[first : first + size] for first in range(0, len(losses), size)]
-    return {
-        "losses": [round(sum(part) / len(part), 5) for part in parts],
-        "test": [round(v, 5) if v is not None else v for v in scored],
-    }
+    return {"losses": [round(sum(part) / len(part), 5) for part in parts], "test": process.score(), "looks": looks}
 
 
 def timed(run: Run, mnist_path: Path | None) -> dict[str, object]:
