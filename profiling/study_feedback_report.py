@@ -117,13 +117,10 @@ def accuracy_of(run: dict) -> float:
 
 
 def by_estimator(runs: Sequence[dict]) -> dict[str, list[dict]]:
-    return {names[0]: mine for (names,), mine in grouped_by_estimators(runs).items()}
-
-
-def grouped_by_estimators(runs: Sequence[dict]) -> dict[tuple, list[dict]]:
-    groups: dict[tuple, list[dict]] = {}
+    """Return runs by the estimator that trained."""
+    groups: dict[str, list[dict]] = {}
     for run in runs:
-        groups.setdefault((tuple(run["settings"]["estimators"]),), []).append(run)
+        groups.setdefault(run["settings"]["estimators"][0], []).append(run)
     return groups
 
 

@@ -41,7 +41,7 @@ WINDOWS = ((0, 10), (20, 30), (50, 60), (90, 100))
 TIMED_STEPS = 100
 
 LOOKS, BETWEEN = 10, 10
-"""So many times near its end a run is scored on held-out sequences, so many updates apart: single scores differ much."""
+"""A run is scored on held-out sequences so many times near its end, so many updates apart: single scores differ."""
 
 CHUNKS = 20
 """A run's losses are kept as means over so many equal parts."""
