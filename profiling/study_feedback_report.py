@@ -8,6 +8,7 @@ from statistics import fmean
 
 from report import quartiles
 from study_feedback_plan import (
+    CLOSED,
     FLOOR,
     PARTS_OF_METHOD,
     RATIO,
@@ -127,8 +128,9 @@ def by_estimator(runs: Sequence[dict]) -> dict[str, list[dict]]:
 def closed(runs: Sequence[dict]) -> Rows:
     """Final losses where each estimator trains, and whether learned feedback keeps up with BPTT."""
     rows: Rows = []
-    for (task,), mine in grouped(of_kind(runs, "train"), "task").items():
-        named = by_estimator(mine)
+    by_task = grouped(of_kind(runs, "train"), "task")
+    for task in [name for name in CLOSED if (name,) in by_task]:
+        named = by_estimator(by_task[(task,)])
         exact, ours = named.get(EXACT, []), named.get(learned(8), [])
         if not exact or len(exact) != len(ours):
             continue
@@ -220,7 +222,12 @@ def parts_of_method(runs: Sequence[dict]) -> Rows:
                 "accuracy": None if run is None else 100 * run["test"][1],
             }
         )
-    return rows
+    return without_blanks(rows)
+
+
+def without_blanks(rows: Rows) -> Rows:
+    """Return the rows that have a figure."""
+    return [row for row in rows if any(value is not None for value in list(row.values())[1:])]
 
 
 def own_path(runs: Sequence[dict]) -> Rows:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from docs_tables import ABSENT, Rows, decimals, percent, significant, without_zero
 
+ACCURACIES = ("BPTT, accuracy", "P = 8, accuracy")
+
 
 def cosine(value: float | None) -> str:
     """Return a cosine to two decimal places, to three where it is near 1; none is rounded up to 1."""
@@ -33,11 +35,11 @@ def feedback_closed(result: dict) -> Rows:
     return [
         [
             row["task"],
-            str(row["seeds"]),
             loss(row["BPTT"]),
             loss(row["P = 8"]),
             significant(row["P = 8 over BPTT"]),
             "yes" if row["kept up"] else "no" if row["BPTT solves it"] else "BPTT does not solve it",
+            *(ABSENT if row[name] is None else percent(row[name] / 100, 1) for name in ACCURACIES),
             *(f"{row[name]:.0f}" for name in ("BPTT, s", "P = 8, s")),
             *(loss(row[name]) for name in ("seed 0: BPTT", "P = 16", "8", "4", "known part", "anp-ls, 8")),
         ]
@@ -53,7 +55,7 @@ def feedback_long(result: dict) -> Rows:
             loss(row["BPTT"]),
             loss(row["P = 8"]),
             significant(row["P = 8 over BPTT"]),
-            *(percent(row[name] / 100, 1) for name in ("BPTT, accuracy", "P = 8, accuracy")),
+            *(percent(row[name] / 100, 1) for name in ACCURACIES),
             *(f"{row[name]:.0f}" for name in ("BPTT, s", "P = 8, s")),
         ]
         for row in result["results"]["long"]
