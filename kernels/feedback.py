@@ -8,7 +8,8 @@
 
 for each sample, with D_t = delta_a_t (P x H) and Xi_t its noise. To first order c_t - D_t m_t is
 delta_h_t . (W_hh^T - B^T) lam_{t+1}: P samples of the error of one matrix, which all steps and samples share. With
-w_t = 1 / (|lam_{t+1}|^2 + 1e-4 max over later steps of |lam|^2) the sums
+w_t = 1 / (|lam_{t+1}|^2 + 1e-4 s_{t+1}), s the largest |lam|^2 or |phi'(a) g|^2 of that step and all later ones (few
+rollouts can be blind to a step's adjoint, which must not make its weight huge), the sums
 
     relation = sum w lam_{t+1}^T res_t        gram = sum w lam_{t+1}^T lam_{t+1}
 
@@ -30,11 +31,15 @@ from .least_squares import block_length, dual, factored, in_units, largest_of, p
 from .noise import Counters, noise
 from .rollout import RolloutOptions
 
-PAIRS = 32
-"""Pairs of a step and its successor on which the length of a step of B is measured."""
+PAIRS = (32, 128)
+"""Least and greatest number of pairs of a step and its successor on which the length of a step of B is measured. With
+32 pairs 4 rollouts lose their way in the adding problem, with 64 they are late, with 128 they learn as with all."""
+
+PAIR_FLOATS = 1 << 22
+"""Between the two, the activity of the pairs has so many floats."""
 
 WEIGHT_FLOOR = 1e-4
-"""Of w, relative to the largest adjoint of later steps."""
+"""Of w, relative to the largest adjoint, or known part of one, of later steps."""
 
 SHRINKAGE = 0.3
 """Added to the diagonal of the Gram matrix of adjoints, relative to its mean."""
@@ -60,7 +65,7 @@ class Carry(NamedTuple):
     adjoint: Tensor
     """Adjoint of that step, (B, H)."""
     largest: Tensor
-    """Largest norm of an adjoint from that step on, (B,)."""
+    """Largest norm of an adjoint, or of its known part, from that step on, (B,)."""
 
     @classmethod
     def zero(cls, like: Tensor, batch: int, rollouts: int, units: int) -> Carry:
@@ -153,6 +158,12 @@ class How(NamedTuple):
     """Of the block's first step."""
 
 
+def pairs_of(rollouts: int, units: int) -> int:
+    """Return S, the number of pairs that are kept."""
+    least, most = PAIRS
+    return max(least, min(most, PAIR_FLOATS // (rollouts * units)))
+
+
 def new_sums(weight_hh: Tensor, time: int, batch: int, rollouts: int, lengths: Tensor | None) -> Sums:
     """Return sums of zero for an update.
 
@@ -167,27 +178,28 @@ def new_sums(weight_hh: Tensor, time: int, batch: int, rollouts: int, lengths: T
         lengths: valid steps of each sample, (B,); None is all.
     """
     units, device = weight_hh.shape[1], weight_hh.device
-    side = min(rollouts, units)
+    side, pairs_kept = min(rollouts, units), pairs_of(rollouts, units)
     if lengths is None:
         lengths = torch.full((batch,), time, dtype=torch.int64, device=device)
     ends = (lengths.to(device) - 1).clamp(min=0).cumsum(0)
     count = ends[-1] if batch else ends.sum()
     # A pair in each of S equal parts, at places that follow no period of the task.
-    number = torch.arange(PAIRS, device=device)
+    number = torch.arange(pairs_kept, device=device)
     offset = (number * 0.6180339887498949) % 1
-    place = ((number + offset) * (count / PAIRS)).long()
-    place = torch.where(count > PAIRS, place, number)
+    start, stop = number * count // pairs_kept, (number + 1) * count // pairs_kept
+    place = start + (offset * (stop - start)).long()
+    place = torch.where(count > pairs_kept, place, number)
     sample = torch.searchsorted(ends, place, right=True).clamp(max=max(batch - 1, 0))
     before = ends[sample] - (lengths.to(device)[sample] - 1).clamp(min=0) if batch else place
     step = torch.where(place < count, place - before, -1)
     pairs = Pairs(
         step,
         sample,
-        weight_hh.new_zeros((PAIRS, rollouts, units)),
-        torch.eye(side, dtype=weight_hh.dtype, device=device).repeat(PAIRS, 1, 1),
-        weight_hh.new_zeros((PAIRS, units)),
-        weight_hh.new_zeros((PAIRS, units)),
-        weight_hh.new_zeros(PAIRS),
+        weight_hh.new_zeros((pairs_kept, rollouts, units)),
+        torch.eye(side, dtype=weight_hh.dtype, device=device).repeat(pairs_kept, 1, 1),
+        weight_hh.new_zeros((pairs_kept, units)),
+        weight_hh.new_zeros((pairs_kept, units)),
+        weight_hh.new_zeros(pairs_kept),
     )
     square = weight_hh.new_zeros((2, units, units))
     return Sums(square[0], square[1], weight_hh.new_zeros(units), weight_hh.new_zeros(4), pairs, count)
@@ -348,7 +360,8 @@ def descend(
         returns = (target * unit - injected) * how.discount
         if how.baseline:
             returns = _centred(returns, how.finite, -1)
-        largest = torch.maximum(largest, torch.linalg.vector_norm(adjoint, dim=-1))
+        sizes = torch.linalg.vector_norm(torch.stack((adjoint, prior - known)), dim=-1)
+        largest = torch.maximum(largest, sizes.amax(0))
     return returns, largest
 
 
@@ -374,14 +387,20 @@ def collect(sums: Sums, block: Block, written: Written, first: tuple[int, int]) 
     pairs = sums.pairs
     step, sample = pairs.step - first[0], pairs.sample - first[1]
     inside = (step >= 0) & (pairs.step >= 0) & (step < len(weight)) & (sample >= 0) & (sample < weight.shape[1])
-    step, sample = step.clamp(0, len(weight) - 1), sample.clamp(0, weight.shape[1] - 1)
-    for stored, value in (
+    kept = (
         (pairs.activity, block.activity),
         (pairs.factor, block.factor),
         (pairs.slope, block.slope),
         (pairs.later, later),
         (pairs.weight, weight),
-    ):
+    )
+    if not inside.is_cuda:
+        for stored, value in kept:
+            stored[inside] = value[step[inside], sample[inside]]
+        return
+    # How many lie in the block is not asked: it would make the host wait.
+    step, sample = step.clamp(0, len(weight) - 1), sample.clamp(0, weight.shape[1] - 1)
+    for stored, value in kept:
         place = inside.view(-1, *[1] * (stored.dim() - 1))
         stored.copy_(torch.where(place, value[step, sample], stored))
 
@@ -409,7 +428,7 @@ def curvature(sums: Sums, towards: Tensor) -> Tensor:
     effect = (pairs.slope * (pairs.later @ towards)).unsqueeze(-1)
     moved = pairs.activity @ effect
     energy = (effect * back(pairs.activity, pairs.factor, moved)).sum((1, 2))
-    share = sums.available / sums.available.clamp(max=PAIRS).clamp(min=1)
+    share = sums.available / sums.available.clamp(max=len(pairs.step)).clamp(min=1)
     return share * (pairs.weight * energy).sum()
 
 

@@ -137,7 +137,9 @@ def _step(
         if baseline:
             _centre(target, finite, sample)
         returns[sample] = discount * target
-        size = np.sqrt(_dot(result, result))
+        for unit in range(units):
+            known[unit] = slope[step, sample, unit] * gradient[step, sample, unit]
+        size = np.sqrt(max(_dot(result, result), _dot(known, known)))
         # As torch.maximum: NaN wins.
         largest[sample] = bound if size <= bound else size
 

@@ -53,7 +53,7 @@ def learned_feedback(
             if baseline:
                 back = centred(back, counted)
             after = adjoint[t, b]
-            largest = max(largest, float(after @ after))
+            largest = max(largest, float(after @ after), float((slope[t, b] * g[t, b]).square().sum()))
     if not pairs:
         return adjoint, matrix, gram
     mean = gram_now if gram is None else 0.9 * gram + 0.1 * gram_now

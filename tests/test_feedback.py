@@ -6,7 +6,7 @@ from feedback_oracle import learned_feedback
 from tolerances import assert_close
 
 from anpgpu.kernels import feedback_numba
-from anpgpu.kernels.feedback import PAIRS, Carry, curvature, direction, feedback, new_sums, step
+from anpgpu.kernels.feedback import PAIRS, Carry, curvature, direction, feedback, new_sums, pairs_of, step
 from anpgpu.kernels.noise import Counters, noise
 from anpgpu.kernels.rollout import RolloutOptions
 
@@ -176,11 +176,12 @@ def test_no_division_of_time_and_samples_changes_an_update(rollouts, segments, b
 
 
 def test_the_line_search_looks_at_pairs_of_every_sample_and_at_each_once():
-    lengths = torch.tensor([30, 1, 9, 0, 30, 17])
-    sums = new_sums(torch.zeros(3, 3), 30, 6, 2, lengths)
+    lengths = torch.tensor([90, 1, 9, 0, 90, 17])
+    sums = new_sums(torch.zeros(3, 3), 90, 6, 2, lengths)
     places = list(zip(sums.pairs.step.tolist(), sums.pairs.sample.tolist(), strict=True))
-    assert sums.available == 29 + 8 + 29 + 16
-    assert len(set(places)) == PAIRS
+    assert sums.available == 89 + 8 + 89 + 16
+    assert len(set(places)) == len(places) == PAIRS[1] == pairs_of(2, 3)
+    assert pairs_of(1024, 1024) == PAIRS[0] < pairs_of(64, 1024) < PAIRS[1]
     assert all(0 <= step < lengths[sample] - 1 for step, sample in places)
     assert {sample for _, sample in places} == {0, 2, 4, 5}
     few = new_sums(torch.zeros(3, 3), 4, 2, 2, torch.tensor([4, 3]))

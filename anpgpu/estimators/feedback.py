@@ -26,7 +26,6 @@ from anpgpu.kernels.feedback import (
     GAIN,
     MEASURED,
     NUMBER,
-    PAIRS,
     PREDICTED,
     Carry,
     Sums,
@@ -34,6 +33,7 @@ from anpgpu.kernels.feedback import (
     direction,
     feedback,
     new_sums,
+    pairs_of,
     step,
 )
 from anpgpu.network.stack import Network
@@ -143,7 +143,9 @@ class LearnedFeedback(Rule):
     @classmethod
     def state_floats(cls, rollouts: int, hidden: int) -> int:
         """Return the floats of sums, new matrices and their factor, and of the pairs of the line search."""
-        return 8 * hidden**2 + PAIRS * (rollouts * hidden + min(rollouts, hidden) ** 2 + 2 * hidden)
+        return 8 * hidden**2 + pairs_of(rollouts, hidden) * (
+            rollouts * hidden + min(rollouts, hidden) ** 2 + 2 * hidden
+        )
 
     @classmethod
     def cost(cls, rollouts: int, hidden: int) -> float:
