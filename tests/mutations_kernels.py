@@ -238,4 +238,56 @@ MUTATIONS = {
         ("test_noise.py",),
         leg="compile",
     ),
+    # Kernels: learned feedback
+    "feedback: samples that end differently weigh alike": Mutation(
+        "kernels/feedback.py",
+        "size = after.square().sum(-1) + WEIGHT_FLOOR * largest.square()",
+        "size = after.square().sum(-1)",
+        ("test_feedback.py",),
+    ),
+    "feedback: the mean Gram matrix forgets the wrong share": Mutation(
+        "kernels/feedback.py",
+        "MEMORY * gram + (1 - MEMORY) * sums.gram",
+        "(1 - MEMORY) * gram + MEMORY * sums.gram",
+        ("test_feedback.py",),
+    ),
+    "feedback: a few pairs stand for themselves alone": Mutation(
+        "kernels/feedback.py",
+        "share = sums.available / sums.available.clamp(max=len(pairs.step)).clamp(min=1)",
+        "share = torch.ones_like(pairs.weight[0])",
+        ("test_feedback.py",),
+        ("test_feedback_promises.py",),
+    ),
+    "feedback: a segment forgets the adjoint of the step after it": Mutation(
+        "kernels/feedback.py",
+        "written.adjoint[-1] = carry.adjoint * rows",
+        "written.adjoint[-1] = 0",
+        ("test_feedback.py",),
+    ),
+    "feedback: steps past the last loss count as pairs": Mutation(
+        "kernels/feedback.py",
+        "counted = (weight > 0).to(weight.dtype).flatten()",
+        "counted = torch.ones_like(weight).flatten()",
+        ("test_feedback.py",),
+    ),
+    "feedback: the baseline leaves the noise's mean in the return": Mutation(
+        "kernels/feedback.py",
+        "            returns = _centred(returns, how.finite, -1)",
+        "            returns = returns.clone()",
+        ("test_feedback.py",),
+    ),
+    "compiled feedback: the unit of a step is not put back": Mutation(
+        "kernels/feedback_numba.py",
+        "target[rollout] * divisor[step, sample] - later",
+        "target[rollout] - later",
+        ("test_least_squares_range.py",),
+        ("test_feedback.py",),
+    ),
+    "compiled feedback: the largest adjoint forgets the known part": Mutation(
+        "kernels/feedback_numba.py",
+        "size = np.sqrt(max(_dot(result, result), _dot(known, known)))",
+        "size = np.sqrt(_dot(result, result))",
+        ("test_feedback.py",),
+        ("test_feedback_promises.py",),
+    ),
 }

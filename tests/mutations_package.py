@@ -327,4 +327,55 @@ MUTATIONS = {
         "skipped = int(report.skipped)",
         ("test_diagnosis.py::test_lost_rollouts_of_every_seed_are_counted",),
     ),
+    # Learned feedback
+    "kept: every update warms up": Mutation(
+        "estimators/feedback.py",
+        "    kept.updates += 1",
+        "    kept.updates += 0",
+        ("test_feedback_state.py",),
+    ),
+    "kept: processes forget each other's curvature": Mutation(
+        "estimators/feedback.py",
+        "        self._exchange(bend)",
+        "        bend = bend.clone()",
+        ("test_distributed.py",),
+        ("test_feedback_state.py",),
+    ),
+    "kept: a module that changes its type keeps a state of the old one": Mutation(
+        "modules.py",
+        "        self._estimator_state.move(self.all_weights[0][1])",
+        "        self._estimator_state.layers += []",
+        ("test_feedback_state.py",),
+    ),
+    "state: what was loaded is the saved tensor itself": Mutation(
+        "state.py",
+        "value.detach().to(weight.device, copy=True)",
+        "value.detach().to(weight.device)",
+        ("test_feedback_state.py",),
+    ),
+    "state: what is saved has not followed the weights": Mutation(
+        "estimators/kept.py",
+        "matrix = layer.feedback + (now - layer.weight) if self.follows else layer.feedback.clone()",
+        "matrix = layer.feedback.clone()",
+        ("test_feedback_state.py",),
+    ),
+    "black box: padded steps teach the output gradient": Mutation(
+        "estimators/job.py",
+        "        counted = finite & valid",
+        "        counted = finite | valid",
+        ("test_feedback_promises.py", "test_cases.py"),
+        ("test_conformance_state.py",),
+    ),
+    "black box: a reverse direction's output gradient stays in time order": Mutation(
+        "estimators/by_layer.py",
+        "in_processing_order(change.output_gradient, self.reverse, lengths)",
+        "change.output_gradient",
+        ("test_feedback_promises.py",),
+    ),
+    "learned feedback takes the loss's gradient for the other sign": Mutation(
+        "kernels/loss.py",
+        "self.probs.scatter_add(-1, index, -torch.ones_like(self.probs))",
+        "self.probs.scatter_add(-1, index, torch.ones_like(self.probs))",
+        ("test_feedback_promises.py",),
+    ),
 }
