@@ -358,8 +358,6 @@ def descend(
         written.adjoint[step] = adjoint
         injected = (later[step] @ adjoint.unsqueeze(-1)).squeeze(-1)
         returns = (target * unit - injected) * how.discount
-        if how.baseline:
-            returns = _centred(returns, how.finite, -1)
         sizes = torch.linalg.vector_norm(torch.stack((adjoint, prior - known)), dim=-1)
         largest = torch.maximum(largest, sizes.amax(0))
     return returns, largest

@@ -134,8 +134,6 @@ def _step(
         for rollout in range(rollouts):
             later = sigma * signed_sum(words, step, sample, rollout, adjoint)
             target[rollout] = target[rollout] * divisor[step, sample] - later
-        if baseline:
-            _centre(target, finite, sample)
         returns[sample] = discount * target
         for unit in range(units):
             known[unit] = slope[step, sample, unit] * gradient[step, sample, unit]

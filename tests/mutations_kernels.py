@@ -270,10 +270,10 @@ MUTATIONS = {
         "counted = torch.ones_like(weight).flatten()",
         ("test_feedback.py",),
     ),
-    "feedback: the baseline leaves the noise's mean in the return": Mutation(
+    "feedback: lost rollouts are part of the baseline": Mutation(
         "kernels/feedback.py",
-        "            returns = _centred(returns, how.finite, -1)",
-        "            returns = returns.clone()",
+        "            target = _centred(target, how.finite, -1)",
+        "            target = target - target.mean(-1, keepdim=True)",
         ("test_feedback.py",),
     ),
     "compiled feedback: the unit of a step is not put back": Mutation(

@@ -7,6 +7,7 @@ from tolerances import assert_close
 
 from anpgpu.kernels import feedback_numba
 from anpgpu.kernels.feedback import PAIRS, Carry, curvature, direction, feedback, new_sums, pairs_of, step
+from anpgpu.kernels.least_squares import SAFE_TRACES
 from anpgpu.kernels.noise import Counters, noise
 from anpgpu.kernels.rollout import RolloutOptions
 
@@ -22,6 +23,7 @@ class Case:
         scale: of the gradients.
         sigma, kind: of the noise.
         size: of B, relative to W.
+        growth: of the activity of the first steps.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Case:
         kind="gaussian",
         discount=1.0,
         size=1.0,
+        growth=1.0,
     ):
         generator = torch.Generator().manual_seed(rollouts + time)
 
@@ -45,6 +48,7 @@ class Case:
 
         self.seed, self.options, self.discount = torch.tensor(7), RolloutOptions(rollouts, sigma, noise=kind), discount
         delta_loss, self.delta_a = torch.empty(time, batch, rollouts).double(), draw(time, batch, rollouts, units)
+        self.delta_a[:3] *= growth
         self.slope, self.gradient = draw(time, batch, units).sigmoid(), scale * draw(time, batch, units)
         weight = draw(units, units) / units**0.5
         self.matrix = size * (0.8 * weight + 0.2 * draw(units, units) / units**0.5)
@@ -207,8 +211,30 @@ def test_the_compiled_recursion_is_the_references(baseline, discount):
     assert_same(found, case.oracle(**knobs), "least_squares")
 
 
+RECURSIONS = pytest.mark.parametrize("recursion", [None, feedback_numba.descend], ids=["torch", "numba"])
+
+
+@RECURSIONS
+def test_a_step_whose_rollouts_are_blind_to_its_adjoint_does_not_rule_the_sums(recursion):
+    case = Case(4, dtype=torch.float32, kind="rademacher", units=40)
+    known = (case.slope * case.gradient)[-1, 0]
+    case.delta_a[-1, 0] -= 0.9999 * torch.outer(case.delta_a[-1, 0] @ known, known) / (known @ known)
+    # The little that is measured of the last step of the first sample contradicts what is known.
+    case.delta_loss[-1, 0] = -(case.delta_a[-1, 0] @ known)
+    found, expected = case.run(recursion=recursion), case.oracle()
+    assert float(found[0][-1, 0].norm()) < 1e-3 * float(known.norm())
+    assert_same(found, expected, "least_squares")
+
+
+@RECURSIONS
+def test_activity_whose_square_leaves_the_range_is_regressed_in_units(recursion):
+    case = Case(4, dtype=torch.float32, kind="rademacher", units=40, growth=1e16)
+    assert float(case.delta_a.square().sum((2, 3)).max()) > SAFE_TRACES[1]
+    assert_same(case.run(recursion=recursion), case.oracle(), "least_squares")
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 65536.0, 1e12])
-@pytest.mark.parametrize("recursion", [None, feedback_numba.descend], ids=["torch", "numba"])
+@RECURSIONS
 def test_the_size_of_the_gradient_does_not_matter_to_the_matrix(scale, recursion):
     plain = Case(4, dtype=torch.float32, kind="rademacher")
     scaled = Case(4, dtype=torch.float32, kind="rademacher", scale=scale)
@@ -218,7 +244,7 @@ def test_the_size_of_the_gradient_does_not_matter_to_the_matrix(scale, recursion
     assert_close(larger.double() / scale, adjoint.double(), "float32_long")
 
 
-@pytest.mark.parametrize("recursion", [None, feedback_numba.descend], ids=["torch", "numba"])
+@RECURSIONS
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_gradient_that_is_not_finite_leaves_the_matrix_as_it_was(recursion, value):
     case = Case(4, dtype=torch.float32, kind="rademacher")

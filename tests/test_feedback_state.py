@@ -382,6 +382,16 @@ def test_saving_changes_nothing_and_what_is_saved_is_a_copy():
     assert torch.equal(update(rnn, seed=2), expected)
 
 
+def test_what_is_loaded_is_a_copy_too():
+    rnn = network()
+    update(rnn)
+    saved, other = anpgpu.estimator_state(rnn), network()
+    before = copy.deepcopy(saved)
+    anpgpu.load_estimator_state_(other, saved)
+    update(other, seed=2)
+    assert all(torch.equal(saved[""][key], before[""][key]) for key in saved[""] if key != "updates")
+
+
 def broken_states():
     good = network()
     update(good)
