@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import anpgpu
 from anpgpu import Perturbation
+from anpgpu.registry import ESTIMATORS
 from anpgpu.runtime import memory as runtime_memory
 
 T, B, I, H, O, P = 5, 5, 3, 4, 2, 7  # noqa: E741  (the design's names)
@@ -24,6 +25,9 @@ METHODS = (*STATELESS, "anp-feedback")
 NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
 TIGHT = runtime_memory.FIXED_BYTES + 30_000
 """A `max_memory`, in bytes, under which time is cut into segments."""
+
+LEARNT = 2 * 8 * ESTIMATORS["anp-feedback"].state_floats(P, H)
+"""Bytes of what two layers learn, however the work is divided."""
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -104,8 +108,7 @@ def updates(shard):
         vectors[f"lost rollouts {method}"] = estimate(dataclasses.replace(how, warmup=0), SometimesLost())
         vectors[f"packed {method}"] = backward(how, packed=True, num_layers=2, bidirectional=True, dropout=0.5)
         vectors[f"float32 {method}"] = backward(how, dtype=torch.float32)
-        # What a layer learns takes memory however the work is divided.
-        tight = dataclasses.replace(how, max_memory=TIGHT + (0 if method in STATELESS else 30_000))
+        tight = dataclasses.replace(how, max_memory=TIGHT + (0 if method in STATELESS else LEARNT))
         vectors[f"segments {method}"] = torch.cat((backward(tight, num_layers=2), estimate(tight, num_layers=2)))
     many = Perturbation("np", rollouts=P, sigma=1e-3, shard_rollouts=shard, readout="perturbed", noise="gaussian")
     vectors["perturbed readout"] = estimate(many)

@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from distributed_cases import TIGHT, B, H, I, O, P, T, absolute, backward, data, estimate
+from distributed_cases import LEARNT, TIGHT, B, H, I, O, P, T, absolute, backward, data, estimate
 from torch import nn
 
 import anpgpu
@@ -36,7 +36,7 @@ def knobs(method="np", **options):
 
 def cut(method):
     """Bytes that cut time into segments, even where few rollouts run."""
-    return memory.FIXED_BYTES + {"np": 8_000, "anp": 12_000, "anp-feedback": 60_000}.get(method, 30_000)
+    return memory.FIXED_BYTES + {"np": 8_000, "anp": 12_000, "anp-feedback": 30_000 + LEARNT}.get(method, 30_000)
 
 
 class Failing:
