@@ -105,11 +105,14 @@ def test_grad_scaler_finds_overflow_skips_the_update_and_goes_on():
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulated_halves_are_the_sum_of_their_estimates(method):
     inputs, targets = data(torch.float64)
-    parts = []
+    parts, state = [], {}
     for half in (slice(0, 2), slice(2, 4)):
         model = Model(method, torch.float64)
+        # What the first half has taught.
+        anpgpu.load_estimator_state_(model, state)
         backward(model, inputs[:, half], targets[:, half], seed=half.start, scale=0.5)
         parts.append(flat(gradients(model)))
+        state = anpgpu.estimator_state(model)
     model = Model(method, torch.float64)
     for half in (slice(0, 2), slice(2, 4)):
         backward(model, inputs[:, half], targets[:, half], seed=half.start, scale=0.5)
