@@ -270,12 +270,6 @@ MUTATIONS = {
         "counted = torch.ones_like(weight).flatten()",
         ("test_feedback.py",),
     ),
-    "feedback: lost rollouts are part of the baseline": Mutation(
-        "kernels/feedback.py",
-        "            target = _centred(target, how.finite, -1)",
-        "            target = target - target.mean(-1, keepdim=True)",
-        ("test_feedback.py",),
-    ),
     "compiled feedback: the unit of a step is not put back": Mutation(
         "kernels/feedback_numba.py",
         "target[rollout] * divisor[step, sample] - later",
