@@ -19,7 +19,7 @@ from .network.weights import valid_steps
 from .perturbation import Perturbation, check_perturbation
 from .registry import CELLS, ESTIMATORS, Estimator
 from .runtime.memory import default_memory
-from .runtime.processes import shared_update
+from .runtime.processes import replicas, shared_update
 from .runtime.ranges import entered
 from .runtime.settings import check_extent, new_seed, resolve
 from .task.black_box import LossFunction
@@ -165,7 +165,10 @@ def _job(rnn: nn.RNNBase, problem: Problem, perturbation: Perturbation, generato
     """Return the job of an estimator that runs rollouts, and draw its seed."""
     settings = resolve(perturbation, CELLS[cell_name(rnn)], rnn.all_weights[0][1])
     if settings.estimator.keeps_state:
-        settings = settings._replace(kept=kept_of(rnn))
+        kept = kept_of(rnn)
+        # Not those of an earlier forward pass: replicas that do not take part would be waited for.
+        kept.replicas = replicas()
+        settings = settings._replace(kept=kept)
     check_extent(len(rnn.all_weights), *problem.inputs.shape[:2])
     device, limit = problem.inputs.device, perturbation.max_memory
     return Job(

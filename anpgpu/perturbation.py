@@ -21,8 +21,9 @@ class Perturbation:
     """How gradients are estimated from perturbed rollouts; `profiling/study_defaults.py` chose the defaults.
 
     Attributes:
-        method: "anp-ls" (least-squares activity-based node perturbation), "anp" (activity-based node perturbation),
-            "np" (node perturbation), "wp" (weight perturbation) or "bptt" (exact, by autograd: the baseline). For
+        method: "anp-ls" (least-squares activity-based node perturbation), "anp-feedback" (the same against a learned
+            feedback matrix, for few rollouts of an `nn.RNN`), "anp" (activity-based node perturbation), "np" (node
+            perturbation), "wp" (weight perturbation) or "bptt" (exact, by autograd: the baseline). For
             comparison, only in `estimate_grad_`: "published-anp", "published-np", "published-wp", the rules as
             published. They need rollouts=1 and noise="gaussian", credit each step with its own loss and perturb the
             readout; they ignore `discount` and `readout`.
@@ -32,7 +33,8 @@ class Perturbation:
         discount: weight of later losses in a perturbation's return, in [0, 1]: with 0 only the loss of its own step
             counts, as published; with 1 the whole rest of the sequence. For "anp" and "np" a value below 1 trades bias
             for variance; "anp-ls" does not need it. "wp" and "bptt" do not use it.
-        ridge: regularisation of "anp-ls", relative to the mean squared activity difference of a rollout.
+        ridge: regularisation of "anp-ls" and "anp-feedback", relative to the mean squared activity difference of a
+            rollout.
         rank: rank of the weight noise of "wp"; None is dense.
         readout: "exact" computes the readout's gradient in closed form, "perturbed" estimates it from perturbed
             outputs. Only `estimate_grad_` uses it.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import module_of
-from .estimators.kept import Kept, LayerState, kept_of, recurrent_weights
+from .estimators.kept import LayerState, kept_by, kept_of, recurrent_weights
 from .runtime.settings import working_dtype
 
 State = dict[str, dict[str, Any]]
@@ -33,7 +33,7 @@ def estimator_state(model: nn.Module) -> State:
     """
     result: State = {}
     for name, module in _recurrent(model).items():
-        kept: Kept | None = kept_of(module, create=False)
+        kept = kept_by(module)
         if kept is None or not kept.layers:
             continue
         tensors: dict[str, Any] = {"updates": kept.updates}
@@ -66,7 +66,7 @@ def load_estimator_state_(model: nn.Module, state: State) -> None:
             raise ValueError(f"the state has a module {name!r}, but the model's recurrent modules are: {known}")
     loaded = {name: _checked(name, modules[name], tensors) for name, tensors in state.items()}
     for name, module in modules.items():
-        kept = kept_of(module, create=name in loaded)
+        kept = kept_of(module) if name in loaded else kept_by(module)
         if kept is not None:
             layers, updates = loaded.get(name, ([], 0))
             kept.restore(layers, updates)

@@ -62,7 +62,9 @@ def swap_(model: nn.Module, perturbation: Perturbation | None = None) -> int:
         if not isinstance(module, Perturbed):
             # The class changes, the object stays: references to it and to its parameters remain valid.
             module.__class__ = replaced
-            vars(module).update(_record=Record(), _estimator_state=Kept())
+            vars(module)["_record"] = Record()
+            # What `estimate_grad_` has taught it stays.
+            vars(module).setdefault("_estimator_state", Kept())
         vars(module)["perturbation"] = chosen
         let_dynamo_trace()
     return len(networks)

@@ -123,6 +123,7 @@ def two_directions(job: Job) -> FoundOfProblem:
 def _walk(result: Found, backward: Backward, loss_of_layer: Callable[[int, int, Tensor | None], LayerLoss]) -> None:
     """Perturb one layer and direction after another, last layer first, and write the gradients into `result`."""
     network, run, settings, lengths = backward.network, backward.run, backward.settings, backward.lengths
+    result.learners = [None] * (len(result.layers) if settings.estimator.keeps_state else 0)
     above: Tensor | None = None
     for number in range(len(network.layers) - 1, backward.lowest - 1, -1):
         d_inputs = torch.zeros_like(run.layers[number][0].inputs)
@@ -150,12 +151,15 @@ def _walk(result: Found, backward: Backward, loss_of_layer: Callable[[int, int, 
             result.h_0[index] = estimate.h_0[0]
             result.skipped += estimate.skipped
             result.ridge_grown += estimate.ridge_grown
-            for learner in estimate.learners:
-                learner.commit()
-            result.learners = [*estimate.learners, *result.learners]
+            if estimate.learners:
+                result.learners[index] = estimate.learners[0]
             d_inputs += in_processing_order(estimate.inputs, bool(side), lengths)
         mask = run.masks[number]
         above = d_inputs if mask is None else d_inputs * mask
+    for learner in result.learners:
+        # Only now: where a layer fails, none has learnt anything.
+        if learner is not None:
+            learner.commit()
     if above is not None and not backward.lowest:
         result.inputs = above
 
@@ -252,7 +256,8 @@ def _of_side(above: Tensor, side: int, units: int, lengths: Tensor | None) -> Te
 
 def _with_final(grad: Tensor, grad_h_n: Tensor, lengths: Tensor | None) -> Tensor:
     """Add dL/d(final state) at each sample's last valid step (in processing order); return dL/d(states), (T, B, S)."""
-    grad = torch.nn.functional.pad(grad, (0, grad_h_n.shape[-1] - grad.shape[-1]))
+    if grad_h_n.shape[-1] != grad.shape[-1]:
+        grad = torch.nn.functional.pad(grad, (0, grad_h_n.shape[-1] - grad.shape[-1]))
     if lengths is None:
         return torch.cat((grad[:-1], (grad[-1] + grad_h_n).unsqueeze(0)))
     last = (lengths - 1).to(grad.device).view(1, -1, 1).expand(1, -1, grad.shape[-1])

@@ -60,34 +60,34 @@ class Learner:
 
     Args:
         settings: the resolved perturbation.
-        state: of the layer; changed by `commit` alone.
+        state: of the layer; changed by `commit` alone. None where the prior is not learnt.
         weight_hh: of the layer, (H, H), in the working type.
         extent: of the update.
     """
 
-    def __init__(self, settings: Settings, state: LayerState, weight_hh: Tensor, extent: Extent) -> None:
+    def __init__(self, settings: Settings, state: LayerState | None, weight_hh: Tensor, extent: Extent) -> None:
         self.settings, self.state, self.weight = settings, state, weight_hh
-        self.learns = settings.prior == LEARNED
-        self.matrix = state.feedback
-        if settings.follow_weights:
-            self.matrix = self.matrix + (weight_hh - state.weight)
-        if not self.learns:
+        self.sums: Sums | None = None
+        if state is None:
             self.matrix = torch.zeros_like(weight_hh)
-        self.sums: Sums = new_sums(weight_hh, extent.time, extent.batch, settings.options.rollouts, extent.lengths)
+            return
+        follows = settings.follow_weights
+        self.matrix = state.feedback + (weight_hh - state.weight) if follows else state.feedback
+        self.sums = new_sums(weight_hh, extent.time, extent.batch, settings.options.rollouts, extent.lengths)
 
     def commit(self) -> None:
-        """Move B, once all rollouts of the layer have been credited, in all processes alike."""
-        sums = self.sums
-        self._exchange(sums.relation, sums.gram, sums.slopes, sums.totals)
-        if not self.learns:
+        """Move B, once all rollouts of an update have been credited, in all processes alike."""
+        sums, state = self.sums, self.state
+        if sums is None or state is None:
             return
-        towards, mean = direction(sums, self.state.gram)
+        self._exchange(sums.relation, sums.gram, sums.slopes, sums.totals)
+        towards, mean = direction(sums, state.gram)
         bend = curvature(sums, towards)
         self._exchange(bend)
-        matrix, gram = step(self.matrix, sums, self.state.gram, mean, towards, bend)
-        self.state.feedback.copy_(matrix)
-        self.state.gram.copy_(gram)
-        self.state.weight.copy_(self.weight)
+        matrix, gram = step(self.matrix, sums, state.gram, mean, towards, bend)
+        state.feedback.copy_(matrix)
+        state.gram.copy_(gram)
+        state.weight.copy_(self.weight)
 
     def _exchange(self, *sums: Tensor) -> None:
         """Sum over processes: those that share this update's samples, or the replicas of DistributedDataParallel."""
@@ -98,7 +98,9 @@ class Learner:
 
     @property
     def report(self) -> Tensor:
-        """Return the mean gain of the prior mean, and the ratio of measured to predicted returns, (2,)."""
+        """Return the mean gain of the prior mean and the ratio of measured to predicted returns, (2,); NaN without B."""
+        if self.sums is None:
+            return self.weight.new_full((2,), torch.nan)
         totals = self.sums.totals
         return torch.stack((totals[GAIN] / totals[NUMBER], totals[MEASURED] / totals[PREDICTED]))
 
@@ -168,7 +170,8 @@ class LearnedFeedback(Rule):
     @classmethod
     def new_learner(cls, settings: Settings, number: int, weight_hh: Tensor, extent: Extent) -> Learner:
         """Return what a layer and direction learns in this update."""
-        return Learner(settings, settings.kept.layers[number], weight_hh, extent)
+        state = settings.kept.layers[number] if settings.prior == LEARNED else None
+        return Learner(settings, state, weight_hh, extent)
 
     def add(self, block: Block, delta_loss: Tensor, delta_a: Tensor | None) -> None:
         """Solve the regression; the block holds all rollouts of its samples."""
@@ -217,10 +220,12 @@ def _warmed_up(estimate: Callable[[Any], Any], work: Any, network: Network) -> A
         network: in the working type.
     """
     settings: Settings = work.settings
+    if settings.prior != LEARNED:
+        return estimate(work)
     kept: Kept = settings.kept
     weights = [side.weight_hh for layer in network.layers for side in layer]
     kept.begin(weights, follows=settings.follow_weights)
-    if settings.prior == LEARNED and not kept.updates:
+    if not kept.updates:
         for number in range(settings.warmup):
             estimate(work._replace(seed=work.seed + (number + 1) * FRESH_NOISE % 2**63))
     result = estimate(work)

@@ -19,7 +19,7 @@ from anpgpu.task.problem import Problem
 class Estimate(NamedTuple):
     """The report of an update, besides the gradients.
 
-    `RNN.last_estimate` has only `skipped`, `split_half` and `ridge_grown`; the other fields are then None.
+    `RNN.last_estimate` has only `skipped`, `split_half`, `ridge_grown` and `prior`; the other fields are then None.
     """
 
     loss: Tensor | None
@@ -43,7 +43,8 @@ class Estimate(NamedTuple):
     prior: Tensor | None = None
     """How good the prior mean of "anp-feedback" was, (layers * D, 2); (0, 2) for other methods. First the mean gain
     with which the returns confirm it, in [0, 1]; then the ratio of what the returns show of the feedback's part to what
-    the feedback matrix predicts. Both near 1 once it has converged; NaN where there was nothing to predict."""
+    the feedback matrix predicts. Both near 1 once it has converged; NaN where nothing was predicted or learnt, as in
+    layers that need no gradient."""
 
 
 class NonFiniteRolloutsError(RuntimeError):
@@ -144,12 +145,13 @@ class Found:
         self.skipped = torch.zeros((), dtype=torch.int64, device=inputs.device)
         self.ridge_grown = torch.zeros_like(self.skipped)
         self.learners: list[Any] = []
-        """What every layer and direction has learnt, of an estimator that keeps a state."""
+        """What each layer and direction has learnt, of an estimator that keeps a state; None where it did not run."""
 
     @property
     def prior(self) -> Tensor:
         """How good the prior means were, see `Estimate`, (layers * D, 2); (0, 2) without a prior."""
-        reports = [learner.report for learner in self.learners]
+        nothing = self.h_0.new_full((2,), torch.nan)
+        reports = [nothing if learner is None else learner.report for learner in self.learners]
         return torch.stack(reports) if reports else self.h_0.new_empty((0, 2))
 
     @property

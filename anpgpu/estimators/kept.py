@@ -135,10 +135,16 @@ def kept_by_handle(handle: int) -> Kept:
     return kept
 
 
-def kept_of(rnn: nn.RNNBase, *, create: bool = True) -> Kept | None:
-    """Return a module's state; where it has none a new one, or None."""
+def kept_by(rnn: nn.RNNBase) -> Kept | None:
+    """Return a module's state, None where it has none."""
     kept: Kept | None = vars(rnn).get(ATTRIBUTE)
-    if kept is None and create:
+    return kept
+
+
+def kept_of(rnn: nn.RNNBase) -> Kept:
+    """Return a module's state, a new one where it has none."""
+    kept = kept_by(rnn)
+    if kept is None:
         kept = Kept()
         vars(rnn)[ATTRIBUTE] = kept
         # A module of this library does so itself, and its forward pass may be compiled.
@@ -153,6 +159,6 @@ def recurrent_weights(rnn: nn.RNNBase) -> list[Tensor]:
 
 def before_loading(rnn: Any, *_: Any) -> None:
     """Tell a module's state that weights are about to be loaded."""
-    kept: Kept | None = vars(rnn).get(ATTRIBUTE)
+    kept = kept_by(rnn)
     if kept is not None:
         kept.before_loading(recurrent_weights(rnn))

@@ -58,8 +58,6 @@ class Rule(Estimator):
     def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
         self.settings, self.seed, self.finite = settings, seed, finite
         self.units = weight_hh.shape[1]
-        self.handed = weight_hh.new_zeros((len(finite), self.units))
-        """What the steps after the segment hand back along an LSTM's c, (b, H)."""
         self.carry = weight_hh.new_zeros(finite.shape)
         """The return of the step after the segment, (b, P)."""
         self.sums: Tensor | None = None
@@ -174,6 +172,8 @@ class LeastSquares(Rule):
 
     whole_samples = True
     parts = 3
+    handed: Tensor | None = None
+    """What the steps after the segment hand back along an LSTM's c, (b, H)."""
 
     @classmethod
     def extra_floats(cls, rollouts: int, hidden: int) -> int:
@@ -191,6 +191,8 @@ class LeastSquares(Rule):
         settings, backend = self.settings, self.settings.backend
         assert delta_a is not None  # noqa: S101  (for the type checker; the rule stores it)
         recursion = implementation("deflate", backend) if BACKENDS[backend].own_recursion else None
+        if block.path is not None and self.handed is None:
+            self.handed = self.carry.new_zeros((len(self.finite), self.units))
         with entered("least_squares"):
             sums, self.carry, grown = least_squares(
                 delta_loss,
