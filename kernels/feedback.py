@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .adjoint import SAFE_TO_SQUARE
-from .least_squares import block_length, dual, factored, in_units, largest_of, power_of_two, solve
+from .least_squares import block_length, counted_activity, dual, factored, in_units, largest_of, power_of_two, solve
 from .noise import Counters, noise
 from .rollout import RolloutOptions
 
@@ -264,9 +264,7 @@ def feedback(
     for stop in range(time, 0, -length):
         start = max(0, stop - length)
         steps = slice(start, stop)
-        activity = delta_a[steps].to(delta_loss.dtype)
-        activity = activity if scale == 1.0 else activity * scale
-        activity = activity if all_finite else torch.where(finite.unsqueeze(-1), activity, 0)
+        activity = counted_activity(delta_a[steps], delta_loss.dtype, scale, None if all_finite else finite)
         if baseline:
             activity = _centred(activity, finite.unsqueeze(-1), -2)
         activity, gram, size_of = in_units(activity)

@@ -168,9 +168,7 @@ def least_squares(
     for stop in range(time, 0, -length):
         start = max(0, stop - length)
         steps = slice(start, stop)
-        activity = delta_a[steps].to(delta_loss.dtype)
-        activity = activity if scale == 1.0 else activity * scale
-        activity = activity if all_finite else torch.where(finite.unsqueeze(-1), activity, 0)
+        activity = counted_activity(delta_a[steps], delta_loss.dtype, scale, None if all_finite else finite)
         activity, gram, unit = in_units(activity)
         halves = _half_grams(gram, activity)
         factor, bad = factored(gram, ridge, finite)
@@ -314,6 +312,16 @@ def block_length(delta_a: Tensor, delta_loss: Tensor) -> int:
     time, batch, rollouts, units = delta_a.shape
     step_bytes = max(1, batch) * rollouts * units * delta_loss.itemsize
     return max(1, min(time, BLOCK_BYTES.get(delta_a.device.type, BLOCK_BYTES["cuda"]) // step_bytes))
+
+
+def counted_activity(delta_a: Tensor, dtype: torch.dtype, scale: float, finite: Tensor | None) -> Tensor:
+    """Return activity differences, (L, B, P, H), times `scale`; zero for rollouts that do not count.
+
+    `finite`: rollouts that count, (B, P) bool; None where all do, so that nothing need be copied.
+    """
+    activity = delta_a.to(dtype)
+    activity = activity if scale == 1.0 else activity * scale
+    return activity if finite is None else torch.where(finite.unsqueeze(-1), activity, 0)
 
 
 def factored(gram: Tensor, ridge: float, finite: Tensor) -> tuple[Tensor, Tensor]:

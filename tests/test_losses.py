@@ -75,7 +75,7 @@ def test_a_smoothed_loss_does_not_depend_on_division(segments, monkeypatch):
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("method", ["np", "anp-ls"])
 def test_compiled_kernels_measure_a_smoothed_loss_as_torch_does(method, head, sigma):
-    pytest.importorskip("numba")
+    pytest.importorskip("numba", reason="needs Numba, which `make` installs")
     gradients = []
     for backend in ("torch", "numba"):
         torch.manual_seed(0)

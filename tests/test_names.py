@@ -275,7 +275,7 @@ def test_an_unknown_rule_names_those_that_exist():
 @pytest.mark.parametrize("suffix", ["", "_numba", "_triton"])
 def test_a_kernel_names_the_weights_that_exist(suffix):
     if suffix:
-        pytest.importorskip(suffix[1:])
+        pytest.importorskip(suffix[1:], reason=f"needs {suffix[1:]}, which `make` installs")
     kernels = importlib.import_module(f"anpgpu.kernels.adjoint{suffix}")
     options = importlib.import_module("anpgpu.kernels.rollout").RolloutOptions(2, 1e-3)
     credit, delta_a = torch.zeros(4, 1, 2), torch.zeros(4, 1, 2, 3)

@@ -98,7 +98,7 @@ class Learner:
 
     @property
     def report(self) -> Tensor:
-        """Return the mean gain of the prior mean and the ratio of measured to predicted returns, (2,); NaN without B."""
+        """Return the mean gain of the prior mean and the ratio of measured to predicted returns, (2,)."""
         if self.sums is None:
             return self.weight.new_full((2,), torch.nan)
         totals = self.sums.totals
