@@ -44,8 +44,8 @@ BUGS = {
     ),
     "the feedback matrix makes the weights' steps backwards": Bug(
         "estimators/feedback.py",
-        "self.matrix = self.matrix + (weight_hh - state.weight)",
-        "self.matrix = self.matrix - (weight_hh - state.weight)",
+        "self.matrix = state.feedback + (weight_hh - state.weight) if",
+        "self.matrix = state.feedback - (weight_hh - state.weight) if",
         "test_feedback_state.py::test_the_matrix_makes_the_weights_own_steps",
     ),
     "weights that are loaded are a step": Bug(
