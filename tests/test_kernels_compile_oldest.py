@@ -17,8 +17,6 @@ from anpgpu.kernels.tiles import SHARED_BYTES
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
 
 STORED = json.loads(compile_kernels.OLDEST_TABLE.read_text())
-TABLED = (80, 89, 90)
-"""Architectures whose rows are in the table."""
 ARCHES = (80, 90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (89, 100)))
 
 
@@ -34,8 +32,7 @@ def test_every_kernel_compiles_with_the_oldest_triton(arch):
     assert {name: row["error"] for name, row in rows.items() if "error" in row} == {}
     assert {name: row["shared"] for name, row in rows.items() if row["shared"] > SHARED_BYTES[arch]} == {}
     table = {name: row for name, row in STORED["rows"].items() if name.startswith(part)}
-    assert bool(table) == (arch in TABLED)
-    assert not table or compile_kernels.regressions(table, rows) == []
+    assert compile_kernels.regressions(table, rows) == []
 
 
 def test_a_folder_without_triton_is_told(tmp_path):
