@@ -107,6 +107,7 @@ def measure(kernel, signature, constexprs, options, arch):
         "barriers": _count(loop, "BAR"),
         "local_in_loop": _count(loop, "LDL", "STL"),
         "shared_in_loop": _count(loop, "LDS", "STS", "LDSM", "STSM"),
+        "overwritten": overwritten_operands(text),
         "matrix_in_loop": sorted({match[1] for name in loop if (match := MATRIX_OPS.match(name))}),
     }
 
@@ -140,6 +141,47 @@ def longest_loop(text):
         if len(body) > len(longest) and not any(step == "EXIT" and not guard for step, guard, _ in body):
             longest = body
     return [name for name, _, _ in longest]
+
+
+NO_RESULT = re.compile(r"(RET|BRX|JMX|CALL|BMOV|FCHK|R2P|\w*SETP)\b")
+"""Instructions whose first register is read, not written."""
+
+
+def overwritten_operands(text):
+    """Return how often a disassembly writes a register that an unfinished HGMMA may still read its left operand from.
+
+    Such an operand is four registers of each thread, read until the next WARPGROUP.DEPBAR. ptxas before 13.3 can miss
+    this (github.com/triton-lang/triton, issues 9433 and 11781), and results are then wrong now and then.
+    """
+    groups, count = [set()], 0
+    for line in text.splitlines():
+        match = INSTRUCTION.match(line)
+        if not match:
+            continue
+        name, operands = match[2], match[3].strip(" ;")
+        if name.startswith("WARPGROUP.DEPBAR"):
+            unfinished = int(operands.split()[-1], 0)
+            groups = groups[max(0, len(groups) - 1 - unfinished) :]
+        elif name.startswith("HGMMA"):
+            left = re.match(r"R\d+, R(\d+),", operands)
+            if left:
+                groups[-1] |= set(range(int(left[1]), int(left[1]) + 4))
+            if operands.endswith("gsb0"):
+                groups.append(set())
+        elif not NO_RESULT.match(name):
+            result = re.match(r"(?:!?U?P\w, )*R(\d+)\b", operands)
+            if result:
+                written = range(int(result[1]), int(result[1]) + _width(name))
+                count += any(not group.isdisjoint(written) for group in groups)
+    return count
+
+
+def _width(name):
+    """Return how many registers an instruction writes, from its name."""
+    parts = name.split(".")
+    if "128" in parts or name.startswith(("LDSM.16.M88.4", "LDSM.16.MT88.4", "HMMA")):
+        return 4
+    return 2 if "64" in parts or "WIDE" in parts or parts[0] in {"DADD", "DMUL", "DFMA"} else 1
 
 
 def key_of(name, arch):

@@ -44,6 +44,36 @@ def test_shared_memory_within_limits(rows):
     assert beyond == {}
 
 
+def test_no_operand_of_the_matrix_unit_is_overwritten_while_it_is_read(rows):
+    assert {name: row["overwritten"] for name, row in rows.items() if row["overwritten"]} == {}
+
+
+SASS = """
+        /*0880*/                   WARPGROUP.ARRIVE ;
+        /*0890*/                   HGMMA.64x128x16.F32.BF16 R24, R92, gdesc[UR8], RZ, !UPT ;
+        /*08d0*/                   HGMMA.64x128x16.F32.BF16 R24, R100, gdesc[UR28], R24, gsb0 ;
+        /*08e0*/                   {} ;
+        /*12e0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x{} ;
+        /*12f0*/                   {} ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("instruction", "found"),
+    [
+        ("FMUL R93, R1, R2", 1), ("FMUL R96, R1, R2", 0), ("@!P0 MOV R103, R1", 1), ("STS [R92], R93", 0),
+        ("FSETP.GEU.AND P0, PT, R92, 1, PT", 0), ("LDG.E.128 R90, [R2.64]", 1), ("LDG.E R90, [R2.64]", 0),
+        ("IADD3 R92, P0, R1, R2, RZ", 1), ("SHFL.BFLY PT, R100, R4, 0x1, 0x1f", 1),
+        ("F2FP.BF16.F32.PACK_AB R95, R1, R2", 1),
+    ],
+)  # fmt: skip
+def test_an_overwritten_operand_is_seen(instruction, found):
+    """The kind of listing in which ptxas's fault shows; the instruction is harmless once the product is done."""
+    assert compile_kernels.overwritten_operands(SASS.format(instruction, 0, "NOP")) == found
+    assert compile_kernels.overwritten_operands(SASS.format("NOP", 0, instruction)) == 0
+    assert compile_kernels.overwritten_operands(SASS.format("NOP", 1, instruction)) == found
+
+
 def test_no_worse_than_the_table(rows):
     """Figures belong to one version of Triton; under another the bounds of the other tests still hold."""
     if triton.__version__ == STORED["triton"]:

@@ -31,6 +31,7 @@ def test_every_kernel_compiles_with_the_oldest_triton(arch):
     assert len(rows) > 30
     assert {name: row["error"] for name, row in rows.items() if "error" in row} == {}
     assert {name: row["shared"] for name, row in rows.items() if row["shared"] > SHARED_BYTES[arch]} == {}
+    assert {name: row["overwritten"] for name, row in rows.items() if row["overwritten"]} == {}
     table = {name: row for name, row in STORED["rows"].items() if name.startswith(part)}
     assert compile_kernels.regressions(table, rows) == []
 
