@@ -1,5 +1,6 @@
 # Every target sets up .venv by itself; `make` alone lists the targets.
 # PYTHON= names the interpreter .venv is built on. BIN= (empty) uses the tools on PATH and sets nothing up.
+# JOBS= is the number of processes that run tests side by side.
 PYTHON ?= python3
 BIN := .venv/bin/
 
@@ -12,6 +13,10 @@ endif
 # The tests' tensors are small: a second thread brings little, and where cores are shared its spinning costs a lot.
 ONE_THREAD := env OMP_NUM_THREADS=1
 PYTEST := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(BIN)pytest
+
+# Processes of each leg. A file's tests stay in one, so that what they share is made once.
+JOBS ?= 2
+SPREAD := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -57,13 +62,13 @@ format: $(TESTABLE) ## apply ruff's fixes and formatting
 
 # Each leg is a process of its own, and pytest's exit status 5 (nothing to run) fails it.
 test-reference: $(TESTABLE) ## torch on the CPU
-	$(PYTEST) tests -m "not slow and not gpu and not interpreter and not compile"
+	$(PYTEST) tests $(SPREAD) -m "not slow and not gpu and not interpreter and not compile"
 
 test-interpreter: $(TESTABLE) ## Triton's interpreter against the reference
-	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)pytest tests -m "interpreter and not slow"
+	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)pytest tests $(SPREAD) -m "interpreter and not slow"
 
 test-compile: $(TESTABLE) $(OLDEST) ## compile every kernel, no GPU needed
-	$(PYTEST) tests -m "compile and not slow"
+	$(PYTEST) tests $(SPREAD) -m "compile and not slow"
 
 oldest-triton: $(OLDEST) ## put the oldest supported Triton into .venv/oldest-triton
 
@@ -71,7 +76,7 @@ test-oldest: $(TESTABLE) $(OLDEST) ## compile every kernel for every architectur
 	$(PYTEST) tests/test_kernels_compile_oldest.py -m compile
 
 test-slow: $(TESTABLE) $(OLDEST) ## the thorough tests
-	HYPOTHESIS_PROFILE=slow $(PYTEST) tests -m "slow and not gpu"
+	HYPOTHESIS_PROFILE=slow $(PYTEST) tests $(SPREAD) -m "slow and not gpu"
 
 test-gpu: $(TESTABLE) ## the tests that need a CUDA device
 	$(PYTEST) tests -m gpu

@@ -38,6 +38,24 @@ def torch_backend(monkeypatch):
     monkeypatch.setattr(dispatch, "_has_numba", lambda: False)
 
 
+def pytest_sessionfinish(session):
+    """Hand what this process fuzzed to the one that reports, where tests run side by side."""
+    fuzzing = sys.modules.get("fuzzing")
+    if fuzzing is not None and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["fuzzed"] = [dict(fuzzing.TRIED), dict(fuzzing.REFUSED)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Add what a worker of pytest-xdist fuzzed."""
+    tried, refused = getattr(node, "workeroutput", {}).get("fuzzed", ({}, {}))
+    if tried:
+        import fuzzing
+
+        fuzzing.TRIED.update(tried)
+        fuzzing.REFUSED.update(refused)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Show how many inputs each public function was fuzzed with, and how many of them it refused."""
     fuzzing = sys.modules.get("fuzzing")
