@@ -120,7 +120,7 @@ def assert_goes_on(monkeypatch, work, room, **memory):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_backward_goes_on_in_less_memory(monkeypatch, method, network):
-    how = Perturbation(method, rollouts=P, sigma=1e-3)
+    how = Perturbation(method, rollouts=P, sigma=1e-3, warmup=1)
     options = {"dropout": 0.5, **NETWORKS[network]} if len(NETWORKS[network]) else {}
     assert_goes_on(monkeypatch, lambda: backward(how, **options), T * P + 1)
 
@@ -129,7 +129,7 @@ def test_backward_goes_on_in_less_memory(monkeypatch, method, network):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_estimate_grad_goes_on_in_less_memory(monkeypatch, method, network, loss):
-    how = Perturbation(method, rollouts=P, sigma=1e-3)
+    how = Perturbation(method, rollouts=P, sigma=1e-3, warmup=1)
     options = {"dropout": 0.5, **NETWORKS[network]} if len(NETWORKS[network]) and method != "wp" else NETWORKS[network]
     assert_goes_on(monkeypatch, lambda: estimate(how, loss, **options), T * P + 1)
 

@@ -28,7 +28,7 @@ def absolute(outputs, targets):
 
 
 def estimate(inputs, targets, **options):
-    how = anpgpu.Perturbation(case["method"], discount=0.9, **options)
+    how = anpgpu.Perturbation(case["method"], discount=0.9, warmup=1, **options)
     loss = absolute if case["loss"] == "callable" else case["loss"]
     return anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how)
 
@@ -40,7 +40,8 @@ def peak():
 
 
 def backward(inputs, **options):
-    network = getattr(anpgpu, module)(I, H, perturbation=anpgpu.Perturbation(case["method"], discount=0.9, **options))
+    how = anpgpu.Perturbation(case["method"], discount=0.9, warmup=1, **options)
+    network = getattr(anpgpu, module)(I, H, perturbation=how)
     network(inputs)[0].sum().backward()
 
 
@@ -82,9 +83,9 @@ def assert_bounded(**case):
 SMALL = {"batch": 4, "hidden": 128, "rollouts": 64, "mebibytes": 64}
 
 
-@pytest.mark.parametrize("time", [500, 4000])
+@pytest.mark.parametrize("time", [500, 2000])
 def test_memory_does_not_grow_with_the_sequence(time):
-    # Stored whole, delta_a would be 64 and 512 MiB.
+    # Stored whole, delta_a would be 64 and 256 MiB.
     assert_bounded(method="anp", loss="mse", time=time, **SMALL)
 
 
@@ -109,7 +110,7 @@ def test_memory_of_a_backward_pass():
 @pytest.mark.parametrize("module", ["GRU", "LSTM"])
 @pytest.mark.parametrize(
     ("method", "loss", "time"),
-    [("np", "mse", 1000), ("anp", "mse", 2000), ("anp-ls", "mse", 500), ("wp", "mse", 300), ("anp", "autograd", 500)],
+    [("np", "mse", 1000), ("anp", "mse", 1000), ("anp-ls", "mse", 500), ("wp", "mse", 300), ("anp", "autograd", 500)],
 )
 def test_memory_of_gated_cells(module, method, loss, time):
     assert_bounded(method=method, loss=loss, time=time, module=module, **SMALL)
