@@ -119,6 +119,11 @@ def adjoint(
     return sums
 
 
+def of_h(delta_a: Tensor | None, units: int) -> Tensor | None:
+    """Return the part of stored deviations, (T, B, P, S), that an adjoint is of, (T, B, P, H); in an LSTM that of h."""
+    return None if delta_a is None else delta_a[..., :units]
+
+
 def finite_rollouts(delta_loss: Tensor, delta_h: Tensor) -> Tensor:
     """Return which rollouts, (B, P), have finite loss differences, (T, B, P), and a finite last delta_h, (B, P, H)."""
     return torch.isfinite(delta_h).all(-1) & torch.isfinite(delta_loss).all(0)
@@ -152,9 +157,9 @@ def rollout_adjoint(
 
     Returns:
         The sums of `adjoint`, (2, T, B, H), to which rollouts that do not count add nothing at any step; delta_loss,
-        (T, B, P); the last delta_h, (B, P, H).
+        (T, B, P); the last delta_h, (B, P, S).
     """
-    time, batch, units = preact.shape
+    (time, batch, _), units = preact.shape, weight_hh.shape[1]
     sums = preact.new_empty((2, time, batch, units))
     delta_loss = preact.new_empty((time, batch, options.rollouts))
     storing = options._replace(store_delta_a=by_activity(weight_by))
@@ -180,7 +185,7 @@ def rollout_adjoint(
         delta_h, delta_loss[steps] = block.delta_h, block.delta_loss
         credit = torch.where(finite, block.delta_loss, 0)
         sums[:, steps] = adjoint(
-            credit, block.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=first
+            credit, of_h(block.delta_a, units), seed, weight_by=weight_by, units=units, options=options, counters=first
         )
     assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
     return sums, delta_loss, delta_h

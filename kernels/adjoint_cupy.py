@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .adjoint import by_activity, run_finite, weighted_activity
+from .adjoint import by_activity, of_h, run_finite, weighted_activity
 from .loss import Loss, loss_of_steps
 from .noise import Counters
 from .noise_cupy import KINDS, NOISE_SOURCE, counter_words, launch
@@ -157,7 +157,7 @@ def rollout_adjoint(
     finite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run rollouts and sum their adjoint at discount 0, step by step; the contract is `adjoint.rollout_adjoint`."""
-    time, batch, units = preact.shape
+    (time, batch, _), units = preact.shape, weight_hh.shape[1]
     sums = preact.new_empty((2, time, batch, units))
     delta_loss = preact.new_empty((time, batch, options.rollouts))
     storing = options._replace(store_delta_a=by_activity(weight_by))
@@ -181,8 +181,9 @@ def rollout_adjoint(
         assert result.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
         delta_h, delta_loss[now] = result.delta_h, result.delta_loss
         credit = torch.where(finite, result.delta_loss, 0)
+        activity = of_h(result.delta_a, units)
         sums[:, now] = adjoint(
-            credit, result.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=at_step
+            credit, activity, seed, weight_by=weight_by, units=units, options=options, counters=at_step
         )
     assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
     return sums, delta_loss, delta_h

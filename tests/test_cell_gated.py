@@ -204,5 +204,6 @@ def test_the_public_op_takes_a_cell(cell):
 
 def test_a_backend_without_the_cell_names_those_that_have_it():
     for cell in STEPS:
-        with pytest.raises(ValueError, match=f"cell '{cell}' has no form on backend 'cupy', only on torch, numba"):
-            CELLS[cell].forms.on("cupy")
+        forms = CELLS[cell].forms._replace(numba=None, triton=None)
+        with pytest.raises(ValueError, match=f"cell '{cell}' has no form on backend 'numba', only on torch, cupy"):
+            forms.on("numba")

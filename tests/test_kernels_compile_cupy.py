@@ -24,6 +24,7 @@ from anpgpu.kernels import (
     adjoint as adjoint_reference,
     adjoint_cupy,
     cell_cupy,
+    cell_gated_cupy,
     loss_cupy,
     noise as noise_reference,
     noise_cupy,
@@ -41,6 +42,7 @@ SOURCES = {
     "noise": noise_cupy.NOISE_KERNEL_SOURCE,
     "rollout": rollout_cupy.ROLLOUT_SOURCE,
     "cell": cell_cupy.CELL_SOURCE,
+    "cell_gated": cell_gated_cupy.CELL_GATED_SOURCE,
     "loss": loss_cupy.LOSS_SOURCE,
     "adjoint": adjoint_cupy.ADJOINT_SOURCE,
 }
@@ -144,7 +146,7 @@ def operand(argument):
 
 @pytest.fixture(autouse=True)
 def _cpu_launches(monkeypatch):
-    for module in (noise_cupy, rollout_cupy, cell_cupy, loss_cupy, adjoint_cupy):
+    for module in (noise_cupy, rollout_cupy, cell_cupy, cell_gated_cupy, loss_cupy, adjoint_cupy):
         monkeypatch.setattr(module, "launch", launch_on_cpu)
     # Memory nobody writes must show.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
