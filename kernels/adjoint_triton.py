@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adjoint import by_activity, finite_rollouts, run_finite, weighted_activity
-from .launch_triton import cell_of, stored_dtype
+from .adjoint import by_activity, finite_rollouts, of_h, run_finite, weighted_activity
+from .launch_triton import check_cell, stored_dtype
 from .loss import Loss, loss_of_steps
 from .noise import UNITS_PER_GROUP, Counters
 from .noise_triton import counter_words, noise_tile, unpack_counters
@@ -354,7 +354,7 @@ def rollout_adjoint(
     by their noise, and that of a few steps at a time, read back at once, where by their activity; where those are not
     all steps, and `finite` is None, rollouts run twice.
     """
-    cell_of(options)
+    check_cell(options)
     launch = preferred_launch(preact, weight_hh, loss, weight_by, options)
     if launch is not None:
         return _fused_adjoint(
@@ -370,11 +370,11 @@ def rollout_adjoint(
             delta_h0=delta_h0,
             finite=finite,
         )
-    time, batch, units = preact.shape
+    (time, batch, _), units = preact.shape, weight_hh.shape[1]
     sums = preact.new_empty((2, time, batch, units), dtype=torch.float32)
     delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
     keep = options._replace(store_delta_a=by_activity(weight_by))
-    length = stored_steps(batch, options.rollouts, units) if keep.store_delta_a else max(1, time)
+    length = stored_steps(batch, options.rollouts, units * options.cell.states) if keep.store_delta_a else max(1, time)
     delta_h = delta_h0
     if finite is None and length < time:
         finite = run_finite(
@@ -399,7 +399,7 @@ def rollout_adjoint(
             finite = finite_rollouts(block.delta_loss, block.delta_h)
         credit = torch.where(finite, block.delta_loss, 0)
         sums[:, steps] = adjoint(
-            credit, block.delta_a, seed, weight_by=weight_by, units=units, options=options, counters=first
+            credit, of_h(block.delta_a, units), seed, weight_by=weight_by, units=units, options=options, counters=first
         )
     assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
     return sums, delta_loss, delta_h

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .cell_gated_triton import GatedForm, gated_form
 from .cell_triton import CellForm, cell_form
 from .place_triton import CleanRows, rows_of
 from .rollout import RolloutOptions
@@ -65,6 +66,23 @@ def cell_of(options: RolloutOptions) -> CellForm:
     return cell_form(options.cell.on("triton"))
 
 
+def gated_cell_of(options: RolloutOptions) -> GatedForm:
+    """Return the gated cell's form on this backend.
+
+    Raises:
+        ValueError: it has none.
+    """
+    return gated_form(options.cell.on("triton"))
+
+
+def check_cell(options: RolloutOptions) -> None:
+    """Raise ValueError where the cell has no form on this backend."""
+    if options.cell.noise_in_state:
+        gated_cell_of(options)
+    else:
+        cell_of(options)
+
+
 def clean_of(preact: Tensor, hidden: Tensor, options: RolloutOptions, *, quotient: bool = False) -> CleanRows:
     """Return what of the clean run, a and h, (T, B, H), the cell takes; see `cell_triton.CellForm`."""
     wide = takes_plain_difference(options.precision, options.sigma)
@@ -74,9 +92,13 @@ def clean_of(preact: Tensor, hidden: Tensor, options: RolloutOptions, *, quotien
 
 def constexprs(options: RolloutOptions) -> dict[str, Any]:
     """Return the constexpr arguments that follow from the options alone."""
+    return {**flags(options), "CELL": cell_of(options).deviation}
+
+
+def flags(options: RolloutOptions) -> dict[str, Any]:
+    """Return those of them that every cell has."""
     return {
         "NOISE": options.noise,
-        "CELL": cell_of(options).deviation,
         "PRECISION": options.precision,
         "FAST": approximates(options.precision),
         "WIDE": takes_plain_difference(options.precision, options.sigma),

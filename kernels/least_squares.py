@@ -255,7 +255,7 @@ def _counted(path: Path, finite: Tensor, scale: float, loss_unit: Tensor) -> Pat
 
     `loss_unit`: of each sample's losses, (B, 1).
     """
-    deviation = path.deviation
+    deviation = None if path.deviation is None else path.deviation.to(path.gain.dtype)
     if deviation is not None and (deviation.is_cuda or not bool(finite.all())):
         deviation = torch.where(finite.unsqueeze(-1), deviation, 0)
     return path._replace(

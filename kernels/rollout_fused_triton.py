@@ -305,7 +305,8 @@ def preferred_launch(
     arguments = loss_arguments(loss)
     served = options.precision in OPERAND_DTYPES and preact.dtype != torch.float64 != weight_hh.dtype
     safe = not by_activity(weight_by) or SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1]
-    if not served or not safe or 0 in {*preact.shape, options.rollouts} or not arguments.form.measured:
+    served = served and arguments.form.measured and not options.cell.noise_in_state
+    if not served or not safe or 0 in {*preact.shape, options.rollouts}:
         return None
     arch, units = capability(preact.device), preact.shape[2]
     launch = rollout_launch(

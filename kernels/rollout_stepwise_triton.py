@@ -278,7 +278,7 @@ def run_stepwise(
     row_tiles = triton.cdiv(rows, launch.block_rows)
     if launch.samples:
         row_tiles = batch * triton.cdiv(options.rollouts, launch.block_rows)
-    weight = _padded(weight_hh, unit_tiles * launch.block_units, inner, operand)
+    weight = padded_to(weight_hh, unit_tiles * launch.block_units, inner, operand)
     # A tile may reach beyond the last row.
     states = States(*(preact.new_zeros((rows + launch.block_rows, inner), dtype=operand) for _ in range(2)))
     if delta_h0 is not None:
@@ -287,7 +287,7 @@ def run_stepwise(
     linear = LinearPart(None, rows_of(None))
     if loss.form.measured and not loss.form.of_outputs:
         linear = LinearPart(preact.new_empty((slots, unit_tiles, rows), dtype=torch.float32), loss.rows.signal)
-    measure = _measurement(launch, loss, options, inner, units, rows, row_tiles, results)
+    measure = measurement(launch, loss, options, inner, units, rows, row_tiles, results)
     low, high = counter_words(counters)
     clean, stored, flags = clean_of(preact, hidden, options), stored_in(results.delta_a), constexprs(options)
     for step in range(time):
@@ -318,16 +318,23 @@ def run_stepwise(
         )
         if measure is not None:
             measure(states.after, step)
-        done = step % slots + 1
-        if linear.sums is not None and results.delta_loss is not None and (done == slots or step == time - 1):
-            sum_partials_kernel[(done * triton.cdiv(rows, UNIT_SUM_BLOCK),)](
-                results.delta_loss[step + 1 - done :], linear.sums, rows, unit_tiles, BLOCK=UNIT_SUM_BLOCK
-            )
+        if linear.sums is not None and results.delta_loss is not None:
+            add_partials(results.delta_loss, linear.sums, step)
         states = States(states.after, states.before)
     results.delta_h.view(rows, units).copy_(states.before[:rows, :units].float() * scale)
 
 
-def _measurement(
+def add_partials(delta_loss: Tensor, sums: Tensor, step: int) -> None:
+    """Add the partial sums of some steps, (slots, tiles, rows), into delta_loss, (T, B, P), where `step` fills them."""
+    slots, tiles, rows = sums.shape
+    done = step % slots + 1
+    if done == slots or step == len(delta_loss) - 1:
+        sum_partials_kernel[(done * triton.cdiv(rows, UNIT_SUM_BLOCK),)](
+            delta_loss[step + 1 - done :], sums, rows, tiles, BLOCK=UNIT_SUM_BLOCK
+        )
+
+
+def measurement(
     launch: RolloutLaunch,
     loss: LossArguments,
     options: RolloutOptions,
@@ -343,7 +350,7 @@ def _measurement(
     outputs, readout = loss.outputs(units), None
     if loss.readout is not None:
         padded = launch.block_outputs * triton.cdiv(outputs, launch.block_outputs)
-        readout = _padded(loss.readout, padded, inner, OPERAND_DTYPES[options.precision])
+        readout = padded_to(loss.readout, padded, inner, OPERAND_DTYPES[options.precision])
 
     def measure(state: Tensor, step: int) -> None:
         measure_kernel[(row_tiles,)](
@@ -370,7 +377,7 @@ def _measurement(
     return measure
 
 
-def _padded(matrix: Tensor, rows: int, inner: int, dtype: torch.dtype) -> Tensor:
+def padded_to(matrix: Tensor, rows: int, inner: int, dtype: torch.dtype) -> Tensor:
     """Return a matrix padded with zeros."""
     result = matrix.new_zeros((rows, inner), dtype=dtype)
     result[: matrix.shape[0], : matrix.shape[1]] = matrix

@@ -167,6 +167,8 @@ def rollout_launch(
     rollouts: int,
     precision: str,
     arch: int,
+    gates: int = 1,
+    wide: bool = False,
     form: str = "auto",
 ) -> RolloutLaunch:
     """Choose the form and tile sizes of a block of rollouts.
@@ -180,6 +182,8 @@ def rollout_launch(
         rollouts: P.
         precision: operand type, "bf16", "fp16", "tf32" or "fp32".
         arch: compute capability, 10 major + minor.
+        gates: of the cell; with more than one there is the stepwise form alone.
+        wide: whether a cell with gates takes the exact difference where deviations are large.
         form: "auto", or "resident" or "stepwise" to force one.
 
     Raises:
@@ -196,6 +200,8 @@ def rollout_launch(
     obstacle = _resident_obstacle(
         resident, units=units, outputs=outputs, has_readout=has_readout, returns_outputs=returns_outputs, arch=arch
     )
+    if gates > 1:
+        obstacle = f"cells of {gates} gates run stepwise"
     if form == "resident":
         if obstacle:
             raise ValueError(f"the resident form cannot run these rollouts: {obstacle}")
@@ -205,7 +211,7 @@ def rollout_launch(
     drawback = obstacle or _resident_drawback(units, precision, arch)
     if form == "auto" and not drawback:
         return resident
-    stepwise = _stepwise_launch(outputs, rollouts, precision, arch)
+    stepwise = _stepwise_launch(outputs, rollouts, precision, arch, gates, wide)
     return replace(stepwise, reason=drawback if form == "auto" else "asked for")
 
 
@@ -332,9 +338,12 @@ def _resident_drawback(units: int, precision: str, arch: int) -> str:
     return ""
 
 
-def _stepwise_launch(outputs: int, rollouts: int, precision: str, arch: int) -> RolloutLaunch:
+def _stepwise_launch(outputs: int, rollouts: int, precision: str, arch: int, gates: int, wide: bool) -> RolloutLaunch:
     """Return the stepwise form's tiles."""
-    if precision == "fp32":
+    if gates > 1:
+        # One accumulator for each gate.
+        block_rows, block_units, block_inner, warps, stages = _gated_tile(gates, wide, rollouts, precision, arch)
+    elif precision == "fp32":
         block_rows, block_units, block_inner, warps, stages = 64, 64, 32, 4, 2
     elif precision == "tf32":
         block_rows, block_units, block_inner, warps, stages = 128, 128, 32, 8, 3
@@ -351,7 +360,7 @@ def _stepwise_launch(outputs: int, rollouts: int, precision: str, arch: int) -> 
         one_sample = rollouts >= block_rows
     block_outputs = min(64, max(16, next_power_of_two(outputs))) if outputs else 0
     size = OPERAND_BYTES[precision]
-    pipeline = stages * (block_rows + block_units) * block_inner * size
+    pipeline = stages * (block_rows + gates * block_units) * block_inner * size
     return RolloutLaunch(
         form="stepwise",
         block_rows=block_rows,
@@ -364,6 +373,21 @@ def _stepwise_launch(outputs: int, rollouts: int, precision: str, arch: int) -> 
         samples=int(one_sample),
         reason="",
     )
+
+
+def _gated_tile(gates: int, wide: bool, rollouts: int, precision: str, arch: int) -> tuple[int, int, int, int, int]:
+    """Return rows, units, inner units, warps and stages of a gated cell's step, which has an accumulator for each gate.
+
+    More units would leave too few registers: in the product's loop, or behind it, where each clean value is a whole
+    tile because the rows are of several samples.
+    """
+    if precision == "fp32":
+        return 64, 32, 16, 4, 2
+    if precision == "tf32":
+        return 128, 32, 32, 8, 3
+    warpgroups, rows = arch // 10 in {9, 10}, 128
+    room = rollouts >= rows and (gates < 4 or (warpgroups and not wide))
+    return rows, 64 if room else 32, 64 if warpgroups else 32, 8, 3
 
 
 def activity_launch(rows: int, rollouts: int, units: int) -> ActivityLaunch:

@@ -56,7 +56,7 @@ def _flags(precision, cell, wide):
     }
 
 
-def _launch(units, loss, readout, precision, arch, form, rollouts=MANY):
+def _launch(units, loss, readout, precision, arch, form, rollouts=MANY, **cell):
     form_of_loss = form_of(loss)
     behind = form_of_loss.of_outputs and readout
     return rollout_launch(
@@ -68,6 +68,7 @@ def _launch(units, loss, readout, precision, arch, form, rollouts=MANY):
         rollouts=rollouts,
         precision=precision,
         arch=arch,
+        **cell,
         form=form,
     )
 

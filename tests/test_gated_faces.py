@@ -8,7 +8,9 @@ from torch import nn
 
 import anpgpu
 from anpgpu import Decorrelation, Perturbation
+from anpgpu.estimators import sweep
 from anpgpu.registry import CELLS
+from anpgpu.runtime.dispatch import choose_backend, implementation
 from anpgpu.runtime.settings import resolve
 
 
@@ -71,10 +73,14 @@ def test_auto_takes_a_backend_that_has_the_cell_and_others_are_refused(cell):
     forms = CELLS[cell].forms
     automatic = resolve(Perturbation(), CELLS[cell], torch.zeros(1)).backend
     assert automatic in forms.backends()
+    on_gpu = torch.device("cuda"), torch.float32
+    assert choose_backend("auto", *on_gpu, forms) == "triton"
+    assert choose_backend("auto", *on_gpu, forms._replace(triton=None)) == "torch"
+    assert choose_backend("auto", torch.device("cuda"), torch.float64, forms) == "torch"
     module = MODULES[cell][0](I, H)
-    for backend in {"numba", "triton", "cupy"} - {*forms.backends()}:
+    for backend in ("triton", "cupy"):
         module.perturbation = Perturbation(backend=backend)
-        with pytest.raises((ValueError, ImportError), match=r"only on torch|needs CUDA tensors"):
+        with pytest.raises((ValueError, ImportError), match=r"needs CUDA tensors"):
             module(torch.randn(T, B, I))
 
 
@@ -152,3 +158,36 @@ def test_a_feedback_matrix_is_refused_before_anything_runs(kind):
     with pytest.raises(ValueError, match=told):
         anpgpu.estimate_grad_(rnn, None, torch.randn(5, 2, 3), torch.zeros(5, 2, 4))
     assert anpgpu.estimator_state(rnn) == {}
+
+
+@pytest.mark.parametrize("method", ["anp", "anp-ls"])
+@pytest.mark.parametrize("cell", MODULES)
+def test_deviations_that_are_stored_as_bfloat16(cell, method, monkeypatch):
+    """As a GPU stores those of h and c with 16-bit operands; everything that reads them takes that type."""
+
+    def build_with(backend):
+        def chosen(op, name):
+            run = implementation(op, name)
+            if op != "rollout" or not narrow:
+                return run
+
+            def narrowed(*arguments, **named):
+                moved = run(*arguments, **named)
+                return moved._replace(delta_a=moved.delta_a.bfloat16())
+
+            return narrowed
+
+        monkeypatch.setattr(sweep, "implementation", chosen)
+        torch.manual_seed(3)
+        narrow = backend == "narrow"
+        module = MODULES[cell][0](I, H, perturbation=Perturbation(method, rollouts=4 * H, backend="torch"))
+        inputs, states = torch.randn(T, B, I), tuple(torch.randn(1, B, H) for _ in range(CELLS[cell].forms.states))
+        torch.manual_seed(5)
+        outputs, final = module(inputs, as_hx(states))
+        loss_of(outputs, as_states(final), last_only=True).backward()
+        return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+    found, expected = build_with("narrow"), build_with("plain")
+    for name, reference in expected.items():
+        assert not torch.equal(found[name], reference)
+        assert_close(found[name], reference, "bfloat16")

@@ -16,6 +16,7 @@ import triton
 
 from anpgpu.kernels import adjoint_triton, cell_triton, rollout_triton
 from anpgpu.kernels.cell import RELU, TANH
+from anpgpu.kernels.cell_gated import GRU, LSTM
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.kernels.tiles import SHARED_BYTES
@@ -115,6 +116,14 @@ def test_no_spills_in_the_time_loop(rows, units, variant):
     assert rows[f"sm_90:resident-{units}-bf16-{variant}"]["local_in_loop"] == 0
 
 
+@pytest.mark.parametrize("case", ["gru-512-bf16", "lstm-512-bf16", "lstm-512-bf16-few_rollouts", "lstm-512-bf16-wide"])
+def test_the_products_of_all_gates_stay_in_registers(rows, case):
+    """What does not fit lies on the stack behind the products, once in a step and not in their loop."""
+    row = rows[f"sm_90:{case}"]
+    assert "HGMMA" in row["matrix_in_loop"]
+    assert all(row["local_in_loop"] == 0 for name, row in rows.items() if ":gru" in name or ":lstm" in name)
+
+
 def test_a_shared_reciprocal_overwrites_none_of_its_operands(tmp_path, monkeypatch):
     """Its first result is there before its second operand has been read for the last time."""
     import triton.language as tl
@@ -212,3 +221,18 @@ def test_launchers_hand_kernels_arguments_that_compile(compiled, units, expected
         if loss is not None and loss.measured:
             adjoint_triton.rollout_adjoint(preact, preact, weight, loss, seed, weight_by="activity", **named)
     assert expected <= set(compiled)
+
+
+@pytest.mark.parametrize(("cell", "kind"), [(GRU, "squared"), (LSTM, "linear")], ids=["gru", "lstm"])
+def test_launchers_of_gated_cells_hand_kernels_arguments_that_compile(compiled, cell, kind):
+    """The LSTM's linear loss has a part for c."""
+    time, batch, rollouts, units = 2, 2, 64, 40
+    preact, weight = torch.randn(time, batch, 5 * units), torch.randn(cell.gates * units, units)
+    states, share = torch.randn(time, batch, cell.states * units), torch.rand(time, batch)
+    loss = LinearLoss(states) if kind == "linear" else SquaredLoss(None, states, share)
+    start = torch.zeros(batch, rollouts, cell.states * units)
+    options = RolloutOptions(rollouts, 1e-3, cell=cell, precision="bf16")
+    named = {"weight_by": "activity", "options": options, "delta_h0": start}
+    adjoint_triton.rollout_adjoint(preact, states, weight, loss, torch.tensor(1), **named)
+    behind = {"linear": "sum_partials_kernel", "squared": "measure_kernel"}[kind]
+    assert {"gated_step_kernel", behind} <= set(compiled)

@@ -54,6 +54,7 @@ def test_small_networks_are_resident_on_hopper(units):
         ({"returns_outputs": True, "units": 65, "outputs": 65}, "65 outputs"),
         ({"units": 256, "precision": "tf32"}, "shared memory"),
         ({"units": 256, "arch": 89}, "shared memory"),
+        ({"gates": 3}, "cells of 3 gates"),
     ],
 )
 def test_what_cannot_be_resident_goes_stepwise_and_says_why(changes, reason):
@@ -71,6 +72,17 @@ def test_a_form_can_be_asked_for():
         launch(form="neither")
 
 
+@pytest.mark.parametrize(
+    ("changes", "units"),
+    [({}, 64), ({"rollouts": 127}, 32), ({"wide": True}, 32), ({"arch": 80}, 32), ({"gates": 3, "wide": True}, 64)],
+)
+def test_a_gated_cell_has_units_for_whose_gates_there_are_registers(changes, units):
+    chosen = launch(units=512, **{"gates": 4, **changes})
+    assert (chosen.block_rows, chosen.block_units) == (128, units)
+    size = 2 * chosen.stages * chosen.block_inner
+    assert chosen.shared_bytes == size * (128 + changes.get("gates", 4) * units)
+
+
 @given(
     units=st.integers(1, 5000),
     outputs=st.integers(0, 5000),
@@ -80,9 +92,12 @@ def test_a_form_can_be_asked_for():
     rollouts=st.integers(1, 10**6),
     precision=st.sampled_from(sorted(tiles.OPERAND_BYTES)),
     arch=st.sampled_from(ARCHES),
+    gates=st.sampled_from([1, 3, 4]),
+    wide=st.booleans(),
 )
 def test_every_shape_has_a_launch_that_fits(**named):
     chosen = rollout_launch(**named)
+    assert chosen.form == "stepwise" or named["gates"] == 1
     assert chosen.shared_bytes <= shared_limit(named["arch"])
     assert chosen.reason
     for size in (chosen.block_rows, chosen.block_units):

@@ -1,0 +1,240 @@
+"""The Triton rollouts of gated cells in Triton's interpreter: float32 against the torch reference in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cell_gated import BIASES, STEPS, Clean
+from test_rollout_interpreter import LOSSES, OFFSET, SEED, SIZES, _poisoned_memory, narrow, oracle, problem, run
+from tolerances import TOLERANCES, assert_close as assert_close_to, relative_error
+
+from anpgpu.kernels import adjoint as adjoint_reference
+from anpgpu.kernels.loss import LinearLoss, loss_of_steps
+from anpgpu.kernels.noise import Counters
+from anpgpu.kernels.rollout import RolloutOptions
+from anpgpu.registry import CELLS
+
+adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
+rollout_gated_triton = pytest.importorskip("anpgpu.kernels.rollout_gated_triton", reason="needs Triton")
+rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton", reason="needs Triton")
+
+pytestmark = pytest.mark.interpreter
+poisoned_memory = _poisoned_memory
+
+
+def gated(cell, sizes, kind="linear", readout=True, sigma=1e-2, start=True, saturated=False):
+    """Return float64 arguments (preact, hidden, weight, loss, delta_h0) of a rollout; every third unit may saturate."""
+    time, batch, units, _, rollouts = sizes
+    forms, generator = CELLS[cell].forms, torch.Generator().manual_seed(sum(sizes))
+    _, _, _, loss, _ = problem(sizes, kind, readout)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    preact = draw(time, batch, forms.clean, units)
+    if saturated:
+        preact[:, :, : forms.gates, ::3] += 15 * draw(1, 1, forms.gates, len(range(0, units, 3))).sign()
+    hidden = draw(time, batch, units).tanh()
+    if forms.states > 1:
+        a_i, a_f, a_g, _, before = preact.unbind(2)
+        hidden = torch.cat((hidden, a_f.sigmoid() * before + a_i.sigmoid() * a_g.tanh()), -1)
+        if kind == "linear":
+            loss = LinearLoss(draw(time, batch, 2 * units))
+    weight = draw(forms.gates * units, units) / units**0.5
+    return preact.flatten(2), hidden, weight, loss, sigma * draw(batch, rollouts, hidden.shape[-1]) if start else None
+
+
+def options_of(cell, sizes, sigma=1e-2, **options):
+    return RolloutOptions(sizes[-1], sigma=sigma, cell=CELLS[cell].forms, **{"store_delta_a": True, **options})
+
+
+def assert_close(actual, expected, bound=TOLERANCES["float32"].bound):
+    """Compare h and c apart: each has its own size."""
+    for name, left, right in zip(actual._fields, actual, expected, strict=True):
+        assert (left is None) == (right is None), name
+        if left is None:
+            continue
+        assert left.dtype == torch.float32
+        halves = 2 if name in {"delta_a", "delta_h"} else 1
+        for part, (ours, reference) in enumerate(zip(left.chunk(halves, -1), right.chunk(halves, -1), strict=True)):
+            error = relative_error(ours, reference)
+            assert error <= bound, f"{name}, part {part}: {error:.3g}"
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("cell", STEPS)
+def test_equals_the_reference(cell, sizes, kind):
+    arguments, options = gated(cell, sizes, kind), options_of(cell, sizes)
+    assert_close(run("auto", arguments, options), oracle(arguments, options))
+
+
+@pytest.mark.parametrize("kind", ["squared", "cross_entropy", "outputs"])
+@pytest.mark.parametrize("cell", STEPS)
+def test_hidden_state_as_output(cell, kind):
+    sizes = SIZES[3]
+    arguments, options = gated(cell, sizes, kind, readout=False), options_of(cell, sizes, store_delta_a=False)
+    assert_close(run("stepwise", arguments, options), oracle(arguments, options))
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_a_linear_loss_of_h_alone(cell):
+    sizes = (4, 2, 17, 5, 3)
+    preact, hidden, weight, loss, start = gated(cell, sizes)
+    arguments = preact, hidden, weight, LinearLoss(loss.grad[..., :17]), start
+    options = options_of(cell, sizes)
+    assert_close(run("auto", arguments, options), oracle(arguments, options))
+
+
+@pytest.mark.parametrize("saturated", [False, True])
+@pytest.mark.parametrize(("sigma", "noise"), [(1e-6, "gaussian"), (0.3, "rademacher"), (3.0, "gaussian")])
+@pytest.mark.parametrize("cell", STEPS)
+def test_any_sigma(cell, sigma, noise, saturated):
+    sizes = (4, 2, 9, 4, 5)
+    arguments = gated(cell, sizes, sigma=sigma, saturated=saturated)
+    options = options_of(cell, sizes, sigma, noise=noise)
+    assert_close(run("auto", arguments, options), oracle(arguments, options), 1e-5)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("cell", STEPS)
+def test_deviations_are_the_difference_of_two_runs(cell, bias):
+    clean = Clean(cell, BIASES[bias])
+    for sigma in (1e-3, 0.3, 4.0):
+        moved = clean.rollout(sigma, torch.float32, run=rollout_triton.rollout)
+        assert relative_error(moved.delta_a, clean.perturbed(sigma)) < 1e-5
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("tf32", "linear"), ("fp16", "linear"), ("fp16", "squared")])
+@pytest.mark.parametrize("sigma", [1e-6, 1e-3])
+@pytest.mark.parametrize("cell", STEPS)
+def test_other_branches(cell, kind, sigma, precision):
+    """The scaled branch and the one without the exact difference, whose operands the interpreter does not round."""
+    sizes = (3, 2, 9, 4, 5)
+    arguments = gated(cell, sizes, kind, sigma=sigma, saturated=True)
+    options = options_of(cell, sizes, sigma, precision=precision, store_delta_a=False)
+    bound = TOLERANCES["bf16_adjoint"].bound if precision == "fp16" else TOLERANCES["float32_long"].bound
+    assert_close(run("auto", arguments, options), oracle(arguments, options), bound)
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_saturated_units_and_large_deviations_stay_finite(cell):
+    sizes = (3, 1, 6, 2, 3)
+    preact, hidden, weight, loss, start = gated(cell, sizes)
+    gates = preact.view(3, 1, 5, 6)[:, :, : CELLS[cell].forms.gates]
+    gates[..., :2], gates[..., 2:4] = 60.0, -60.0
+    for precision in ("fp32", "tf32"):
+        options = options_of(cell, sizes, 1e-3, precision=precision)
+        wild = (preact, hidden, weight, loss, torch.full_like(start, 1e4))
+        assert all(part.isfinite().all() for part in run("auto", wild, options) if part is not None)
+
+
+@pytest.mark.parametrize("kind", LOSSES[:4])
+@pytest.mark.parametrize("cell", STEPS)
+def test_strides(cell, kind):
+    """Transposed and offset tensors; torch rounds the cell's clean values by their place in memory."""
+    sizes = (3, 2, 17, 4, 3)
+    arguments, options = gated(cell, sizes, kind), options_of(cell, sizes)
+    expected = run("auto", arguments, options)
+
+    def scattered(value):
+        if isinstance(value, torch.Tensor):
+            memory = value.new_zeros((*(2 * size for size in reversed(value.shape)),))
+            view = memory.permute(*reversed(range(value.dim())))[tuple(slice(1, None, 2) for _ in value.shape)]
+            return view.copy_(value)
+        parts = {name: scattered(part) for name, part in value._asdict().items() if part is not None}
+        return value._replace(**parts)
+
+    preact, hidden, weight, loss, start = map(narrow, arguments)
+    actual = rollout_triton.rollout(
+        *(scattered(value) for value in (preact, hidden, weight, loss)), SEED,
+        options=options, counters=OFFSET, delta_h0=scattered(start),
+    )  # fmt: skip
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_time_can_be_cut(cell):
+    sizes = (4, 2, 9, 4, 5)
+    preact, hidden, weight, loss, start = map(narrow, gated(cell, sizes))
+    options = options_of(cell, sizes)
+    whole = rollout_triton.rollout(preact, hidden, weight, loss, SEED, options=options, delta_h0=start)
+    parts, state = [], start
+    for steps in (slice(0, 1), slice(1, 4)):
+        part = rollout_triton.rollout(
+            preact[steps], hidden[steps], weight, loss_of_steps(loss, steps), SEED,
+            options=options, counters=Counters(time=steps.start), delta_h0=state,
+        )  # fmt: skip
+        parts.append(part)
+        state = part.delta_h
+    joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("delta_loss", "delta_a")]
+    # Torch rounds the cell's clean values by their place in memory.
+    assert_close(whole._replace(delta_loss=joined[0], delta_a=joined[1], delta_h=state), whole)
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_tile_sizes_change_rounding_at_most(cell, monkeypatch):
+    """Also tiles of one sample, and more steps than slots of partial sums."""
+    sizes = (3, 2, 20, 3, 40)
+    arguments, options = gated(cell, sizes), options_of(cell, sizes)
+    expected = run("auto", arguments, options)
+    choose = rollout_triton.rollout_launch
+    monkeypatch.setattr(rollout_gated_triton, "PARTIAL_STEPS", 2)
+    for samples in (0, 1):
+
+        def other_tiles(samples=samples, **named):
+            return replace(choose(**named), block_rows=16, block_units=16, block_inner=32, samples=samples)
+
+        monkeypatch.setattr(rollout_triton, "rollout_launch", other_tiles)
+        assert_close(run("auto", arguments, options), expected)
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_a_rollout_that_is_not_finite_stays_alone(cell):
+    sizes = (3, 2, 9, 4, 5)
+    preact, hidden, weight, loss, start = gated(cell, sizes)
+    for unit in (0, start.shape[-1] - 1):
+        lost = start.clone()
+        lost[1, 2, unit] = float("nan")
+        delta_loss = run("auto", (preact, hidden, weight, loss, lost), options_of(cell, sizes)).delta_loss
+        bad = torch.zeros_like(delta_loss, dtype=torch.bool)
+        bad[:, 1, 2] = True
+        assert torch.equal(delta_loss.isnan(), bad)
+
+
+@pytest.mark.parametrize("weight_by", ["noise", "activity"])
+@pytest.mark.parametrize("cell", STEPS)
+def test_rollouts_that_sum_their_own_adjoint(cell, weight_by, monkeypatch):
+    sizes = (3, 2, 17, 4, 5)
+    arguments, options = gated(cell, sizes, "squared"), options_of(cell, sizes)
+    preact, hidden, weight, loss, start = arguments
+    named = {"weight_by": weight_by, "counters": OFFSET}
+    expected = adjoint_reference.rollout_adjoint(
+        preact, hidden, weight, loss, SEED, options=options._replace(precision="fp64"), delta_h0=start, **named
+    )
+    *tensors, start = map(narrow, arguments)
+    for steps in (None, 1):
+        if steps is not None:
+            monkeypatch.setattr(adjoint_triton, "stored_steps", lambda *_: 1)
+        found = adjoint_triton.rollout_adjoint(*tensors, SEED, options=options, delta_h0=start, **named)
+        for ours, reference in zip(found, expected, strict=True):
+            assert_close_to(ours, reference, "float32_long")
+
+
+@pytest.mark.parametrize("cell", STEPS)
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 1, 4), (2, 0, 3, 1, 4), (2, 2, 3, 1, 0)], ids=str)
+def test_empty(cell, sizes):
+    arguments, options = gated(cell, sizes, start=False), options_of(cell, sizes)
+    actual, expected = run("auto", arguments, options), oracle(arguments, options)
+    assert [part.shape for part in actual if part is not None] == [p.shape for p in expected if p is not None]
+    assert (actual.delta_h == 0).all()
+
+
+def test_what_triton_does_not_serve():
+    sizes = (2, 1, 3, 2, 4)
+    options = options_of("gru", sizes)
+    with pytest.raises(ValueError, match="resident form cannot run these rollouts: cells of 3 gates run stepwise"):
+        run("resident", gated("gru", sizes), options)
+    peephole = options.cell._replace(name="peephole", triton="peephole_deviation")
+    with pytest.raises(ValueError, match=r"no gated cell 'peephole_deviation', only \['gru_deviation', 'lstm_dev"):
+        run("auto", gated("gru", sizes), options._replace(cell=peephole))
