@@ -43,24 +43,26 @@ def run(backend, shape, device):
     noise, rollout, returns, adjoint, rollout_adjoint = (implementation(op, backend) for op in OPS)
     seed = torch.tensor(1234, device=device)
     counters = Counters(rollout=3, time=5)
-    preact = torch.randn(time, batch, hidden, device=device)
-    weight_hh = torch.randn(hidden, hidden, device=device) / hidden**0.5
-    start = 1e-3 * torch.randn(batch, rollouts, hidden, device=device)
     for kind in ("rademacher", "gaussian"):
         noise(seed, (time, batch, rollouts, hidden), kind=kind, counters=counters)
-        for nonlinearity in ("tanh", "relu"):
-            state = preact.tanh() if nonlinearity == "tanh" else preact.relu()
+        for cell in ("tanh", "relu", "gru", "lstm"):
+            forms = CELLS[cell].forms
+            preact = torch.randn(time, batch, forms.clean * hidden, device=device)
+            state = preact.relu() if cell == "relu" else preact[..., : forms.states * hidden].tanh()
+            weight_hh = torch.randn(forms.gates * hidden, hidden, device=device) / hidden**0.5
+            start = 1e-3 * torch.randn(batch, rollouts, forms.states * hidden, device=device)
             for precision in ("bf16", "fp32"):
-                options = RolloutOptions(rollouts, 1e-3, kind, CELLS[nonlinearity].forms, precision, store_delta_a=True)
+                options = RolloutOptions(rollouts, 1e-3, kind, forms, precision, store_delta_a=True)
                 for loss in losses(time, batch, hidden, outputs, device):
                     named = {"options": options, "counters": counters, "delta_h0": start}
                     part = rollout(preact, state, weight_hh, loss, seed, **named)
                     if part.delta_loss is None:
                         continue
                     credit = returns(part.delta_loss, 0.9, carry=part.delta_loss[0])
+                    activity = part.delta_a[..., :hidden]
                     for weight_by in ("noise", "activity"):
                         rest = {"weight_by": weight_by, "options": options, "counters": counters}
-                        adjoint(credit, part.delta_a if weight_by == "activity" else None, seed, units=hidden, **rest)
+                        adjoint(credit, activity if weight_by == "activity" else None, seed, units=hidden, **rest)
                         rollout_adjoint(preact, state, weight_hh, loss, seed, **rest, delta_h0=start)
 
 

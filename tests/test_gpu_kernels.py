@@ -63,14 +63,15 @@ def to(value, device=None, dtype=None):
 
 
 def setting(time, batch, rollouts, hidden, outputs=10, nonlinearity="tanh", loss="linear", **options):
-    """Return the positional arguments of a rollout, float64, and its options."""
-    preact = randn(time, batch, hidden, dtype=torch.float64)
-    state = preact.tanh() if nonlinearity == "tanh" else preact.relu()
-    weight_hh = randn(hidden, hidden, dtype=torch.float64) / hidden**0.5
+    """Return the positional arguments of a rollout, float64, and its options; `nonlinearity` names the cell."""
+    forms = CELLS[nonlinearity].forms
+    preact = randn(time, batch, forms.clean * hidden, dtype=torch.float64)
+    state = preact.relu() if nonlinearity == "relu" else preact[..., : forms.states * hidden].tanh()
+    weight_hh = randn(forms.gates * hidden, hidden, dtype=torch.float64) / hidden**0.5
     readout, weight = randn(outputs, hidden, dtype=torch.float64), torch.rand(time, batch, device=DEVICE).double()
     weight[0, 0] = 0
     chosen = {
-        "linear": lambda: LinearLoss(randn(time, batch, hidden, dtype=torch.float64)),
+        "linear": lambda: LinearLoss(randn(*state.shape, dtype=torch.float64)),
         "squared": lambda: SquaredLoss(readout, randn(time, batch, outputs, dtype=torch.float64), weight),
         "cross_entropy": lambda: CrossEntropyLoss(
             readout,
@@ -81,12 +82,13 @@ def setting(time, batch, rollouts, hidden, outputs=10, nonlinearity="tanh", loss
         "outputs": lambda: OutputsOnly(readout),
         "none": lambda: None,
     }[loss]()
-    options = {"sigma": 1e-3, "cell": CELLS[nonlinearity].forms, "precision": "fp32", "store_delta_a": True, **options}
+    options = {"sigma": 1e-3, "cell": forms, "precision": "fp32", "store_delta_a": True, **options}
     return (preact, state, weight_hh, chosen, make_seed()), RolloutOptions(rollouts, **options)
 
 
 SHAPES = ((1, 1, 1, 1), (4, 3, 5, 17), (4, 2, 33, 128), (3, 2, 64, 256), (3, 2, 70, 500), (2, 1, 130, 1030))
 LOSSES = ("linear", "squared", "cross_entropy", "outputs", "none")
+NONLINEARITIES = ("tanh", "relu", "gru", "lstm")
 
 
 # Noise
@@ -115,14 +117,14 @@ def test_noise(shape, counters):
 # Rollouts
 
 
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_oracle_is_the_reference(shape, loss, nonlinearity):
     for sigma, kind in ((1e-4, "rademacher"), (1.5, "gaussian")):
         arguments, options = setting(*shape, nonlinearity=nonlinearity, loss=loss, sigma=sigma, noise=kind)
         options = options._replace(precision="fp64")
-        start = sigma * randn(shape[1], shape[2], shape[3], dtype=torch.float64)
+        start = sigma * randn(shape[1], shape[2], arguments[1].shape[-1], dtype=torch.float64)
         named = {"options": options, "counters": COUNTERS[1]}
         oracle = implementation("rollout", "cupy")(*arguments, **named, delta_h0=start)
         reference = implementation("rollout", "torch")(*to(arguments, "cpu"), **named, delta_h0=start.cpu())
@@ -133,7 +135,7 @@ def test_oracle_is_the_reference(shape, loss, nonlinearity):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rollout(shape, loss, nonlinearity, precision):
@@ -141,7 +143,7 @@ def test_rollout(shape, loss, nonlinearity, precision):
         arguments, options = setting(
             *shape, nonlinearity=nonlinearity, loss=loss, sigma=sigma, noise=kind, precision=precision
         )
-        start = sigma * randn(shape[1], shape[2], shape[3], dtype=torch.float64)
+        start = sigma * randn(shape[1], shape[2], arguments[1].shape[-1], dtype=torch.float64)
         named = {"options": options, "counters": COUNTERS[1]}
         narrow = to(arguments, dtype=torch.float32)
         fast = implementation("rollout", "triton")(*narrow, **named, delta_h0=start.float())
@@ -233,9 +235,10 @@ def test_addresses_beyond_32_bits():
 @pytest.mark.parametrize("weight_by", ["noise", "activity"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("loss", LOSSES[:3])
-def test_rollout_adjoint(loss, precision, weight_by):
+@pytest.mark.parametrize("nonlinearity", ["tanh", "gru", "lstm"])
+def test_rollout_adjoint(nonlinearity, loss, precision, weight_by):
     for shape in SHAPES:
-        arguments, options = setting(*shape, loss=loss, precision=precision)
+        arguments, options = setting(*shape, nonlinearity=nonlinearity, loss=loss, precision=precision)
         named = {"weight_by": weight_by, "options": options, "counters": COUNTERS[1]}
         narrow = to(arguments, dtype=torch.float32)
         fast = implementation("rollout_adjoint", "triton")(*narrow, **named)
@@ -252,6 +255,9 @@ def ops(precision="bf16"):
     arguments, options = setting(4, 3, 70, 130, loss="cross_entropy", precision=precision)
     *rest, _ = to(arguments, dtype=torch.float32)
     named = {"options": options, "counters": COUNTERS[1]}
+    (*gru, _), gru_options = setting(4, 3, 70, 130, nonlinearity="gru", precision=precision)
+    (*lstm, _), lstm_options = setting(4, 3, 70, 130, nonlinearity="lstm", precision=precision)
+    gru, lstm = (to(tuple(arguments), dtype=torch.float32) for arguments in (gru, lstm))
     shape, few = (4, 3, 70, 130), (1, 1, 2000, 130)
     credit, few_credit, delta_a = randn(*shape[:3]), randn(*few[:3]), randn(*few)
     few_named = {"units": 130, "options": options._replace(rollouts=2000)}
@@ -259,6 +265,8 @@ def ops(precision="bf16"):
         "rademacher": lambda seed: implementation("noise", "triton")(seed, shape),
         "gaussian": lambda seed: implementation("noise", "triton")(seed, shape, kind="gaussian"),
         "rollout": lambda seed: implementation("rollout", "triton")(*rest, seed, **named),
+        "rollout of a GRU": lambda seed: implementation("rollout", "triton")(*gru, seed, options=gru_options),
+        "rollout of an LSTM": lambda seed: implementation("rollout", "triton")(*lstm, seed, options=lstm_options),
         "returns": lambda _: implementation("returns", "triton")(credit, 0.9),
         "np": lambda seed: implementation("adjoint", "triton")(
             credit, None, seed, weight_by="noise", units=130, **named
@@ -275,7 +283,8 @@ def ops(precision="bf16"):
     }
 
 
-OPS = ("rademacher", "gaussian", "rollout", "returns", "np", "np, split", "anp, split", "rollout_adjoint")
+GATED = ("rollout of a GRU", "rollout of an LSTM")
+OPS = ("rademacher", "gaussian", "rollout", *GATED, "returns", "np", "np, split", "anp, split", "rollout_adjoint")
 
 
 def tensors(result):
@@ -382,16 +391,17 @@ def in_guard_bands(value):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cupy"])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "gru", "lstm"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_guard_bands(shape, backend, monkeypatch):
+def test_guard_bands(shape, nonlinearity, backend, monkeypatch):
     hidden = shape[3]
     for loss, precision in (("linear", "bf16"), ("squared", "fp32"), ("cross_entropy", "bf16"), ("outputs", "fp32")):
-        arguments, options = setting(*shape, loss=loss, precision=precision)
+        arguments, options = setting(*shape, nonlinearity=nonlinearity, loss=loss, precision=precision)
         arguments = in_guard_bands(to(arguments, dtype=torch.float32))
         named = {"options": options, "counters": COUNTERS[1]}
         with guard_bands(monkeypatch) as made:
             results = list(tensors(implementation("rollout", backend)(*arguments, **named)))
-            delta_loss, delta_a = results[0], results[1]
+            delta_loss, delta_a = results[0], results[1][..., :hidden]
             if loss != "outputs":
                 credit = implementation("returns", backend)(delta_loss, 0.9)
                 for weight_by, activity in (("noise", None), ("activity", delta_a)):
