@@ -41,7 +41,7 @@ class Perturbation:
         precision: operand type of the rollouts' matrix products: "bf16", "fp16", "tf32", "fp32", or "auto" (float64 for
             float64 parameters, the autocast dtype under autocast, bf16 on CUDA, float32 on the CPU).
         backend: "triton", "cupy", "numba", "torch", or "auto": triton for CUDA tensors; numba for float32 on the
-            CPU, where it is installed; torch otherwise, as for GRU and LSTM on CUDA, of which triton has no form yet.
+            CPU, where it is installed; torch otherwise.
         max_memory: bytes the rollouts may use; None is an eighth of the device's total memory. Processes that share
             rollouts all use the smallest limit among them.
         shard_rollouts: split the rollouts between the processes of torch.distributed's default group, which all hold

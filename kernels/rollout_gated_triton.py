@@ -33,8 +33,8 @@ class GatedStates(NamedTuple):
     """delta_h / scale, operand type."""
     after: Any
     carried: Any
-    """delta_c, or of a cell without c delta_h, float32: of the step before, then of this one. Each element is read and
-    written by the same lane alone."""
+    """delta_c, or of a cell without c delta_h, float32: of the step before, then of this one. One program reads and
+    writes an element, and what it writes there depends on what it has read."""
 
 
 class GatedLinear(NamedTuple):

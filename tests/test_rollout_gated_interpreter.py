@@ -9,12 +9,17 @@ from test_rollout_interpreter import LOSSES, OFFSET, SEED, SIZES, _poisoned_memo
 from tolerances import TOLERANCES, assert_close as assert_close_to, relative_error
 
 from anpgpu.kernels import adjoint as adjoint_reference
+from anpgpu.kernels.cell_gated import exact_difference
 from anpgpu.kernels.loss import LinearLoss, loss_of_steps
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.registry import CELLS
 
+triton = pytest.importorskip("triton", reason="needs Triton")
+tl = pytest.importorskip("triton.language", reason="needs Triton")
 adjoint_triton = pytest.importorskip("anpgpu.kernels.adjoint_triton", reason="needs Triton")
+cell_gated_triton = pytest.importorskip("anpgpu.kernels.cell_gated_triton", reason="needs Triton")
+place_triton = pytest.importorskip("anpgpu.kernels.place_triton", reason="needs Triton")
 rollout_gated_triton = pytest.importorskip("anpgpu.kernels.rollout_gated_triton", reason="needs Triton")
 rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton", reason="needs Triton")
 
@@ -238,3 +243,34 @@ def test_what_triton_does_not_serve():
     peephole = options.cell._replace(name="peephole", triton="peephole_deviation")
     with pytest.raises(ValueError, match=r"no gated cell 'peephole_deviation', only \['gru_deviation', 'lstm_dev"):
         run("auto", gated("gru", sizes), options._replace(cell=peephole))
+
+
+@triton.jit
+def _differences_kernel(result_ptr, change_ptr, rows, COUNT: tl.constexpr, GATE: tl.constexpr):
+    lane = tl.arange(0, COUNT)[None, :]
+    clean = cell_gated_triton.CleanStep(rows, 0, 0, lane, lane < COUNT, COUNT)
+    squashed, slope = cell_gated_triton._value(clean, 0), cell_gated_triton._value(clean, 1)
+    change = tl.load(change_ptr + lane)
+    if GATE:
+        result = cell_gated_triton._gate_difference(change, squashed, slope, clean, 2, False, True)
+    else:
+        result = cell_gated_triton._tanh_difference(change, squashed, slope, clean, 2, False, True)
+    tl.store(result_ptr + lane, result)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_every_difference_keeps_its_precision(gate):
+    """Of saturated units, too, whose part in a state's norm is nothing."""
+    clean = torch.tensor([-30.0, -12.0, -3.0, -0.1, 0.0, 0.7, 4.0, 12.0, 30.0])
+    change = torch.tensor([s * x for s in (1, -1) for x in (1e-9, 1e-3, 0.3, 0.8, 2.0, 9.0, 25.0)])
+    a, d = (values.flatten() for values in torch.meshgrid(clean, change, indexing="ij"))
+    a, d = (torch.nn.functional.pad(values, (0, 128 - len(a))) for values in (a, d))
+    of = cell_gated_triton._of_gate if gate else cell_gated_triton._of_tanh
+    rows = torch.cat((*of(a), a)).view(1, 1, -1)
+    result = torch.empty_like(d)
+    _differences_kernel[(1,)](result, d, place_triton.rows_of(rows), COUNT=128, GATE=gate)
+    # sigma(a) = (1 + tanh(a / 2)) / 2
+    factor = 0.5 if gate else 1.0
+    exact = factor * exact_difference(factor * a.double(), factor * d.double())
+    error = (result.double() - exact).abs()
+    assert (error <= 1e-5 * exact.abs() + 1e-37).all(), (error / exact.abs()).nan_to_num().max()
