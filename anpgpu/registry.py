@@ -81,7 +81,7 @@ class Estimator:
     exact: bool = False
     """Whether it is autograd's exact gradient, without rollouts."""
     keeps_state: bool = False
-    """Whether it keeps something between updates; its rule then gets a learner, the slopes and dL/dh."""
+    """Whether it keeps something between updates; its rule then gets a learner and what is known without rollouts."""
     discounted: bool = True
     """Whether the discount matters."""
     parts: int = 2
@@ -97,15 +97,15 @@ class Estimator:
             raise ValueError(f"method={perturbation.method!r} has one rollout, which shard_rollouts=True cannot share")
 
     @classmethod
-    def extra_floats(cls, rollouts: int, hidden: int) -> int:
-        """Return the floats per step and sample it needs besides the rollouts' own; `hidden` is H."""
-        del rollouts, hidden
+    def extra_floats(cls, rollouts: int, hidden: int, gates: int = 1) -> int:
+        """Return the floats per step and sample it needs besides the rollouts' own; `hidden` is H, `gates` G."""
+        del rollouts, hidden, gates
         return 0
 
     @classmethod
-    def state_floats(cls, rollouts: int, hidden: int) -> int:
+    def state_floats(cls, rollouts: int, hidden: int, gates: int = 1) -> int:
         """Return the floats that what a layer learns takes in an update, however that is divided; `hidden` is H."""
-        del rollouts, hidden
+        del rollouts, hidden, gates
         return 0
 
     @classmethod

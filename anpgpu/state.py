@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .checks import module_of
 from .estimators.kept import LayerState, kept_by, kept_of, recurrent_weights
+from .kernels.feedback_matrix import gram_shape
 from .runtime.settings import working_dtype
 
 State = dict[str, dict[str, Any]]
@@ -90,8 +91,7 @@ def _checked(name: str, module: nn.RNNBase, tensors: object) -> tuple[list[Layer
     layers = []
     expected = {"updates"}
     for label, weight in zip(_labels(module), recurrent_weights(module), strict=True):
-        rows, units = weight.shape
-        shapes = {"feedback": (rows, units), "gram": (rows, rows), "weight": (rows, units)}
+        shapes = {"feedback": tuple(weight.shape), "gram": gram_shape(weight), "weight": tuple(weight.shape)}
         dtype, values = working_dtype(weight.dtype), []
         for field, shape in shapes.items():
             key = f"{label}.{field}"

@@ -63,7 +63,8 @@ class CellForms(NamedTuple):
     cupy: str | None
     """Name of the kernel in `cell_cupy`."""
     slope: Callable[[Tensor, Tensor], Tensor] | None = None
-    """From clean pre-activations and states, (T, B, H), to phi'(a); None where a step is not h = phi(a)."""
+    """From clean pre-activations and states, (T, B, H), to phi'(a), or to 1 where noise enters the state; None where
+    learned feedback has no form of the cell."""
     noise_in_state: bool = False
     """Whether noise is added to h_t, behind the cell, and not to the pre-activations; the rollouts' delta_a is then the
     deviation of the state, own noise included."""

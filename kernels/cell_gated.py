@@ -12,6 +12,8 @@ gates are in PyTorch's order. sigma(a) = (1 + tanh(a / 2)) / 2, so that one quot
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,36 @@ def _rows(*values: Tensor) -> list[tuple[Tensor, ...]]:
 def no_rows(preact: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return the clean values and the states as they are."""
     return preact, hidden
+
+
+class Recurrence(NamedTuple):
+    """What a gated cell makes of lam = dL/dh_t within a step: the adjoint R_t of its product W_hh h_{t-1}.
+
+    In a GRU R = (k_r, k_z, k_n) lam, and discount z lam reaches h_{t-1} past the product. In an LSTM
+    R = (k_i kappa, k_f kappa, k_g kappa, k_o lam), kappa = dL/dc_t of `least_squares.Path`.
+    """
+
+    coefficients: Tensor
+    """k of each gate, (T, B, G, H)."""
+    direct: Tensor | None = None
+    """discount z, (T, B, H); None where nothing of h_t reaches h_{t-1} past the product."""
+
+    def adjoint(self, step: int, of_h: Tensor, of_c: Tensor | None = None) -> Tensor:
+        """Return R of a step, (..., B, G H), from dL/dh, (..., B, H), and, in an LSTM, dL/dc."""
+        rows = self.coefficients[step]
+        if of_c is None:
+            return (rows * of_h.unsqueeze(-2)).flatten(-2)
+        of_gates = of_c.unsqueeze(-2).expand(*of_c.shape[:-1], rows.shape[-2] - 1, -1)
+        return (rows * torch.cat((of_gates, of_h.unsqueeze(-2)), -2)).flatten(-2)
+
+    def steps(self, steps: slice) -> Recurrence:
+        """Return the recurrence of some steps."""
+        return Recurrence(self.coefficients[steps], None if self.direct is None else self.direct[steps])
+
+
+def unit_slope(preact: Tensor, hidden: Tensor) -> Tensor:
+    """Return 1, (T, B, H): noise enters the state itself."""
+    return hidden.new_ones(()).expand(*hidden.shape[:2], preact.shape[-1] // GRU_CLEAN)
 
 
 class GruDeviation:
@@ -144,6 +176,7 @@ GRU = CellForms(
     numba=2,
     triton="gru_deviation",
     cupy="gru_deviation",
+    slope=unit_slope,
     noise_in_state=True,
     gates=3,
     clean=GRU_CLEAN,
@@ -156,6 +189,7 @@ LSTM = CellForms(
     numba=3,
     triton="lstm_deviation",
     cupy="lstm_deviation",
+    slope=unit_slope,
     noise_in_state=True,
     gates=4,
     states=2,

@@ -13,9 +13,17 @@ rollouts can be blind to a step's adjoint, which must not make its weight huge),
 
     relation = sum w lam_{t+1}^T res_t        gram = sum w lam_{t+1}^T lam_{t+1}
 
-over all steps, samples and processes give the direction in which B moves, once an update (`step`). The sums do not
-depend on how time and samples are divided. Source: derived here; the gradient that node perturbation gives a feedback
-weight is that of Lansdell, Prakash, Kording 2020 (arXiv:1906.00889).
+over all steps, samples and processes give the direction in which B moves, once an update (`feedback_matrix.py`). The
+sums do not depend on how time and samples are divided.
+
+In a gated cell noise enters the state: D_t = delta_h_t and phi' is 1. B is (G H, H); in its product, in w, s and the
+sums R_{t+1}, the adjoint of the recurrent product, takes the place of lam_{t+1}. Then
+
+    GRU    m_t = g_t + discount z_{t+1} lam_{t+1} + R_{t+1} B
+    LSTM   m_t = g_t + R_{t+1} B, and c_t - delta_c_t . mu_t stands for c_t but in the return that is handed on
+
+with mu_t the part of dL/dc_t that does not go through h_t. Source: derived here; the gradient that node perturbation
+gives a feedback weight is that of Lansdell, Prakash, Kording 2020 (arXiv:1906.00889).
 """
 
 from __future__ import annotations
@@ -27,34 +35,23 @@ import torch
 from torch import Tensor
 
 from .adjoint import SAFE_TO_SQUARE
-from .least_squares import block_length, counted_activity, dual, factored, in_units, largest_of, power_of_two, solve
+from .cell_gated import Recurrence
+from .feedback_matrix import Steps, Sums, collect
+from .least_squares import (
+    Path,
+    back,
+    block_length,
+    counted_activity,
+    factored,
+    in_units,
+    largest_of,
+    power_of_two,
+)
 from .noise import Counters, noise
 from .rollout import RolloutOptions
 
-PAIRS = (32, 128)
-"""Least and greatest number of pairs of a step and its successor on which the length of a step of B is measured. With
-32 pairs 4 rollouts lose their way in the adding problem, with 64 they are late, with 128 they learn as with all."""
-
-PAIR_FLOATS = 1 << 22
-"""Between the two, the activity of the pairs has so many floats."""
-
 WEIGHT_FLOOR = 1e-4
 """Of w, relative to the largest adjoint, or known part of one, of later steps."""
-
-SHRINKAGE = 0.3
-"""Added to the diagonal of the Gram matrix of adjoints, relative to its mean."""
-
-SLOPE_FLOOR = 0.05
-"""Added to the mean squared slope of a unit."""
-
-DAMPING = 0.7
-"""Of a step of B, relative to the step that explains the returns best."""
-
-MEMORY = 0.9
-"""Share of its past that the mean Gram matrix keeps in an update."""
-
-POISONED_BELOW = 0.5
-"""Ratio of the measured to the predicted returns below which B is shrunk instead of moved."""
 
 
 class Carry(NamedTuple):
@@ -63,54 +60,76 @@ class Carry(NamedTuple):
     returns: Tensor
     """Deflated return of the block's first step, (B, P)."""
     adjoint: Tensor
-    """Adjoint of that step, (B, H)."""
+    """R of that step, (B, G H): the adjoint itself where there are no gates."""
+    handed: Tensor
+    """What that step hands on past the product, (B, H): discount z lam in a GRU, mu in an LSTM."""
     largest: Tensor
-    """Largest norm of an adjoint, or of its known part, from that step on, (B,)."""
+    """Largest norm of R, or of that of the known part of an adjoint, from that step on, (B,)."""
 
     @classmethod
-    def zero(cls, like: Tensor, batch: int, rollouts: int, units: int) -> Carry:
-        """Return what comes after the last step."""
-        return cls(like.new_zeros((batch, rollouts)), like.new_zeros((batch, units)), like.new_zeros(batch))
+    def zero(cls, weight_hh: Tensor, batch: int, rollouts: int) -> Carry:
+        """Return what comes after the last step, for weights (G H, H)."""
+        rows, units = weight_hh.shape
+        sizes = ((batch, rollouts), (batch, rows), (batch, units), (batch,))
+        return cls(*(weight_hh.new_zeros(size) for size in sizes))
 
 
-class Pairs(NamedTuple):
-    """Some steps, and what is needed there to predict the effect of a step of B; S pairs."""
+class Known(NamedTuple):
+    """What is known of some steps without rollouts."""
 
-    step: Tensor
-    """(S,) int64, of the whole sequence; -1 for none."""
-    sample: Tensor
-    """(S,) int64, of the whole batch."""
-    activity: Tensor
-    """(S, P, H)."""
-    factor: Tensor
-    """Of its Gram matrix with the ridge, (S, n, n), n = min(P, H)."""
     slope: Tensor
-    """(S, H)."""
-    later: Tensor
-    """Adjoint of the step after it, (S, H)."""
-    weight: Tensor
-    """w, (S,); 0 for steps that were not reached."""
+    """phi'(a), (T, B, H)."""
+    gradient: Tensor
+    """g, dL/dh of each step's own loss, (T, B, H)."""
+    recurrence: Recurrence | None = None
+    """Of a gated cell."""
+    path: Path | None = None
+    """Of an LSTM's c, with the rollouts' delta_c."""
 
+    def part(self, steps: slice, rows: Tensor, scale: float, finite: Tensor | None) -> Known:
+        """Return what is known of some steps, with gradients times `rows`, (B, 1).
 
-class Sums(NamedTuple):
-    """What an update collects for B, summed over steps and samples."""
+        delta_c is multiplied by `scale`, and zero for rollouts that do not count: `finite`, (B, P) bool; None is all.
+        """
+        path = self.path
+        if path is not None:
+            path = path.steps(steps)
+            deviation = None if path.deviation is None else path.deviation * scale
+            if deviation is not None and finite is not None:
+                deviation = torch.where(finite.unsqueeze(-1), deviation, 0)
+            path = path._replace(grad=None if path.grad is None else path.grad * rows, deviation=deviation)
+        recurrence = None if self.recurrence is None else self.recurrence.steps(steps)
+        return Known(self.slope[steps], self.gradient[steps] * rows, recurrence, path)
 
-    relation: Tensor
-    """(H, H)."""
-    gram: Tensor
-    """(H, H)."""
-    slopes: Tensor
-    """Sum of squared slopes, (H,)."""
-    totals: Tensor
-    """(4,), see `MEASURED` to `GAIN`."""
-    pairs: Pairs
-    available: Tensor
-    """Number of pairs of a step and its successor in the batch, 0-dim."""
+    def own(self, step: int, handed: Tensor) -> Tensor:
+        """Return the part of the prior mean of a step that needs no B, (B, H), from what the step after hands on."""
+        own = self.slope[step] * self.gradient[step]
+        return own if self.recurrence is None or self.recurrence.direct is None else own + handed
 
+    def around(self, step: int, handed: Tensor) -> Tensor | None:
+        """Return mu . delta_c of a step, (B, P), which is not h's doing."""
+        return None if self.path is None else self.path.share(step, handed)
 
-MEASURED, PREDICTED, NUMBER, GAIN = range(4)
-"""Places in `Sums.totals`. With j = D (phi' lam B), what B predicts of a return, and y what was measured of it:
-sum w y^T G^-1 j, sum w j^T G^-1 j, the number of pairs of a step and its successor, and sum kap."""
+    def hand_on_(self, step: int, adjoint: Tensor, own: Tensor, handed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return R, (B, G H), and the larger of its norm and of that of the own part alone, (B,); overwrite `handed`.
+
+        Args:
+            step: number of the step.
+            adjoint: lam, (B, H).
+            own: its part that needs no B, (B, H).
+            handed: by the step after, (B, H).
+        """
+        recurrent, alone = adjoint, own
+        if self.recurrence is not None and self.path is not None:
+            arriving = handed if self.path.grad is None else handed + self.path.grad[step]
+            of_own = torch.addcmul(arriving, self.path.gain[step], own)
+            alone = self.recurrence.adjoint(step, own, of_own)
+            recurrent = self.recurrence.adjoint(step, adjoint, self.path.hand_back_(step, adjoint, handed))
+        elif self.recurrence is not None:
+            recurrent, alone = (self.recurrence.adjoint(step, value) for value in (adjoint, own))
+            if self.recurrence.direct is not None:
+                torch.mul(self.recurrence.direct[step], adjoint, out=handed)
+        return recurrent, torch.linalg.vector_norm(torch.stack((recurrent, alone)), dim=-1).amax(0)
 
 
 class Block(NamedTuple):
@@ -122,17 +141,16 @@ class Block(NamedTuple):
     """D, (L, B, P, H)."""
     factor: Tensor
     """(L, B, n, n)."""
-    slope: Tensor
-    """phi'(a), (L, B, H)."""
-    gradient: Tensor
-    """g, dL/dh of the same step, (L, B, H)."""
+    known: Known
 
 
 class Written(NamedTuple):
     """What the recursion writes."""
 
     adjoint: Tensor
-    """(L + 1, B, H); the last is given: that of the step after the block."""
+    """(L, B, H)."""
+    recurrent: Tensor
+    """R, (L + 1, B, G H); the last is given: that of the step after the block. Without gates it holds `adjoint`."""
     residual: Tensor
     """w res, (L, B, H)."""
     weight: Tensor
@@ -158,58 +176,10 @@ class How(NamedTuple):
     """Of the block's first step."""
 
 
-def pairs_of(rollouts: int, units: int) -> int:
-    """Return S, the number of pairs that are kept."""
-    least, most = PAIRS
-    return max(least, min(most, PAIR_FLOATS // (rollouts * units)))
-
-
-def new_sums(weight_hh: Tensor, time: int, batch: int, rollouts: int, lengths: Tensor | None) -> Sums:
-    """Return sums of zero for an update.
-
-    The pairs are spread over all steps that have a successor, by their number alone, so that no division of the work
-    changes them.
-
-    Args:
-        weight_hh: of the layer, (H, H), for its size, type and device.
-        time: T.
-        batch: B.
-        rollouts: P.
-        lengths: valid steps of each sample, (B,); None is all.
-    """
-    units, device = weight_hh.shape[1], weight_hh.device
-    side, pairs_kept = min(rollouts, units), pairs_of(rollouts, units)
-    if lengths is None:
-        lengths = torch.full((batch,), time, dtype=torch.int64, device=device)
-    ends = (lengths.to(device) - 1).clamp(min=0).cumsum(0)
-    count = ends[-1] if batch else ends.sum()
-    # A pair in each of S equal parts, at places that follow no period of the task.
-    number = torch.arange(pairs_kept, device=device)
-    offset = (number * 0.6180339887498949) % 1
-    start, stop = number * count // pairs_kept, (number + 1) * count // pairs_kept
-    place = start + (offset * (stop - start)).long()
-    place = torch.where(count > pairs_kept, place, number)
-    sample = torch.searchsorted(ends, place, right=True).clamp(max=max(batch - 1, 0))
-    before = ends[sample] - (lengths.to(device)[sample] - 1).clamp(min=0) if batch else place
-    step = torch.where(place < count, place - before, -1)
-    pairs = Pairs(
-        step,
-        sample,
-        weight_hh.new_zeros((pairs_kept, rollouts, units)),
-        torch.eye(side, dtype=weight_hh.dtype, device=device).repeat(pairs_kept, 1, 1),
-        weight_hh.new_zeros((pairs_kept, units)),
-        weight_hh.new_zeros((pairs_kept, units)),
-        weight_hh.new_zeros(pairs_kept),
-    )
-    square = weight_hh.new_zeros((2, units, units))
-    return Sums(square[0], square[1], weight_hh.new_zeros(units), weight_hh.new_zeros(4), pairs, count)
-
-
 def feedback(
     delta_loss: Tensor,
     delta_a: Tensor,
-    slope: Tensor,
-    gradient: Tensor,
+    known: Known,
     matrix: Tensor,
     carry: Carry,
     seed: Tensor,
@@ -233,9 +203,8 @@ def feedback(
     Args:
         delta_loss: loss differences, (T, B, P); zero where a rollout does not count.
         delta_a: activity differences, (T, B, P, H).
-        slope: phi'(a), (T, B, H).
-        gradient: dL/dh of each step's own loss, (T, B, H).
-        matrix: B, (H, H).
+        known: what is known of the segment without rollouts.
+        matrix: B, (G H, H).
         carry: of the step after the last.
         seed: 0-dim int64 tensor, the noise's key.
         sums: added to; None where nothing is learnt.
@@ -257,7 +226,7 @@ def feedback(
     # Scaling delta_a, sigma and delta_loss by a constant scales nothing below.
     scale = 1.0 if SAFE_TO_SQUARE[0] < options.sigma < SAFE_TO_SQUARE[1] else 1 / options.sigma
     all_finite = not delta_a.is_cuda and bool(finite.all())
-    adjoint = torch.empty_like(gradient)
+    adjoint = torch.empty_like(known.gradient)
     grown = torch.zeros((), dtype=torch.int64, device=delta_a.device)
     length = block_length(delta_a, delta_loss)
     own = recursion if options.noise == "rademacher" and rollouts <= units else None
@@ -270,17 +239,11 @@ def feedback(
         activity, gram, size_of = in_units(activity)
         factor, bad = factored(gram, ridge, finite)
         grown += bad
-        unit = _unit(delta_loss[steps] / options.sigma, gradient[steps], carry)
+        unit = _unit(delta_loss[steps] / options.sigma, known.gradient[steps], carry)
         rows = unit.unsqueeze(-1)
-        block = Block(delta_loss[steps] * (scale * rows), activity, factor, slope[steps], gradient[steps] * rows)
-        size = (stop - start, *gradient.shape[1:])
-        written = Written(
-            gradient.new_empty((size[0] + 1, *size[1:])),
-            gradient.new_empty(size),
-            gradient.new_empty(size[:2]),
-            gradient.new_zeros(4) if sums is None else sums.totals,
-        )
-        written.adjoint[-1] = carry.adjoint * rows
+        part = known.part(steps, rows, scale, None if all_finite else finite)
+        block = Block(delta_loss[steps] * (scale * rows), activity, factor, part)
+        written = _new_written(part.gradient, carry.adjoint * rows, sums)
         how = How(
             finite=finite,
             discount=discount,
@@ -290,12 +253,15 @@ def feedback(
             unit=size_of,
             counters=counters._replace(time=counters.time + start),
         )
-        scaled = carry._replace(returns=carry.returns * (scale * rows), largest=carry.largest * unit)
+        scaled = carry._replace(
+            returns=carry.returns * (scale * rows), handed=carry.handed * rows, largest=carry.largest * unit
+        )
         returns, largest = (own or _with_noise(draw))(block, matrix, scaled, seed, how, written)
-        torch.div(written.adjoint[:-1], rows, out=adjoint[steps])
-        carry = Carry(returns / (scale * rows), adjoint[start], largest / unit)
+        torch.div(written.adjoint, rows, out=adjoint[steps])
+        carry = Carry(returns / (scale * rows), written.recurrent[0] / rows, scaled.handed / rows, largest / unit)
         if sums is not None:
-            collect(sums, block, written, (first[0] + start, first[1]))
+            later = Steps(activity, factor, part.slope, written.recurrent[1:], written.residual, written.weight)
+            collect(sums, later, (first[0] + start, first[1]))
     return adjoint, carry, grown
 
 
@@ -303,9 +269,19 @@ def _with_noise(draw: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tens
     return lambda *arguments: descend(*arguments, draw=draw)
 
 
+def _new_written(like: Tensor, later: Tensor, sums: Sums | None) -> Written:
+    """Return what a block of steps, (L, B, H), is to write; `later` is R of the step after it, (B, G H)."""
+    recurrent = like.new_empty((len(like) + 1, *later.shape))
+    recurrent[-1] = later
+    adjoint = recurrent[:-1] if later.shape == like.shape[1:] else torch.empty_like(like)
+    totals = like.new_zeros(4) if sums is None else sums.totals
+    return Written(adjoint, recurrent, torch.empty_like(like), like.new_empty(like.shape[:2]), totals)
+
+
 def _unit(delta_loss: Tensor, gradient: Tensor, carry: Carry) -> Tensor:
     """Return for each sample, (B,), the inverse of a power of two near its largest gradient; 1 where that is 0."""
     size = torch.maximum(largest_of(delta_loss, 0, 2), largest_of(gradient, 0, 2))
+    size = torch.maximum(size, largest_of(carry.handed, 1))
     return 1 / power_of_two(torch.maximum(size, carry.largest))
 
 
@@ -325,18 +301,23 @@ def descend(
     *,
     draw: Callable[..., Tensor] = noise,
 ) -> tuple[Tensor, Tensor]:
-    """Go through a block of steps, last first; return the deflated return, (B, P), and the largest norm, (B,)."""
-    activity, totals = block.activity, written.totals
+    """Go through a block of steps, last first; return the deflated return, (B, P), and the largest norm, (B,).
+
+    `carry.handed` is overwritten with what the block hands on.
+    """
+    activity, totals, known = block.activity, written.totals, block.known
     shape = tuple(activity.shape)
     later = draw(seed, shape, sigma=how.sigma, kind=how.kind, counters=how.counters, dtype=activity.dtype)
     returns, largest = carry.returns, carry.largest
     for step in range(len(activity) - 1, -1, -1):
-        rows, slope, after = activity[step], block.slope[step], written.adjoint[step + 1]
-        known = slope * (after @ matrix)
-        prior = torch.addcmul(known, slope, block.gradient[step])
-        effect, predicted = (rows @ torch.stack((prior, known), -1)).unbind(-1)
+        rows, slope, after = activity[step], known.slope[step], written.recurrent[step + 1]
+        fed_back, own = slope * (after @ matrix), known.own(step, carry.handed)
+        prior = own + fed_back
+        effect, predicted = (rows @ torch.stack((prior, fed_back), -1)).unbind(-1)
         unit = how.unit[step].unsqueeze(-1)
-        target = (block.delta_loss[step] + returns) / unit
+        around = known.around(step, carry.handed)
+        target = block.delta_loss[step] + returns
+        target = (target if around is None else target - around) / unit
         if how.baseline:
             target = _centred(target, how.finite, -1)
         power = effect.square().sum(-1)
@@ -346,8 +327,8 @@ def descend(
         adjoint = gain * (prior - of_effect) + of_target
         weight = _weight(after, largest)
         # j^T G^-1 y = (phi' lam B) . D^T G^-1 y
-        measured = (known * (of_target - of_effect + of_predicted)).sum(-1)
-        predicted = (known * of_predicted).sum(-1)
+        measured = (fed_back * (of_target - of_effect + of_predicted)).sum(-1)
+        predicted = (fed_back * of_predicted).sum(-1)
         counted = weight > 0
         sizes = (weight * measured, weight * predicted, counted, torch.where(counted, gain.squeeze(-1), 0))
         totals += torch.stack([size.sum() for size in sizes])
@@ -355,9 +336,10 @@ def descend(
         written.weight[step] = weight
         written.adjoint[step] = adjoint
         injected = (later[step] @ adjoint.unsqueeze(-1)).squeeze(-1)
-        returns = (target * unit - injected) * how.discount
-        sizes = torch.linalg.vector_norm(torch.stack((adjoint, prior - known)), dim=-1)
-        largest = torch.maximum(largest, sizes.amax(0))
+        returns = target * unit - injected
+        returns = (returns if around is None else returns + around) * how.discount
+        written.recurrent[step], size = known.hand_on_(step, adjoint, own, carry.handed)
+        largest = torch.maximum(largest, size)
     return returns, largest
 
 
@@ -365,89 +347,3 @@ def _weight(after: Tensor, largest: Tensor) -> Tensor:
     """Return w, (B,); 0 where no later step has an adjoint."""
     size = after.square().sum(-1) + WEIGHT_FLOOR * largest.square()
     return torch.where(largest > 0, 1 / size, 0)
-
-
-def back(activity: Tensor, factor: Tensor, sides: Tensor) -> Tensor:
-    """Return D^T G^-1 y, (..., H, k), of right-hand sides y, (..., P, k); (D^T D + r I)^-1 D^T y in the primal form."""
-    return activity.mT @ solve(factor, sides) if dual(activity) else solve(factor, activity.mT @ sides)
-
-
-def collect(sums: Sums, block: Block, written: Written, first: tuple[int, int]) -> None:
-    """Add a block's steps to the sums, and keep the pairs that lie in it."""
-    later, residual, weight = written.adjoint[1:], written.residual, written.weight
-    rows = later.flatten(0, 1)
-    sums.relation.addmm_(rows.t(), residual.flatten(0, 1))
-    sums.gram.addmm_((rows * weight.flatten().unsqueeze(-1)).t(), rows)
-    counted = (weight > 0).to(weight.dtype).flatten()
-    sums.slopes.addmv_(block.slope.flatten(0, 1).square().t(), counted)
-    pairs = sums.pairs
-    step, sample = pairs.step - first[0], pairs.sample - first[1]
-    inside = (step >= 0) & (pairs.step >= 0) & (step < len(weight)) & (sample >= 0) & (sample < weight.shape[1])
-    kept = (
-        (pairs.activity, block.activity),
-        (pairs.factor, block.factor),
-        (pairs.slope, block.slope),
-        (pairs.later, later),
-        (pairs.weight, weight),
-    )
-    if not inside.is_cuda:
-        for stored, value in kept:
-            stored[inside] = value[step[inside], sample[inside]]
-        return
-    # How many lie in the block is not asked: it would make the host wait.
-    step, sample = step.clamp(0, len(weight) - 1), sample.clamp(0, weight.shape[1] - 1)
-    for stored, value in kept:
-        place = inside.view(-1, *[1] * (stored.dim() - 1))
-        stored.copy_(torch.where(place, value[step, sample], stored))
-
-
-def direction(sums: Sums, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return V, the direction in which B moves, (H, H), and the mean Gram matrix of all updates, (H, H).
-
-    Args:
-        sums: over all steps, samples and processes.
-        gram: the mean Gram matrix of earlier updates; zeros before the first.
-    """
-    known = gram.diagonal().sum() > 0
-    mean = torch.where(known, MEMORY * gram + (1 - MEMORY) * sums.gram, sums.gram)
-    system = sums.gram + mean
-    diagonal = system.diagonal()
-    diagonal += SHRINKAGE * diagonal.mean() + torch.finfo(system.dtype).tiny
-    factor, _ = torch.linalg.cholesky_ex(system)
-    slopes = sums.slopes / sums.totals[NUMBER].clamp(min=1) + SLOPE_FLOOR
-    return torch.cholesky_solve(sums.relation, factor) / slopes, mean
-
-
-def curvature(sums: Sums, towards: Tensor) -> Tensor:
-    """Return the estimate of sum w v^T D^T G^-1 D v, 0-dim, v = phi' (lam V), from the pairs of one process."""
-    pairs = sums.pairs
-    effect = (pairs.slope * (pairs.later @ towards)).unsqueeze(-1)
-    moved = pairs.activity @ effect
-    energy = (effect * back(pairs.activity, pairs.factor, moved)).sum((1, 2))
-    share = sums.available / sums.available.clamp(max=len(pairs.step)).clamp(min=1)
-    return share * (pairs.weight * energy).sum()
-
-
-def step(
-    matrix: Tensor, sums: Sums, gram: Tensor, mean: Tensor, towards: Tensor, bend: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return B and the mean Gram matrix after an update.
-
-    A step's length is the one that explains the returns best, damped. Where B predicts more than twice what the returns
-    show, it is shrunk to what they show, and not moved. Where anything is not finite, both keep their values.
-
-    Args:
-        matrix: B, (H, H).
-        sums: over all steps, samples and processes.
-        gram: the mean Gram matrix before.
-        mean: and with this update.
-        towards: V, (H, H).
-        bend: `curvature`, summed over processes.
-    """
-    length = DAMPING * (sums.relation * towards).sum() / bend
-    ratio = sums.totals[MEASURED] / sums.totals[PREDICTED]
-    poisoned = (sums.totals[PREDICTED] > 0) & (ratio < POISONED_BELOW)
-    moved = torch.where(poisoned, ratio.clamp(min=0) * matrix, matrix + length * towards)
-    sound = torch.isfinite(sums.relation).all() & torch.isfinite(sums.gram).all() & (torch.isfinite(length) | poisoned)
-    moved, mean = torch.where(sound, moved, matrix), torch.where(sound, mean, gram)
-    return torch.where(torch.isfinite(moved).all(), moved, 0), mean

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .compile_numba import inlined, kernel, rows_of, summing
-from .feedback import GAIN, MEASURED, NUMBER, PREDICTED, WEIGHT_FLOOR, Block, Carry, How, Written
+from .feedback import WEIGHT_FLOOR, Block, Carry, How, Written
+from .feedback_matrix import GAIN, MEASURED, NUMBER, PREDICTED
 from .least_squares_numba import signed_sum, solve_in_place
 from .noise_numba import packed_signs
 
@@ -93,6 +94,7 @@ def _step(
     returns: Any,
     largest: Any,
     adjoint: Any,
+    recurrent: Any,
     residual: Any,
     weight: Any,
     totals: Any,
@@ -114,7 +116,8 @@ def _step(
         # What the prior mean leaves of the return, with its gain and whole.
         remaining, unexplained = target - gain * effect, target - effect
         bound, counted = largest[sample], _F(largest[sample] > 0)
-        share = counted / (_dot(adjoint[step + 1, sample], adjoint[step + 1, sample]) + _FLOOR * bound * bound)
+        after = _dot(recurrent[step + 1, sample], recurrent[step + 1, sample])
+        share = counted / (after + _FLOOR * bound * bound)
         share = share if counted else _F(0)
         solved[:] = predicted
         solve_in_place(factor, step, sample, solved)
@@ -135,11 +138,13 @@ def _step(
             later = sigma * signed_sum(words, step, sample, rollout, adjoint)
             target[rollout] = target[rollout] * divisor[step, sample] - later
         returns[sample] = discount * target
-        for unit in range(units):
-            known[unit] = slope[step, sample, unit] * gradient[step, sample, unit]
-        size = np.sqrt(max(_dot(result, result), _dot(known, known)))
-        # As torch.maximum: NaN wins.
-        largest[sample] = bound if size <= bound else size
+        # What a gated cell makes of the adjoint, and its size, is not worked out here.
+        if recurrent.shape[2] == units:
+            for unit in range(units):
+                known[unit] = slope[step, sample, unit] * gradient[step, sample, unit]
+            size = np.sqrt(max(_dot(result, result), _dot(known, known)))
+            # As torch.maximum: NaN wins.
+            largest[sample] = bound if size <= bound else size
 
 
 def descend(
@@ -147,20 +152,35 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Go through a block of steps, last first, in the dual form with Rademacher noise; see the reference."""
     steps, batch, rollouts, units = block.activity.shape
+    known, recurrent = block.known, written.recurrent
     words = packed_signs(seed, (steps, batch, rollouts, units), how.counters)
     returns, largest = carry.returns.contiguous(), carry.largest.contiguous()
-    totals = block.slope.new_zeros((batch, len(written.totals)))
-    fed_back = block.slope.new_empty((batch, units))
+    totals = recurrent.new_zeros((batch, len(written.totals)))
+    fed_back = recurrent.new_empty((batch, units))
+    delta_loss, gradient = block.delta_loss.contiguous(), known.gradient.contiguous()
     arrays = [
-        tensor.contiguous().numpy() for tensor in (block.delta_loss, rows_of(block.activity), block.factor, block.slope)
+        tensor.contiguous().numpy() for tensor in (delta_loss, rows_of(block.activity), block.factor, known.slope)
     ]
-    arrays += [block.gradient.contiguous().numpy(), fed_back.numpy(), words, how.unit.contiguous().numpy()]
+    arrays += [gradient.numpy(), fed_back.numpy(), words, how.unit.contiguous().numpy()]
     sigma, discount, finite = _F(how.sigma), _F(how.discount), how.finite.contiguous().numpy()
     results = [
-        tensor.numpy() for tensor in (returns, largest, written.adjoint, written.residual, written.weight, totals)
+        tensor.numpy()
+        for tensor in (returns, largest, written.adjoint, recurrent, written.residual, written.weight, totals)
     ]
     for step in range(steps - 1, -1, -1):
-        torch.mm(written.adjoint[step + 1], matrix, out=fed_back)
+        torch.mm(recurrent[step + 1], matrix, out=fed_back)
+        if known.recurrence is None:
+            _step(step, *arrays, sigma, finite, discount, how.baseline, *results)
+            continue
+        # The slope of a gated cell is 1: what is known besides B is one gradient, and what goes past h no return of it.
+        own, around = known.own(step, carry.handed), known.around(step, carry.handed)
+        gradient[step] = own
+        if around is not None:
+            delta_loss[step] -= around
         _step(step, *arrays, sigma, finite, discount, how.baseline, *results)
+        if around is not None:
+            returns.add_(around, alpha=how.discount)
+        recurrent[step], size = known.hand_on_(step, written.adjoint[step], own, carry.handed)
+        torch.maximum(largest, size, out=largest)
     written.totals.add_(totals.sum(0))
     return returns, largest

@@ -272,6 +272,11 @@ def solve(factor: Tensor, target: Tensor) -> Tensor:
     return solution
 
 
+def back(activity: Tensor, factor: Tensor, sides: Tensor) -> Tensor:
+    """Return D^T G^-1 y, (..., H, k), of right-hand sides y, (..., P, k); (D^T D + r I)^-1 D^T y in the primal form."""
+    return activity.mT @ solve(factor, sides) if dual(activity) else solve(factor, activity.mT @ sides)
+
+
 def dual(activity: Tensor) -> bool:
     """Say whether activity differences, (..., P, H), are regressed in the dual form, P x P."""
     return activity.shape[-2] <= activity.shape[-1]

@@ -246,13 +246,13 @@ MUTATIONS = {
         ("test_feedback.py",),
     ),
     "feedback: the mean Gram matrix forgets the wrong share": Mutation(
-        "kernels/feedback.py",
+        "kernels/feedback_matrix.py",
         "MEMORY * gram + (1 - MEMORY) * sums.gram",
         "(1 - MEMORY) * gram + MEMORY * sums.gram",
         ("test_feedback.py",),
     ),
     "feedback: a few pairs stand for themselves alone": Mutation(
-        "kernels/feedback.py",
+        "kernels/feedback_matrix.py",
         "share = sums.available / sums.available.clamp(max=len(pairs.step)).clamp(min=1)",
         "share = torch.ones_like(pairs.weight[0])",
         ("test_feedback.py",),
@@ -260,14 +260,44 @@ MUTATIONS = {
     ),
     "feedback: a segment forgets the adjoint of the step after it": Mutation(
         "kernels/feedback.py",
-        "written.adjoint[-1] = carry.adjoint * rows",
-        "written.adjoint[-1] = 0",
+        "recurrent[-1] = later",
+        "recurrent[-1] = 0",
         ("test_feedback.py",),
     ),
     "feedback: steps past the last loss count as pairs": Mutation(
-        "kernels/feedback.py",
+        "kernels/feedback_matrix.py",
         "counted = (weight > 0).to(weight.dtype).flatten()",
         "counted = torch.ones_like(weight).flatten()",
+        ("test_feedback.py",),
+    ),
+    "feedback: a segment forgets what a gated cell hands on": Mutation(
+        "kernels/feedback.py",
+        "handed=carry.handed * rows, largest",
+        "handed=carry.handed * 0, largest",
+        ("test_feedback.py",),
+    ),
+    "feedback: what an LSTM hands on is not in the return of the step before": Mutation(
+        "kernels/feedback.py",
+        "returns = (returns if around is None else returns + around) * how.discount",
+        "returns = returns * how.discount",
+        ("test_feedback.py",),
+    ),
+    "feedback: the size of R of what is known alone does not count": Mutation(
+        "kernels/feedback.py",
+        "torch.linalg.vector_norm(torch.stack((recurrent, alone)), dim=-1).amax(0)",
+        "torch.linalg.vector_norm(recurrent, dim=-1)",
+        ("test_feedback.py",),
+    ),
+    "compiled feedback: what goes past h stays in the regressed returns": Mutation(
+        "kernels/feedback_numba.py",
+        "delta_loss[step] -= around",
+        "delta_loss[step] -= 0 * around",
+        ("test_feedback.py",),
+    ),
+    "compiled feedback: what goes past h is not discounted": Mutation(
+        "kernels/feedback_numba.py",
+        "returns.add_(around, alpha=how.discount)",
+        "returns.add_(around)",
         ("test_feedback.py",),
     ),
     "compiled feedback: the unit of a step is not put back": Mutation(

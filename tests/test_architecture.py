@@ -40,7 +40,7 @@ OPS = ("noise", "rollout", "adjoint")
 STEMS = (*OPS, "cell", "cell_gated", "loss", "least_squares", "feedback")
 """Stems that have a file for torch and may have one for each other backend."""
 ALONE = {
-    *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba"),
+    *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba", "feedback_matrix"),
     *("rollout_resident_triton", "rollout_stepwise_triton", "rollout_fused_triton", "rollout_gated_triton"),
 }
 """The other files of kernels/."""

@@ -26,18 +26,30 @@ NP_MEASURED = "test_estimators.py::test_np_of_measured_losses_is_unbiased[one la
 BUGS = {
     "feedback of the step itself, not of the next": Bug(
         "kernels/feedback.py",
-        "block.slope[step], written.adjoint[step + 1]",
-        "block.slope[step], written.adjoint[min(step + 2, len(activity))]",
-        "test_feedback.py::test_an_update_is_that_of_the_equations[B 1.0-plain-P 3]",
+        "known.slope[step], written.recurrent[step + 1]",
+        "known.slope[step], written.recurrent[min(step + 2, len(activity))]",
+        "test_feedback.py::test_an_update_is_that_of_the_equations[elman-B 1.0-plain-P 3]",
     ),
     "baseline centres the return alone": Bug(
         "kernels/feedback.py",
         "activity = _centred(activity, finite.unsqueeze(-1), -2)",
         "pass",
-        "test_feedback.py::test_an_update_is_that_of_the_equations[B 1.0-baseline-P 3]",
+        "test_feedback.py::test_an_update_is_that_of_the_equations[elman-B 1.0-baseline-P 3]",
+    ),
+    "what a GRU hands on past its product is not in the prior mean": Bug(
+        "kernels/feedback.py",
+        "is None or self.recurrence.direct is None else own + handed",
+        "is None or self.recurrence.direct is None else own",
+        "test_feedback.py::test_an_update_is_that_of_the_equations[gru-B 1.0-plain-P 3]",
+    ),
+    "an LSTM's path through c stays in the returns of learned feedback": Bug(
+        "kernels/feedback.py",
+        "(target if around is None else target - around) / unit",
+        "target / unit",
+        "test_feedback.py::test_an_update_is_that_of_the_equations[lstm-B 1.0-plain-P 3]",
     ),
     "a poisoned feedback matrix moves on": Bug(
-        "kernels/feedback.py",
+        "kernels/feedback_matrix.py",
         "(ratio < POISONED_BELOW)",
         "(ratio < -1e30)",
         "test_feedback_promises.py::test_a_matrix_that_was_poisoned_is_good_again_two_updates_later",

@@ -240,3 +240,14 @@ def test_a_name_is_taken_once():
         CELLS.add("leaky")(Leaky)
     with pytest.raises(ValueError, match="there is a method 'np' already"):
         ESTIMATORS.add("np")(UnitRegression)
+
+
+def test_learned_feedback_refuses_a_cell_that_says_nothing_of_its_steps():
+    how = anpgpu.Perturbation("anp-feedback", rollouts=4)
+    told = "method='anp-feedback' needs a cell h = phi\\(a\\), or one that.*'leaky' is neither: use method='anp-ls'"
+    with pytest.raises(ValueError, match=told):
+        leaky(how)(draw(T, B, I))
+    rnn = leaky()
+    with pytest.raises(ValueError, match=told):
+        anpgpu.estimate_grad_(rnn, None, draw(T, B, I), draw(T, B, H), perturbation=how)
+    assert anpgpu.estimator_state(rnn) == {}

@@ -189,7 +189,7 @@ def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Fo
         samples = slice(first, min(first + division.samples, own.stop))
         learner = result.learners[0] if result.learners else None
         chunk = Chunk(samples, layer.number)
-        sweep = Sweep(weights.weight_hh, backward.seed, settings, network.cell.path, chunk, division, learner)
+        sweep = Sweep(weights.weight_hh, backward.seed, settings, network.cell, chunk, division, learner)
         grad = layer.loss.of(slice(0, time), samples).grad
         # An incoming gradient with NaN or inf makes every loss difference so: these rollouts count, and NaN propagates.
         trust = None if grad is None else ~torch.isfinite(grad).all(-1).all(0)

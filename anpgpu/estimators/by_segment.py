@@ -97,7 +97,7 @@ class _ChunkOfSamples:
                 layer[0].weight_hh,
                 job.seed,
                 job.settings,
-                job.problem.network.cell.path,
+                job.problem.network.cell,
                 Chunk(samples, number),
                 division,
                 learner,

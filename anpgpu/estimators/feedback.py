@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anpgpu.kernels.feedback import (
+from anpgpu.kernels.feedback import Carry, Known, feedback
+from anpgpu.kernels.feedback_matrix import (
     GAIN,
+    GRAM_UP_TO,
     MEASURED,
     NUMBER,
     PREDICTED,
-    Carry,
     Sums,
     curvature,
     direction,
-    feedback,
     new_sums,
     pairs_of,
     step,
@@ -61,7 +61,7 @@ class Learner:
     Args:
         settings: the resolved perturbation.
         state: of the layer; changed by `commit` alone. None where the prior is not learnt.
-        weight_hh: of the layer, (H, H), in the working type.
+        weight_hh: of the layer, (G H, H), in the working type.
         extent: of the update.
     """
 
@@ -118,13 +118,12 @@ class LearnedFeedback(Rule):
     parts = 1
 
     learner: Learner
-    slope: Tensor
-    gradient: Tensor
+    known: Known
 
     def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
         super().__init__(settings, weight_hh, seed, finite)
         batch, rollouts = finite.shape
-        self.after = Carry.zero(weight_hh, batch, rollouts, weight_hh.shape[1])
+        self.after = Carry.zero(weight_hh, batch, rollouts)
 
     @classmethod
     def check(cls, perturbation: Any) -> None:
@@ -138,15 +137,21 @@ class LearnedFeedback(Rule):
             )
 
     @classmethod
-    def extra_floats(cls, rollouts: int, hidden: int) -> int:
+    def extra_floats(cls, rollouts: int, hidden: int, gates: int = 1) -> int:
         """Return the floats of a copy of delta_a, the Gram matrix and its factor, and rows of clean activity."""
-        return rollouts * hidden + 2 * min(rollouts, hidden) ** 2 + 6 * hidden
+        # Of a gated cell also the coefficients of R, R, and a copy of it with weights.
+        rows = 6 + (4 * gates + 4 if gates > 1 else 0)
+        return rollouts * hidden + 2 * min(rollouts, hidden) ** 2 + rows * hidden
 
     @classmethod
-    def state_floats(cls, rollouts: int, hidden: int) -> int:
+    def state_floats(cls, rollouts: int, hidden: int, gates: int = 1) -> int:
         """Return the floats of sums, new matrices and their factor, and of the pairs of the line search."""
-        return 8 * hidden**2 + pairs_of(rollouts, hidden) * (
-            rollouts * hidden + min(rollouts, hidden) ** 2 + 2 * hidden
+        rows = gates * hidden
+        square = rows**2 if gates == 1 or rows <= GRAM_UP_TO else 0
+        return (
+            4 * rows * hidden
+            + 4 * square
+            + pairs_of(rollouts, hidden) * (rollouts * hidden + min(rollouts, hidden) ** 2 + hidden + rows)
         )
 
     @classmethod
@@ -177,13 +182,15 @@ class LearnedFeedback(Rule):
         """Solve the regression; the block holds all rollouts of its samples."""
         settings, backend = self.settings, self.settings.backend
         assert delta_a is not None  # noqa: S101  (for the type checker; the rule stores it)
-        gradient = torch.zeros_like(self.gradient) if settings.prior not in {LEARNED, KNOWN} else self.gradient
+        known = self.known._replace(path=block.path)
+        if settings.prior not in {LEARNED, KNOWN}:
+            recurrence = None if known.recurrence is None else known.recurrence._replace(direct=None)
+            known = known._replace(gradient=torch.zeros_like(known.gradient), recurrence=recurrence)
         with entered("feedback"):
             estimate, self.after, grown = feedback(
                 delta_loss,
                 delta_a,
-                self.slope,
-                gradient,
+                known,
                 self.learner.matrix,
                 self.after,
                 self.seed,
@@ -201,9 +208,9 @@ class LearnedFeedback(Rule):
         self.add_sums(estimate.unsqueeze(0))
         self.ridge_grown += grown
 
-    def expect(self, learner: Learner, slope: Tensor, gradient: Tensor) -> None:
-        """Take what a segment's steps need besides their rollouts: phi'(a) and dL/dh, (L, b, H) each."""
-        self.learner, self.slope, self.gradient = learner, slope, gradient
+    def expect(self, learner: Learner, known: Known) -> None:
+        """Take what a segment's steps need besides their rollouts."""
+        self.learner, self.known = learner, known
 
     def estimate(self, counts: Tensor) -> Tensor:
         """Return the solution, which is not divided by counts."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from anpgpu.kernels.feedback_matrix import gram_shape
 from anpgpu.runtime.settings import working_dtype
 
 ATTRIBUTE = "_estimator_state"
@@ -30,15 +31,14 @@ class LayerState(NamedTuple):
     feedback: Tensor
     """B, (G H, H), which tends to W_hh: the prior mean of dL/dh_t is g_t + R_{t+1} B."""
     gram: Tensor
-    """Mean Gram matrix of the adjoints, (G H, G H); zeros before the first update."""
+    """Mean Gram matrix of R, (G H, G H); zeros before the first update, and (0, 0) where none is kept."""
     weight: Tensor
     """W_hh at the last update, (G H, H)."""
 
     @classmethod
     def new(cls, weight_hh: Tensor) -> LayerState:
         """Return the state before the first update."""
-        rows = weight_hh.shape[0]
-        return cls(torch.zeros_like(weight_hh), weight_hh.new_zeros((rows, rows)), weight_hh.detach().clone())
+        return cls(torch.zeros_like(weight_hh), weight_hh.new_zeros(gram_shape(weight_hh)), weight_hh.detach().clone())
 
 
 class Kept:

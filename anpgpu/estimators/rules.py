@@ -176,8 +176,9 @@ class LeastSquares(Rule):
     """What the steps after the segment hand back along an LSTM's c, (b, H)."""
 
     @classmethod
-    def extra_floats(cls, rollouts: int, hidden: int) -> int:
+    def extra_floats(cls, rollouts: int, hidden: int, gates: int = 1) -> int:
         """Return the floats of a copy of delta_a, the Gram matrix and its factor."""
+        del gates
         return rollouts * hidden + 2 * min(rollouts, hidden) ** 2
 
     @classmethod

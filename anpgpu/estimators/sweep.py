@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anpgpu.kernels.feedback import Known
 from anpgpu.kernels.least_squares import Path
 from anpgpu.kernels.loss import Loss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import Rollout, RolloutOptions
 from anpgpu.kernels.scratch import give_back
+from anpgpu.network.cells import Cell
 from anpgpu.runtime.dispatch import implementation
 from anpgpu.runtime.memory import Division
 from anpgpu.runtime.ranges import entered
@@ -56,7 +58,7 @@ class Sweep:
         weight_hh: (G H, H), in the working type.
         seed: 0-dim int64 tensor.
         settings: the resolved perturbation, whose estimator is a rule.
-        path_of: `network.cells.Cell.path` of the layer's cell.
+        cell: of the layer.
         chunk: which samples, of which layer.
         division: number of rollouts at a time, and of segments.
         learner: what the layer learns in this update; None where the estimator keeps no state.
@@ -67,13 +69,13 @@ class Sweep:
         weight_hh: Tensor,
         seed: Tensor,
         settings: Settings,
-        path_of: Callable[[Tensor, Tensor, float], Path | None],
+        cell: type[Cell],
         chunk: Chunk,
         division: Division,
         learner: Any = None,
     ) -> None:
         self.weight_hh, self.seed, self.settings, self.chunk = weight_hh, seed, settings, chunk
-        self.path_of, self.units = path_of, weight_hh.shape[1]
+        self.cell, self.units = cell, weight_hh.shape[1]
         self.handed: Tensor | None = None
         """What the segment after hands back along the path, (parts, b, H)."""
         total = settings.options.rollouts
@@ -196,7 +198,9 @@ class Sweep:
             if self.learner is not None:
                 # A loss or its gradient is given.
                 of_loss: Any = gradient or getattr(loss, "state_gradient", None)
-                self.rule.expect(self.learner, self.settings.options.cell.slope_of(preact, hidden), of_loss())
+                slope = self.settings.options.cell.slope_of(preact, hidden)
+                recurrence = self.cell.recurrence(preact, hidden, self.settings.discount)
+                self.rule.expect(self.learner, Known(slope, of_loss()[..., : self.units], recurrence))
             self.rule.add(block, torch.where(self.finite[:, rollouts], delta_loss, 0), activity)
             give_back(moved.delta_a)
         if not self.segmented:
@@ -208,7 +212,7 @@ class Sweep:
         """Return the path of a segment, with the part of dL/d(h, c), (L, B, S), that arrives at c."""
         if self.settings.options.cell.states == 1:
             return None
-        path = self.path_of(preact, states, self.settings.discount)
+        path = self.cell.path(preact, states, self.settings.discount)
         grad = None if loss is None else loss.grad
         if path is None or grad is None or grad.shape[-1] == self.units:
             return path
@@ -224,7 +228,7 @@ class Sweep:
         # rollouts one counts it.
         share = self.settings.share
         halves = parts.new_zeros((len(parts), 1, 1))
-        halves[:2] = 0.5 if share.by_samples or share.index == 0 else 0.0
+        halves[:2] = 1 / len(halves[:2]) if share.by_samples or share.index == 0 else 0.0
         for step in range(parts.shape[1] - 1, -1, -1):
             whole[:, step, :, self.units :] = path.hand_back_(step, parts[:, step], self.handed, halves)
         return whole

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
 from anpgpu.kernels.cell import RELU, TANH, CellForms
-from anpgpu.kernels.cell_gated import GRU, GRU_CLEAN, LSTM, LSTM_CLEAN
+from anpgpu.kernels.cell_gated import GRU, GRU_CLEAN, LSTM, LSTM_CLEAN, Recurrence
 from anpgpu.kernels.least_squares import Path
 from anpgpu.registry import CELLS
 
@@ -133,6 +133,15 @@ class Cell:
         """Return how an LSTM's c hands its gradient on, from clean values and states after their steps; else None.
 
         The rollouts measure dL/dh alone. What reaches the loss through c is known from it, and is not h's doing.
+        """
+        del preact, states, discount
+        return None
+
+    @classmethod
+    def recurrence(cls, preact: Tensor, states: Tensor, discount: float) -> Recurrence | None:
+        """Return what a gated cell makes of dL/dh within a step, from clean values and states after their steps.
+
+        None where the adjoint is that of the recurrent product itself.
         """
         del preact, states, discount
         return None
@@ -269,6 +278,16 @@ class Gru(_Fused):
         return clean
 
     @classmethod
+    def recurrence(cls, preact: Tensor, states: Tensor, discount: float) -> Recurrence:
+        """Return the coefficients of R = [A_r, A_z, r A_n] and discount z."""
+        del states
+        a_r, a_z, a_n, q, before = preact.chunk(GRU_CLEAN, -1)
+        of_n = torch.sigmoid(-a_z) * _slope(a_n)
+        of_z = (before - torch.tanh(a_n)) * _gate_slope(a_z)
+        coefficients = torch.stack((of_n * (q * _gate_slope(a_r)), of_z, of_n * torch.sigmoid(a_r)), -2)
+        return Recurrence(coefficients, discount * torch.sigmoid(a_z))
+
+    @classmethod
     def gate_adjoints(cls, adjoint: Tensor, weights: LayerWeights, run: LayerRun) -> GateAdjoints:
         """Return A = [A_r, A_z, A_n] and R = [A_r, A_z, r A_n], (parts, T, B, 3 H), from dL/dh, (parts, T, B, H)."""
         a_r, a_z, a_n, q, before = cls.preactivations(weights, run).chunk(GRU_CLEAN, -1)
@@ -352,20 +371,25 @@ class Lstm(_Fused):
         return Path(gain=torch.sigmoid(leave) * _slope(memory), keep=discount * torch.sigmoid(keep))
 
     @classmethod
+    def recurrence(cls, preact: Tensor, states: Tensor, discount: float) -> Recurrence:
+        """Return the coefficients of the gates' adjoints; the path along c is `path`."""
+        del discount
+        a_i, a_f, a_g, a_o, before = preact.chunk(LSTM_CLEAN, -1)
+        memory = states[..., states.shape[-1] // 2 :]
+        coefficients = (
+            torch.tanh(a_g) * _gate_slope(a_i),
+            before * _gate_slope(a_f),
+            torch.sigmoid(a_i) * _slope(a_g),
+            torch.tanh(memory) * _gate_slope(a_o),
+        )
+        return Recurrence(torch.stack(coefficients, -2))
+
+    @classmethod
     def gate_adjoints(cls, adjoint: Tensor, weights: LayerWeights, run: LayerRun) -> GateAdjoints:
         """Return the gates' adjoints, (parts, T, B, 4 H), from dL/dh and dL/dc, (parts, T, B, 2 H)."""
-        a_i, a_f, a_g, a_o, before = cls.preactivations(weights, run).chunk(LSTM_CLEAN, -1)
-        of_h, of_c = adjoint.chunk(2, -1)
-        memory = run.states[1:, :, weights.hidden_size :]
-        gates = torch.cat(
-            (
-                of_c * (torch.tanh(a_g) * _gate_slope(a_i)),
-                of_c * (before * _gate_slope(a_f)),
-                of_c * (torch.sigmoid(a_i) * _slope(a_g)),
-                of_h * (torch.tanh(memory) * _gate_slope(a_o)),
-            ),
-            -1,
-        )
+        rows = cls.recurrence(cls.preactivations(weights, run), run.states[1:], 1.0).coefficients
+        of_h, of_c = (side.unsqueeze(-2) for side in adjoint.chunk(2, -1))
+        gates = torch.cat((of_c * rows[..., :3, :], of_h * rows[..., 3:, :]), -2).flatten(-2)
         return GateAdjoints(gates, gates)
 
     @classmethod

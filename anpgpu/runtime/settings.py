@@ -66,8 +66,10 @@ class Settings(NamedTuple):
             stores_delta=self.estimator.stores_delta,
             whole_samples=self.estimator.whole_samples or (at_once and self.estimator.stores_delta),
             clean_floats=clean_floats,
-            extra_floats=self.estimator.extra_floats(self.share.most, hidden),
-            fixed_floats=layers * self.estimator.state_floats(self.share.most, hidden) if self.kept is not None else 0,
+            extra_floats=self.estimator.extra_floats(self.share.most, hidden, self.options.cell.gates),
+            fixed_floats=0
+            if self.kept is None
+            else layers * self.estimator.state_floats(self.share.most, hidden, self.options.cell.gates),
             layers=layers,
             itemsize=itemsize,
             gates=self.options.cell.gates,
@@ -118,8 +120,8 @@ def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
     estimator = ESTIMATORS[perturbation.method]
     if estimator.keeps_state and cell.forms.slope is None:
         raise ValueError(
-            f"method={perturbation.method!r} needs a cell h = phi(a), and {cell.forms.name!r} is none: use "
-            "method='anp-ls'"
+            f"method={perturbation.method!r} needs a cell h = phi(a), or one that says what a step makes of dL/dh, and "
+            f"{cell.forms.name!r} is neither: use method='anp-ls'"
         )
     share = share_of(perturbation.rollouts, shared=perturbation.shard_rollouts, by_samples=estimator.whole_samples)
     options = RolloutOptions(
