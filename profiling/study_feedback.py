@@ -10,6 +10,7 @@
     closed   each estimator trains: final losses
     long     MNIST averaged to 14 x 14 by pixel, 196 steps; the error of sums of clipped dW_hh; the parts of the method
     time     time of an update over BPTT's
+    gated    GRU and LSTM: cosines, and each trains by itself
     warmup   how many estimates should B be learnt from before weights move?
 
 Every finished run is one line of results/feedback/<part>.jsonl, found by its complete configuration: a study that was
@@ -42,8 +43,8 @@ def smaller(run: Run) -> Run:
 
 
 def key_of(run: dict) -> str:
-    """Return what identifies a finished run."""
-    return json.dumps(run["settings"], sort_keys=True)
+    """Return what identifies a finished run; one that is older than a setting had its default."""
+    return json.dumps(Run(**run["settings"])._asdict(), sort_keys=True)
 
 
 def study(part: str, options: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 from study_feedback_runs import EXACT, KNOWN, MNIST, SEVEN, Run
 
+GATED = ("GRU", "LSTM")
+
 WARMUPS = (0, 5, 10, 20, 30, 60)
 DEFAULT_WARMUP = 30
 
@@ -104,6 +106,27 @@ def warmup_runs(seeds: int) -> Iterator[Run]:
             yield Run("train", task, (estimator,), seed, 300, **how.get(task, {}))
 
 
+def without_feedback(rollouts: int) -> str:
+    """Spell least squares against what is known without rollouts."""
+    return f'anp-feedback rollouts={rollouts} prior="known"'
+
+
+def gated_runs(seeds: int) -> Iterator[Run]:
+    few = [of(rollouts) for rollouts in (8, 16, 32) for of in (without_feedback, "anp-ls rollouts={}".format)]
+    shadowed = (EXACT, learned(8, warmup=0), KNOWN, *few)
+    for seed, module, hold in itertools.product(range(seeds), GATED, (3.0, 0.0)):
+        yield Run("cosine", "copying 10 of 8", shadowed, seed, 120, hidden=64, lr=2e-3, module=module, hold=hold)
+
+    def trained(estimator: str, module: str, seed: int) -> Run:
+        return Run("train", "copying 5 of 8", (estimator,), seed, 600, hidden=64, lr=1e-2, module=module)
+
+    for seed, module in itertools.product(range(seeds), GATED):
+        yield from (trained(estimator, module, seed) for estimator in (EXACT, learned(8), "anp-ls rollouts=64"))
+    for module in GATED:
+        yield from (trained(estimator, module, 0) for estimator in (KNOWN, without_feedback(8), "anp-ls rollouts=8"))
+        yield from (trained(of(32), module, 0) for of in (without_feedback, "anp-ls rollouts={}".format))
+
+
 PARTS: dict[str, Callable[[int], Iterator[Run]]] = {
     "cosine": cosine_runs,
     "closed": closed_runs,
@@ -111,5 +134,6 @@ PARTS: dict[str, Callable[[int], Iterator[Run]]] = {
     "time": time_runs,
     "warmup": warmup_runs,
     "sizes": sizes_runs,
+    "gated": gated_runs,
 }
-SEEDS = {"cosine": 3, "closed": 3, "long": 5, "time": 3, "warmup": 2, "sizes": 1}
+SEEDS = {"cosine": 3, "closed": 3, "long": 5, "time": 3, "warmup": 2, "sizes": 1, "gated": 3}

@@ -4,7 +4,9 @@
     train    one estimator trains: its losses
 
 An estimator is spelled as arguments of `anpgpu.Perturbation`, "anp-feedback rollouts=8 warmup=0". `KNOWN` is what is
-known without rollouts and without feedback: each step's loss through that step alone, phi'(a_t) dL/dh_t.
+known without rollouts and without feedback: each step's loss through that step alone, phi'(a_t) dL/dh_t; in GRU and
+LSTM also through what a step hands on past the recurrent product, z h and c (e-prop's approximation, Bellec et al.
+2020).
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ SYMBOLS = 10
 CLIP = 1.0
 """Of the norm of the recurrent network's gradient."""
 
-WINDOWS = ((0, 10), (20, 30), (50, 60), (90, 100))
+EVERY = "all weights"
+"""Of the recurrent network, as one vector; in gated cells."""
+
+WINDOWS = ((0, 10), (20, 30), (50, 60), (90, 100), (90, 120))
 """Updates over which cosines are averaged, beside the last ten."""
 
 TIMED_STEPS = 100
@@ -47,21 +52,21 @@ CHUNKS = 20
 """A run's losses are kept as means over so many equal parts."""
 
 
-def streaming(delay: int, steps: int) -> tasks.Task:
-    """Name, at each step, the symbol of `delay` steps ago."""
+def streaming(delay: int, steps: int, count: int = SYMBOLS) -> tasks.Task:
+    """Name, at each step, the symbol of `delay` steps ago, one of `count`."""
 
     def draw(generator: torch.Generator, batch: int) -> tasks.Batch:
-        symbols = torch.randint(SYMBOLS, (steps, batch), generator=generator)
+        symbols = torch.randint(count, (steps, batch), generator=generator)
         targets = torch.full((steps, batch), tasks.IGNORED)
         targets[delay:] = symbols[:-delay]
-        return tasks.Batch(F.one_hot(symbols, SYMBOLS).float(), targets)
+        return tasks.Batch(F.one_hot(symbols, count).float(), targets)
 
     def baselines() -> dict[str, tasks.Score]:
-        return {"memoryless": tasks.Score(math.log(SYMBOLS), 1 / SYMBOLS)}
+        return {"memoryless": tasks.Score(math.log(count), 1 / count)}
 
     valid, test = tasks.held_out(draw)
     name = f"streaming-{delay}"
-    return tasks.Task(name, "cross_entropy", "nats", SYMBOLS, SYMBOLS, tasks.fresh(draw), valid, test, baselines)
+    return tasks.Task(name, "cross_entropy", "nats", count, count, tasks.fresh(draw), valid, test, baselines)
 
 
 def drawn(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> tasks.Task:
@@ -130,6 +135,8 @@ CASES = {
     "copying 20": Case(lambda: streaming(20, 50), True, GUESSING),
     "adding, 10 steps": Case(lambda: tasks.adding(10), True, 1 / 6),
     "copying 10, 400 steps": Case(lambda: streaming(10, 400), True, GUESSING),
+    "copying 10 of 8": Case(lambda: streaming(10, 30, 8), False, math.log(8)),
+    "copying 5 of 8": Case(lambda: streaming(5, 30, 8), False, math.log(8)),
 }
 SEVEN = tuple(CASES)[:7]
 MNIST = "MNIST 14 x 14"
@@ -161,6 +168,10 @@ class Run(NamedTuple):
     layers: int = 1
     bidirectional: bool = False
     threads: int = 1
+    module: str = "RNN"
+    """A class of this library, for the cell."""
+    hold: float = 0.0
+    """Added to the biases of the update gates of a GRU, the forget gates of an LSTM."""
 
 
 def perturbation(spelled: str) -> anpgpu.Perturbation:
@@ -170,18 +181,29 @@ def perturbation(spelled: str) -> anpgpu.Perturbation:
     return anpgpu.Perturbation(method, **{name: json.loads(value) for name, value in pairs})
 
 
-def network(run: Run, task: tasks.Task, orthogonal: bool) -> tuple[dict[str, anpgpu.RNN], nn.Linear]:
+def gated(run: Run) -> bool:
+    """Say whether a run's network has gates."""
+    return issubclass(getattr(anpgpu, run.module), nn.GRU | nn.LSTM)
+
+
+def network(run: Run, task: tasks.Task, orthogonal: bool) -> tuple[dict[str, nn.RNNBase], nn.Linear]:
     """Return a network for each estimator, all of the same parameters, and a readout."""
     torch.manual_seed(run.seed)
-    structure = {"num_layers": run.layers, "nonlinearity": run.nonlinearity, "bidirectional": run.bidirectional}
-    trained = anpgpu.RNN(task.inputs, run.hidden, **structure)
+    kind = getattr(anpgpu, run.module)
+    structure = {"num_layers": run.layers, "bidirectional": run.bidirectional}
+    if not gated(run):
+        structure["nonlinearity"] = run.nonlinearity
+    trained = kind(task.inputs, run.hidden, **structure)
     for name, value in trained.named_parameters():
         if orthogonal and "weight_hh" in name:
             nn.init.orthogonal_(value)
+        if run.hold and "bias_ih" in name:
+            with torch.no_grad():
+                value[run.hidden : 2 * run.hidden] += run.hold
     readout = nn.Linear(run.hidden * (1 + run.bidirectional), task.outputs)
     networks, state = {}, torch.get_rng_state()
     for estimator in run.estimators:
-        networks[estimator] = anpgpu.RNN(task.inputs, run.hidden, perturbation=perturbation(estimator), **structure)
+        networks[estimator] = kind(task.inputs, run.hidden, perturbation=perturbation(estimator), **structure)
         for name, value in trained.named_parameters():
             setattr(networks[estimator], name, value)
     # The noise does not depend on how many estimators there are.
@@ -189,10 +211,37 @@ def network(run: Run, task: tasks.Task, orthogonal: bool) -> tuple[dict[str, anp
     return networks, readout
 
 
-def clipped(rnn: nn.RNN) -> dict[str, Tensor]:
-    """Clip the gradient of a recurrent network; return a copy of each W_hh's."""
+def clipped(rnn: nn.RNNBase) -> dict[str, Tensor]:
+    """Clip the gradient of a recurrent network; return a copy of each W_hh's, and, of a gated one, of all together."""
     nn.utils.clip_grad_norm_(rnn.parameters(), CLIP)
-    return {name: value.grad.clone() for name, value in rnn.named_parameters() if "weight_hh" in name}
+    found = {name: value.grad.clone() for name, value in rnn.named_parameters() if "weight_hh" in name}
+    if not isinstance(rnn, nn.RNN):
+        found[EVERY] = torch.cat([value.grad.flatten() for value in rnn.parameters()])
+    return found
+
+
+def past_the_product(rnn: nn.RNNBase, inputs: Tensor) -> Tensor:
+    """Run a GRU or LSTM of one layer whose recurrent product sees detached states; return its outputs, (T, B, H).
+
+    What is left of its gradient is what is known without rollouts: z h' in a GRU, the path along c in an LSTM.
+    """
+    (w_ih, w_hh, b_ih, b_hh), *others = rnn.all_weights
+    if others:
+        raise ValueError(f"the known part is that of one layer and direction, got {1 + len(others)}")
+    hidden = memory = inputs.new_zeros((inputs.shape[1], rnn.hidden_size))
+    outputs = []
+    for driven in F.linear(inputs, w_ih, b_ih):
+        recurrent = F.linear(hidden.detach(), w_hh, b_hh)
+        if isinstance(rnn, nn.GRU):
+            (r, z, n), (of_r, of_z, q) = driven.chunk(3, -1), recurrent.chunk(3, -1)
+            update, value = torch.sigmoid(z + of_z), torch.tanh(n + torch.sigmoid(r + of_r) * q)
+            hidden = value + update * (hidden - value)
+        else:
+            enter, keep, value, leave = (driven + recurrent).chunk(4, -1)
+            memory = torch.sigmoid(keep) * memory + torch.sigmoid(enter) * torch.tanh(value)
+            hidden = torch.sigmoid(leave) * torch.tanh(memory)
+        outputs.append(hidden)
+    return torch.stack(outputs)
 
 
 class Update(NamedTuple):
@@ -232,7 +281,11 @@ class Training:
         rnn = self.networks[estimator]
         for module in (rnn, self.readout):
             module.zero_grad()
-        if estimator == KNOWN:
+        if estimator == KNOWN and not isinstance(rnn, nn.RNN):
+            loss = training.loss_of(self.task, self.readout(past_the_product(rnn, batch.inputs)), batch.targets)
+            loss.backward()
+            value = float(loss.detach())
+        elif estimator == KNOWN:
             value, _ = training.one_step_truncated(self.task, rnn, self.readout, batch, None)
         else:
             loss = training.loss_of(self.task, self.readout(rnn(batch.inputs)[0]), batch.targets)
