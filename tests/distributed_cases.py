@@ -218,9 +218,9 @@ def errors(rank):
 class Tagger(nn.Module):
     """A model for DistributedDataParallel."""
 
-    def __init__(self, how):
+    def __init__(self, how, kind=anpgpu.RNN):
         super().__init__()
-        self.rnn = anpgpu.RNN(I, H, dtype=torch.float64, perturbation=how)
+        self.rnn = kind(I, H, dtype=torch.float64, perturbation=how)
         self.head = nn.Linear(H, O, dtype=torch.float64)
 
     def forward(self, inputs):
@@ -241,10 +241,10 @@ def samples_sharded(rank, count, wrap=DistributedDataParallel):
     return gradients
 
 
-def feedback_matrices(rank):
-    """Return B after three updates of DistributedDataParallel, where every process has its own samples."""
+def feedback_matrices(rank, kind):
+    """Return a module's B after three updates of DistributedDataParallel; every process has samples of its own."""
     torch.manual_seed(6)
-    model = Tagger(Perturbation("anp-feedback", rollouts=P, warmup=2))
+    model = Tagger(Perturbation("anp-feedback", rollouts=P, warmup=2), kind)
     wrapped = DistributedDataParallel(model)
     optimiser = torch.optim.SGD(model.parameters(), 0.1)
     generator = torch.Generator().manual_seed(rank)
@@ -265,7 +265,7 @@ def everything(rank, count):
         "generators": generators(True),
         "errors": errors(rank),
         "ddp": samples_sharded(rank, count),
-        "feedback": feedback_matrices(rank),
+        "feedback": {name: feedback_matrices(rank, getattr(anpgpu, name)) for name in ("RNN", "GRU", "LSTM")},
         "example": {share: example("ddp").train(share, 3, batch=12) for share in ("samples", "rollouts")},
     }
 

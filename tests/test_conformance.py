@@ -109,7 +109,7 @@ CASES = st.builds(
     hidden=st.integers(1, 9),
     time=st.integers(1, 5),
     batch=st.integers(1, 4),
-).filter(lambda case: case.module == "RNN" or case.method != "anp-feedback")
+)
 
 
 def flat(outputs):

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import anpgpu
 from anpgpu import Perturbation
 
-METHODS = ("anp", "np", "anp-ls", "wp")
-SERVED = [("RNN", "anp-feedback"), *((kind, method) for kind in ("RNN", "GRU", "LSTM") for method in METHODS)]
+METHODS = ("anp", "np", "anp-ls", "anp-feedback", "wp")
+SERVED = [(kind, method) for kind in ("RNN", "GRU", "LSTM") for method in METHODS]
 """Modules, and the methods that train them."""
 
 

@@ -102,8 +102,9 @@ def test_processes_with_the_same_seed_draw_other_noise(monkeypatch):
     assert torch.equal(*same)
 
 
-def test_replicas_hold_bitwise_the_same_feedback_matrix(reports):
-    first, *others = [report["feedback"] for report in reports]
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_replicas_hold_bitwise_the_same_feedback_matrix(reports, name):
+    first, *others = [report["feedback"][name] for report in reports]
     assert first["updates"] == 3
     # Learnt, from samples that differ from process to process: towards the weights.
     assert float(torch.linalg.vector_norm(first["feedback"])) > 0

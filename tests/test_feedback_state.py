@@ -20,9 +20,12 @@ T, B, I, H, O = 8, 4, 3, 6, 2  # noqa: E741  (the design's names)
 HOW = Perturbation("anp-feedback", rollouts=4, warmup=3)
 
 
-def network(how=HOW, *, seed=0, **options):
+every_cell = pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+
+
+def network(how=HOW, *, seed=0, cell="RNN", **options):
     torch.manual_seed(seed)
-    return anpgpu.RNN(I, H, perturbation=how, **options)
+    return getattr(anpgpu, cell)(I, H, perturbation=how, **options)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -33,7 +36,8 @@ def update(rnn, *, seed=1, loss=None):
     """One backward pass with given noise; returns the gradient of W_hh."""
     rnn.zero_grad()
     torch.manual_seed(seed)
-    outputs, h_n = rnn(draw(T, B, I, seed=seed, dtype=rnn.weight_hh_l0.dtype))
+    outputs, final = rnn(draw(T, B, I, seed=seed, dtype=rnn.weight_hh_l0.dtype))
+    h_n = final[0] if isinstance(final, tuple) else final
     (outputs.square().sum() + h_n.sum() if loss is None else loss(outputs)).backward()
     return rnn.weight_hh_l0.grad.clone()
 
@@ -45,8 +49,9 @@ def matrix(model, name="", label="weight_hh_l0"):
 # Where it lives.
 
 
-def test_the_module_is_still_torchs_own():
-    rnn, plain = network(), nn.RNN(I, H)
+@every_cell
+def test_the_module_is_still_torchs_own(cell):
+    rnn, plain = network(cell=cell), getattr(nn, cell)(I, H)
     update(rnn)
     assert list(rnn.state_dict()) == list(plain.state_dict())
     assert not list(rnn.named_buffers())
@@ -92,8 +97,9 @@ def copies(rnn):
     yield torch.load(stream, weights_only=False)
 
 
-def test_copies_of_a_module_carry_it_and_go_on_by_themselves():
-    rnn = network()
+@every_cell
+def test_copies_of_a_module_carry_it_and_go_on_by_themselves(cell):
+    rnn = network(cell=cell)
     update(rnn)
     before = matrix(rnn)
     for other in copies(rnn):
@@ -104,8 +110,9 @@ def test_copies_of_a_module_carry_it_and_go_on_by_themselves():
         assert torch.equal(matrix(rnn), before)
 
 
-def test_it_has_the_working_type():
-    rnn = network().double()
+@every_cell
+def test_it_has_the_working_type(cell):
+    rnn = network(cell=cell).double()
     update(rnn)
     assert matrix(rnn).dtype == torch.float64
     rnn.float()
@@ -114,8 +121,9 @@ def test_it_has_the_working_type():
     assert matrix(rnn).dtype == torch.float32
 
 
-def test_a_state_that_moves_with_its_module_teaches_what_it_would_have_taught():
-    rnn = network()
+@every_cell
+def test_a_state_that_moves_with_its_module_teaches_what_it_would_have_taught(cell):
+    rnn = network(cell=cell)
     update(rnn)
     expected = update(copy.deepcopy(rnn), seed=2)
     moved = copy.deepcopy(rnn).double().float()
@@ -135,10 +143,11 @@ def test_a_module_that_runs_without_gradients_learns_nothing():
     assert torch.equal(matrix(rnn), before)
 
 
-def test_the_matrix_makes_the_weights_own_steps():
-    rnn = network()
+@every_cell
+def test_the_matrix_makes_the_weights_own_steps(cell):
+    rnn = network(cell=cell)
     update(rnn)
-    before, step = matrix(rnn), 0.1 * draw(H, H)
+    before, step = matrix(rnn), 0.1 * draw(*rnn.weight_hh_l0.shape)
     weight = rnn.weight_hh_l0.detach().clone()
     with torch.no_grad():
         rnn.weight_hh_l0 += step
@@ -147,7 +156,7 @@ def test_the_matrix_makes_the_weights_own_steps():
     # The update after the step starts from there: with nothing to learn from it stays there.
     update(rnn, loss=lambda outputs: 0 * outputs.sum())
     assert_close(matrix(rnn) - before, moved, "float32_long")
-    still = network(Perturbation("anp-feedback", rollouts=4, warmup=3, follow_weights=False))
+    still = network(Perturbation("anp-feedback", rollouts=4, warmup=3, follow_weights=False), cell=cell)
     update(still)
     before = matrix(still)
     with torch.no_grad():
@@ -157,11 +166,12 @@ def test_the_matrix_makes_the_weights_own_steps():
     assert torch.equal(matrix(still), before)
 
 
-def test_weights_that_are_swapped_out_and_back_leave_it_exact():
-    rnn = network()
+@every_cell
+def test_weights_that_are_swapped_out_and_back_leave_it_exact(cell):
+    rnn = network(cell=cell)
     update(rnn)
     with torch.no_grad():
-        rnn.weight_hh_l0 += 0.1 * draw(H, H)
+        rnn.weight_hh_l0 += 0.1 * draw(*rnn.weight_hh_l0.shape)
     expected = update(copy.deepcopy(rnn), seed=2)
     trained = copy.deepcopy(rnn.state_dict())
     # Averaged weights are looked at, through load_state_dict and in place.
@@ -172,8 +182,9 @@ def test_weights_that_are_swapped_out_and_back_leave_it_exact():
     assert_close(update(rnn, seed=2), expected, "float32_long")
 
 
-def test_weights_that_are_loaded_are_no_step():
-    rnn, other = network(), network(seed=5)
+@every_cell
+def test_weights_that_are_loaded_are_no_step(cell):
+    rnn, other = network(cell=cell), network(seed=5, cell=cell)
     update(rnn)
     rnn.load_state_dict(other.state_dict())
     expected = update(other, seed=2)
@@ -219,8 +230,9 @@ def test_a_retained_graph_and_a_module_called_twice_move_it_twice():
     assert not torch.equal(second, third)
 
 
-def test_gradients_that_accumulate_are_updates_each():
-    rnn = network()
+@every_cell
+def test_gradients_that_accumulate_are_updates_each(cell):
+    rnn = network(cell=cell)
     update(rnn)
     rnn.zero_grad()
     torch.manual_seed(3)
@@ -235,8 +247,9 @@ def test_gradients_that_accumulate_are_updates_each():
     assert_close(rnn.weight_hh_l0.grad, both, "float32_long")
 
 
-def test_an_overflow_that_the_scaler_provokes_leaves_it_as_it_was():
-    rnn = network()
+@every_cell
+def test_an_overflow_that_the_scaler_provokes_leaves_it_as_it_was(cell):
+    rnn = network(cell=cell)
     update(rnn)
     before = matrix(rnn)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -254,8 +267,9 @@ def test_an_overflow_that_the_scaler_provokes_leaves_it_as_it_was():
     assert not torch.equal(matrix(rnn), before)
 
 
-def test_one_step_of_time_and_an_empty_batch_leave_it_as_it_was():
-    rnn = network()
+@every_cell
+def test_one_step_of_time_and_an_empty_batch_leave_it_as_it_was(cell):
+    rnn = network(cell=cell)
     update(rnn)
     before = matrix(rnn)
     rnn(draw(1, B, I))[0].sum().backward()
@@ -280,8 +294,9 @@ def test_a_batch_whose_rollouts_are_all_lost_leaves_it_as_it_was():
 # The compiler.
 
 
-def test_a_compiled_module_learns_its_matrix():
-    rnn, compiled = network(), network()
+@every_cell
+def test_a_compiled_module_learns_its_matrix(cell):
+    rnn, compiled = network(cell=cell), network(cell=cell)
     run = torch.compile(lambda inputs: compiled(inputs)[0], fullgraph=True, backend="aot_eager")
     for number in range(3):
         expected = update(rnn, seed=number)
@@ -294,8 +309,9 @@ def test_a_compiled_module_learns_its_matrix():
     assert anpgpu.estimator_state(compiled)[""]["updates"] == 3
 
 
-def test_activation_checkpointing_moves_it_once():
-    rnn, plain = network(), network()
+@every_cell
+def test_activation_checkpointing_moves_it_once(cell):
+    rnn, plain = network(cell=cell), network(cell=cell)
     for number in range(2):
         expected = update(plain, seed=number)
         rnn.zero_grad()
@@ -312,9 +328,9 @@ def test_activation_checkpointing_moves_it_once():
 
 
 class Model(nn.Module):
-    def __init__(self, how=HOW, units=H):
+    def __init__(self, how=HOW, units=H, kind=anpgpu.RNN):
         super().__init__()
-        self.rnn, self.top = anpgpu.RNN(I, units, 2, perturbation=how), anpgpu.RNN(units, units, perturbation=how)
+        self.rnn, self.top = kind(I, units, 2, perturbation=how), kind(units, units, perturbation=how)
         self.head = nn.Linear(units, O)
 
     def forward(self, inputs):
@@ -330,9 +346,10 @@ def train(model, optimiser, numbers):
 
 
 @pytest.mark.parametrize("state_first", [False, True])
-def test_a_training_resumes_bitwise(state_first):
+@every_cell
+def test_a_training_resumes_bitwise(state_first, cell):
     torch.manual_seed(0)
-    model = Model()
+    model = Model(kind=getattr(anpgpu, cell))
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
     train(model, optimiser, range(3))
     stream = io.BytesIO()
@@ -341,7 +358,7 @@ def test_a_training_resumes_bitwise(state_first):
     train(model, optimiser, range(3, 6))
     stream.seek(0)
     loaded = torch.load(stream, weights_only=True)
-    other = Model()
+    other = Model(kind=getattr(anpgpu, cell))
     if state_first:
         anpgpu.load_estimator_state_(other, loaded["state"])
     other.load_state_dict(loaded["model"])
@@ -382,10 +399,11 @@ def test_saving_changes_nothing_and_what_is_saved_is_a_copy():
     assert torch.equal(update(rnn, seed=2), expected)
 
 
-def test_what_is_loaded_is_a_copy_too():
-    rnn = network()
+@every_cell
+def test_what_is_loaded_is_a_copy_too(cell):
+    rnn = network(cell=cell)
     update(rnn)
-    saved, other = anpgpu.estimator_state(rnn), network()
+    saved, other = anpgpu.estimator_state(rnn), network(cell=cell)
     before = copy.deepcopy(saved)
     anpgpu.load_estimator_state_(other, saved)
     update(other, seed=2)

@@ -21,7 +21,6 @@ import anpgpu
 from anpgpu import Perturbation, decorrelation
 
 METHODS = ("anp", "np", "anp-ls", "anp-feedback", "wp", "bptt")
-OF_GATES = tuple(method for method in METHODS if method != "anp-feedback")
 """Methods that train GRU and LSTM."""
 NOTHING = ("no step has a loss", "must not sum to 0")
 """What errors say where no step counts."""
@@ -89,7 +88,7 @@ def rnn_calls(draw, name="RNN"):
     if batch and draw(st.booleans()):
         lengths = [1 + (3 * sample) % time for sample in range(batch)]
         inputs = pack_padded_sequence(inputs, lengths, batch_first=construction["batch_first"], enforce_sorted=False)
-    how = draw(perturbations(METHODS if name == "RNN" else OF_GATES))
+    how = draw(perturbations(METHODS))
     arguments = construction | {"perturbation": how}
     arguments, spoiled = draw(spoilt(arguments))
     return Call(arguments | {"inputs": inputs}, spoiled, content)

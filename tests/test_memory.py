@@ -110,7 +110,14 @@ def test_memory_of_a_backward_pass():
 @pytest.mark.parametrize("module", ["GRU", "LSTM"])
 @pytest.mark.parametrize(
     ("method", "loss", "time"),
-    [("np", "mse", 1000), ("anp", "mse", 1000), ("anp-ls", "mse", 500), ("wp", "mse", 300), ("anp", "autograd", 500)],
+    [
+        ("np", "mse", 1000),
+        ("anp", "mse", 1000),
+        ("anp-ls", "mse", 500),
+        ("anp-feedback", "mse", 500),
+        ("wp", "mse", 300),
+        ("anp", "autograd", 500),
+    ],
 )
 def test_memory_of_gated_cells(module, method, loss, time):
     assert_bounded(method=method, loss=loss, time=time, module=module, **SMALL)

@@ -52,7 +52,7 @@ BUGS = {
         "kernels/feedback_matrix.py",
         "(ratio < POISONED_BELOW)",
         "(ratio < -1e30)",
-        "test_feedback_promises.py::test_a_matrix_that_was_poisoned_is_good_again_two_updates_later",
+        "test_feedback_promises.py::test_a_matrix_that_was_poisoned_is_good_again_two_updates_later[RNN]",
     ),
     "the feedback matrix makes the weights' steps backwards": Bug(
         "estimators/feedback.py",
