@@ -14,8 +14,9 @@ from study_feedback_plan import (
     RATIO,
     WARMUPS,
     learned,
+    without_feedback,
 )
-from study_feedback_runs import CASES, EXACT, KNOWN
+from study_feedback_runs import CASES, EVERY, EXACT, KNOWN
 
 Rows = list[dict[str, object]]
 
@@ -295,6 +296,52 @@ def warmup(runs: Sequence[dict]) -> Rows:
     return rows
 
 
+def gated(runs: Sequence[dict]) -> Rows:
+    """Cosine of all gradients of a GRU or LSTM to BPTT's, with B, with what is known alone, and with neither."""
+    rows: Rows = []
+    late = "90-120"
+    for (module, hold), mine in grouped(of_kind(runs, "cosine"), "module", "hold").items():
+        plain = learned(8, warmup=0)
+        last = cosines(mine, plain, late, EVERY)
+        rows.append(
+            {
+                "cell": module,
+                "hold": hold,
+                "seeds": len(mine),
+                **{window: mean_of(cosines(mine, plain, window, EVERY)) for window in ("0-10", "20-30")},
+                late: mean_of(last),
+                "lowest": min(last, default=None),
+                **{f"{KNOWN}, {window}": mean_of(cosines(mine, KNOWN, window, EVERY)) for window in ("20-30", late)},
+                **{
+                    f"{words}, P = {rollouts}": mean_of(cosines(mine, estimator(rollouts), late, EVERY))
+                    for rollouts in (8, 16, 32)
+                    for words, estimator in (("known", without_feedback), ("anp-ls", "anp-ls rollouts={}".format))
+                },
+            }
+        )
+    return rows
+
+
+def gated_closed(runs: Sequence[dict]) -> Rows:
+    """Final losses where each estimator trains a GRU or LSTM: mean and highest of the seeds, or seed 0 alone."""
+    rows: Rows = []
+    for (module,), mine in grouped(of_kind(runs, "train"), "module").items():
+        finals = {name: [final(run) for run in group] for name, group in by_estimator(mine).items()}
+        row: dict[str, object] = {"cell": module}
+        for words, name in (("BPTT", EXACT), ("P = 8", learned(8)), ("anp-ls, P = 64", "anp-ls rollouts=64")):
+            values = finals.get(name, [])
+            row |= {
+                f"{words}, seeds": len(values),
+                words: mean_of(values),
+                f"{words}, highest": max(values, default=None),
+            }
+        for rollouts in (8, 32):
+            for words, name in (("known", without_feedback(rollouts)), ("anp-ls", f"anp-ls rollouts={rollouts}")):
+                row[f"{words}, P = {rollouts}"] = mean_of(finals.get(name, []))
+        rows.append(row | {KNOWN: mean_of(finals.get(KNOWN, []))})
+    return rows
+
+
 TABLES: dict[str, tuple[str, Callable[[Sequence[dict]], Rows]]] = {
     "cosine": ("cosine", cosine),
     "closed": ("closed", closed),
@@ -304,5 +351,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[dict]], Rows]]] = {
     "speed": ("time", speed),
     "warmup": ("warmup", warmup),
     "sizes": ("sizes", sizes),
+    "gated": ("gated", gated),
+    "gated, closed": ("gated", gated_closed),
 }
 """The tables: the part of the study that each is made of, and how."""

@@ -133,11 +133,33 @@ def feedback_sizes(result: dict) -> Rows:
     return rows
 
 
+def feedback_gated(result: dict) -> Rows:
+    """Cosine of all gradients of a GRU or LSTM to BPTT's, by what stands for the prior mean."""
+    names = ("0-10", "20-30", "90-120", "lowest", "known part, 20-30", "known part, 90-120")
+    few = [f"{words}, P = {rollouts}" for rollouts in (8, 16, 32) for words in ("known", "anp-ls")]
+    return [
+        [
+            f"{row['cell']}, gates that hold" if row["hold"] else row["cell"],
+            *(cosine(row[name]) for name in (*names, *few)),
+        ]
+        for row in result["results"]["gated"]
+    ]
+
+
+def feedback_gated_closed(result: dict) -> Rows:
+    """Final losses where each estimator trains a GRU or LSTM."""
+    names = [f"{words}{suffix}" for words in ("BPTT", "P = 8", "anp-ls, P = 64") for suffix in ("", ", highest")]
+    few = ("known part", "known, P = 8", "anp-ls, P = 8", "known, P = 32", "anp-ls, P = 32")
+    return [[row["cell"], *(loss(row[name]) for name in (*names, *few))] for row in result["results"]["gated, closed"]]
+
+
 TABLES: dict[str, Callable[..., Rows]] = {
     table.__name__: table
     for table in (
         feedback_closed,
         feedback_cosine,
+        feedback_gated,
+        feedback_gated_closed,
         feedback_long,
         feedback_parts,
         feedback_sizes,
