@@ -22,7 +22,7 @@ class Perturbation:
 
     Attributes:
         method: "anp-ls" (least-squares activity-based node perturbation), "anp-feedback" (the same against a learned
-            feedback matrix, for few rollouts of an `nn.RNN`), "anp" (activity-based node perturbation), "np" (node
+            feedback matrix, for few rollouts), "anp" (activity-based node perturbation), "np" (node
             perturbation), "wp" (weight perturbation) or "bptt" (exact, by autograd: the baseline). For
             comparison, only in `estimate_grad_`: "published-anp", "published-np", "published-wp", the rules as
             published. They need rollouts=1 and noise="gaussian", credit each step with its own loss and perturb the
@@ -51,8 +51,9 @@ class Perturbation:
             large (0.1 and more) and all rollouts raise the loss alike, and changes little where sigma is small (least
             squares loses one of its equations); see `profiling/study_variance.py`. It needs two rollouts. "wp" and
             "bptt" do not use it.
-        prior: the prior mean of "anp-feedback", for ablations: "learned"; "known", what is known without feedback,
-            phi'(a_t) dL/dh_t of the step's own loss; or "none", which is "anp-ls".
+        prior: the prior mean of "anp-feedback", for ablations: "learned"; "known", what is known without feedback:
+            dL/dh_t of the step's own loss, in an RNN times phi'(a_t), in a GRU with what passes the update gate; or
+            "none", which is "anp-ls".
         warmup: estimates by which "anp-feedback" learns its feedback matrix before a module's first update.
         follow_weights: whether the feedback matrix of "anp-feedback" makes the recurrent weights' own steps.
 

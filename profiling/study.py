@@ -6,8 +6,9 @@
     python profiling/study.py --scaling                    against width, length and number of rollouts
     python profiling/study.py --long                       100,000 steps within a fixed memory
 
-Every finished run is one line of `runs.jsonl`, identified by its complete configuration, so that a study which was
-stopped or killed resumes where it was. Worker processes of one thread each make the runs.
+The networks are `nn.RNN`, for which the published rules and BPTT cut to one step are defined; GRU and LSTM are studied
+in `study_feedback.py`. Every finished run is one line of `runs.jsonl`, identified by its complete configuration, so
+that a study which was stopped or killed resumes where it was. Worker processes of one thread each make the runs.
 """
 
 from __future__ import annotations

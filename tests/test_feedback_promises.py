@@ -187,9 +187,10 @@ def test_autocast_loses_nothing():
     assert cosine > 0.95
 
 
-def test_a_method_that_learns_is_measured_before_and_after_it_has_learnt():
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_a_method_that_learns_is_measured_before_and_after_it_has_learnt(kind):
     torch.manual_seed(0)
-    rnn, head = anpgpu.RNN(3, 16), nn.Linear(16, 3)
+    rnn, head = getattr(anpgpu, kind)(3, 16), nn.Linear(16, 3)
     inputs = torch.randn(12, 8, 3)
     grid = {"methods": ("anp-ls", "anp-feedback"), "rollouts": (4,), "discounts": (1,), "sigmas": (1e-3,), "repeats": 2}
     diagnosis = anpgpu.diagnose(rnn, head, inputs, inputs.roll(4, 0), progress=False, **grid)
