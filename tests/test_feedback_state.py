@@ -458,3 +458,15 @@ def test_a_network_that_changed_its_size_is_told():
     vars(other)["_estimator_state"] = vars(rnn)["_estimator_state"]
     with pytest.raises(ValueError, match=r"\[\(6, 6\)\].*\[\(6, 6\), \(6, 6\)\]"):
         update(other)
+
+
+def test_of_many_gates_the_state_has_no_gram_matrix_and_resumes():
+    how = Perturbation("anp-feedback", rollouts=2, warmup=1)
+    rnn, other = (anpgpu.GRU(I, 171, perturbation=how) for _ in range(2))
+    update(rnn)
+    state = anpgpu.estimator_state(rnn)
+    assert state[""]["weight_hh_l0.gram"].shape == (0, 0)
+    other.load_state_dict(rnn.state_dict())
+    anpgpu.load_estimator_state_(other, state)
+    assert torch.equal(update(other, seed=2), update(rnn, seed=2))
+    assert torch.equal(matrix(other), matrix(rnn))

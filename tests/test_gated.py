@@ -1,6 +1,7 @@
 """Estimates of GRU and LSTM against autograd through torch's modules, in float64."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -103,6 +104,22 @@ def test_anp_ls_with_enough_rollouts_is_bptt(cell, network, lengths):
     assert_aligned(found, backward_through(twin, inputs, states, lengths=lengths), 0.9999)
 
 
+LEARNING = dataclasses.replace(EXACT, method="anp-feedback", warmup=0)
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "packed"])
+@pytest.mark.parametrize("network", ["one layer", "two layers, bidirectional"])
+@pytest.mark.parametrize("cell", MODULES)
+def test_learned_feedback_with_enough_rollouts_is_bptt_from_the_first_update_on(cell, network, lengths):
+    module, twin = build(cell, LEARNING, **NETWORKS[network])
+    inputs, states = draw(T, B, I).requires_grad_(), states_of(module)
+    truth = backward_through(twin, inputs, states, lengths=lengths)
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        assert_aligned(backward_through(module, inputs, states, lengths=lengths), truth, 0.9999)
+    assert all(float(layer.feedback.norm()) > 0 for layer in vars(module)["_estimator_state"].layers)
+
+
 class Discounted(torch.autograd.Function):
     """Multiplies the gradient that goes back by the discount."""
 
@@ -136,9 +153,19 @@ def discounted(cell, twin, inputs, states, discount):
 @pytest.mark.parametrize("discount", [1.0, 0.9])
 @pytest.mark.parametrize("cell", MODULES)
 def test_gates_that_hold_and_a_loss_at_the_end(cell, discount):
+    assert_gates_hold(cell, discount, EXACT)
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+@pytest.mark.parametrize("cell", MODULES)
+def test_gates_that_hold_and_a_loss_at_the_end_with_learned_feedback(cell, discount):
+    assert_gates_hold(cell, discount, LEARNING)
+
+
+def assert_gates_hold(cell, discount, how):
     # With the path through c left in the returns the cosine is .46 to .63, however many rollouts there are.
     units = 24
-    how = Perturbation("anp-ls", rollouts=2 * units, sigma=1e-5, ridge=1e-5, discount=discount)
+    how = dataclasses.replace(how, rollouts=2 * units, discount=discount)
     module, twin = build(cell, how, hold=3.0, units=units)
     inputs, states = draw(40, B, I).requires_grad_(), states_of(module)
     torch.manual_seed(5)

@@ -121,7 +121,7 @@ def test_dropout_between_layers_is_in_the_gradient(cell):
         assert float(nn.functional.cosine_similarity(ours.flatten(), torchs.flatten(), 0)) > 0.9999
 
 
-@pytest.mark.parametrize("method", ["np", "anp-ls"])
+@pytest.mark.parametrize("method", ["np", "anp-ls", "anp-feedback"])
 @pytest.mark.parametrize("cell", MODULES)
 def test_a_rollout_that_is_lost_is_left_out_and_a_gradient_that_is_not_finite_comes_back(cell, method):
     module, _ = build(cell, Perturbation(method, rollouts=2 * H), num_layers=2)
