@@ -94,7 +94,9 @@ class Known(NamedTuple):
         path = self.path
         if path is not None:
             path = path.steps(steps)
-            deviation = None if path.deviation is None else path.deviation * scale
+            deviation = path.deviation
+            if deviation is not None and scale != 1.0:
+                deviation = deviation * scale
             if deviation is not None and finite is not None:
                 deviation = torch.where(finite.unsqueeze(-1), deviation, 0)
             path = path._replace(grad=None if path.grad is None else path.grad * rows, deviation=deviation)

@@ -338,3 +338,9 @@ def test_of_many_gates_no_gram_matrix_is_kept(cell):
     assert moves(case, matrix)
     assert gram.shape == (0, 0)
     assert nothing is None
+
+
+@every_cell
+def test_noise_whose_square_leaves_the_range_scales_every_deviation(cell):
+    case = Case(3, sigma=1e-14, cell=cell).lose(0, 1)
+    assert_same(case.run(), case.oracle())
