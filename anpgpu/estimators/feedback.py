@@ -139,8 +139,8 @@ class LearnedFeedback(Rule):
     @classmethod
     def extra_floats(cls, rollouts: int, hidden: int, gates: int = 1) -> int:
         """Return the floats of a copy of delta_a, the Gram matrix and its factor, and rows of clean activity."""
-        # Of a gated cell also the coefficients of R, R, and a copy of it with weights.
-        rows = 6 + (4 * gates + 4 if gates > 1 else 0)
+        # Of a gated cell also the coefficients of R and what they are made of, R, and a copy of it with weights.
+        rows = 6 + (6 * gates + 6 if gates > 1 else 0)
         return rollouts * hidden + 2 * min(rollouts, hidden) ** 2 + rows * hidden
 
     @classmethod
