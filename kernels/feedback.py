@@ -94,7 +94,7 @@ class Known(NamedTuple):
         path = self.path
         if path is not None:
             path = path.steps(steps)
-            deviation = path.deviation
+            deviation = None if path.deviation is None else path.deviation.to(path.gain.dtype)
             if deviation is not None and scale != 1.0:
                 deviation = deviation * scale
             if deviation is not None and finite is not None:
