@@ -42,6 +42,7 @@ STEMS = (*OPS, "cell", "cell_gated", "loss", "least_squares", "feedback")
 ALONE = {
     *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba", "feedback_matrix"),
     *("rollout_resident_triton", "rollout_stepwise_triton", "rollout_fused_triton", "rollout_gated_triton"),
+    *("tiles_least_squares", "gram_triton", "inverse_triton"),
 }
 """The other files of kernels/."""
 

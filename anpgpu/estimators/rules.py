@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anpgpu.kernels.least_squares import least_squares
 from anpgpu.registry import BACKENDS, ESTIMATORS, Estimator
-from anpgpu.runtime.dispatch import implementation
+from anpgpu.runtime.dispatch import implementation, least_squares_on
 from anpgpu.runtime.ranges import entered
 from anpgpu.runtime.settings import Settings
 
@@ -189,13 +188,12 @@ class LeastSquares(Rule):
 
     def add(self, block: Block, delta_loss: Tensor, delta_a: Tensor | None) -> None:
         """Solve the regression; the block holds all rollouts of its samples."""
-        settings, backend = self.settings, self.settings.backend
+        settings = self.settings
         assert delta_a is not None  # noqa: S101  (for the type checker; the rule stores it)
-        recursion = implementation("deflate", backend) if BACKENDS[backend].own_recursion else None
         if block.path is not None and self.handed is None:
             self.handed = self.carry.new_zeros((len(self.finite), self.units))
         with entered("least_squares"):
-            sums, self.carry, grown = least_squares(
+            sums, self.carry, grown = least_squares_on(settings.backend)(
                 delta_loss,
                 delta_a,
                 self.carry,
@@ -206,8 +204,6 @@ class LeastSquares(Rule):
                 baseline=settings.baseline,
                 options=block.options,
                 counters=block.counters,
-                draw=implementation("noise", backend),
-                recursion=recursion,
                 path=block.path,
                 handed=self.handed,
             )

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from anpgpu.kernels.cell import CellForms
-from anpgpu.kernels.least_squares import least_squares as regress
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, Loss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import Rollout, RolloutOptions
-from anpgpu.registry import BACKENDS, CELLS
-from anpgpu.runtime.dispatch import choose_backend, implementation, stored_dtype
+from anpgpu.registry import CELLS
+from anpgpu.runtime.dispatch import choose_backend, implementation, least_squares_on, stored_dtype
 from anpgpu.runtime.ranges import entered
 
 Results = Tensor | tuple[Tensor, ...]
@@ -265,7 +264,7 @@ def least_squares(
     discount, ridge, baseline, sigma, noise, counters, backend = rest
     chosen = choose_backend(backend, delta_loss.device, delta_loss.dtype)
     with torch.autocast(delta_loss.device.type, enabled=False), entered("least_squares"):
-        result = regress(
+        result = least_squares_on(chosen)(
             delta_loss,
             delta_a,
             carry,
@@ -276,8 +275,6 @@ def least_squares(
             baseline=baseline,
             options=RolloutOptions(delta_loss.shape[2], sigma, noise),
             counters=Counters(*counters),
-            draw=implementation("noise", chosen),
-            recursion=implementation("deflate", chosen) if BACKENDS[chosen].own_recursion else None,
         )
     return result.adjoint.sum(0), result.carry.contiguous()
 

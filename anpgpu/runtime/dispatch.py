@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from anpgpu.kernels.cell import CellForms
+from anpgpu.kernels.least_squares import least_squares
 from anpgpu.perturbation import AUTO
 from anpgpu.registry import BACKENDS
 
@@ -25,8 +26,8 @@ OP_MODULES = {
 }
 """Stem of the kernel file of each op; profiler ranges have the names of the ops."""
 
-PART_MODULES = {"deflate": "least_squares", "descend": "feedback"}
-"""The same for functions that are part of an op on some backends."""
+PART_MODULES = {"least_squares": "least_squares", "deflate": "least_squares", "descend": "feedback"}
+"""The same for functions that some backends have, whole or as part of an op."""
 
 
 class Backend:
@@ -42,8 +43,10 @@ class Backend:
     """Whether `rollout_adjoint` is one kernel, which credits rollouts without storing their activity."""
     narrow_activity: bool = False
     """Whether activity differences of 16-bit operands are stored as bfloat16."""
+    own_least_squares: bool = False
+    """Whether it has its own form of `least_squares`."""
     own_recursion: bool = False
-    """Whether it has its own form of the least-squares recursion, `deflate`."""
+    """Whether it has its own form of the least-squares recursion, `deflate`, and of that of learned feedback."""
 
     @staticmethod
     def check(device: torch.device) -> None:
@@ -59,7 +62,8 @@ class Backend:
 class Triton(Backend):
     """Triton kernels, for CUDA tensors; on the CPU only in Triton's interpreter."""
 
-    suffix, float64, instead, fuses, narrow_activity = "_triton", False, "'torch' or 'cupy'", True, True
+    suffix, float64, instead = "_triton", False, "'torch' or 'cupy'"
+    fuses, narrow_activity, own_least_squares = True, True, True
 
     @staticmethod
     def check(device: torch.device) -> None:
@@ -169,3 +173,12 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     module = importlib.import_module(f"anpgpu.kernels.{stem}{BACKENDS[backend].suffix}")
     function: Callable[..., Any] = getattr(module, op)
     return function
+
+
+@functools.cache
+def least_squares_on(backend: str) -> Callable[..., Any]:
+    """Return `least_squares` of a backend: its own form, or the reference with what the backend has of its parts."""
+    if BACKENDS[backend].own_least_squares:
+        return implementation("least_squares", backend)
+    recursion = implementation("deflate", backend) if BACKENDS[backend].own_recursion else None
+    return functools.partial(least_squares, draw=implementation("noise", backend), recursion=recursion)
