@@ -16,7 +16,7 @@ from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, Squar
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.registry import CELLS
-from anpgpu.runtime.dispatch import implementation
+from anpgpu.runtime.dispatch import implementation, least_squares_on
 
 OPS = ("noise", "rollout", "returns", "adjoint", "rollout_adjoint")
 SHAPES = ((1, 1, 1, 1, 1), (2, 3, 5, 17, 3), (2, 1, 33, 130, 11))
@@ -64,6 +64,23 @@ def run(backend, shape, device):
                         rest = {"weight_by": weight_by, "options": options, "counters": counters}
                         adjoint(credit, activity if weight_by == "activity" else None, seed, units=hidden, **rest)
                         rollout_adjoint(preact, state, weight_hh, loss, seed, **rest, delta_h0=start)
+                    if not isinstance(loss, LinearLoss):
+                        continue
+                    # More rollouts than a program inverts, too.
+                    for count in (rollouts, 130) if nonlinearity == "tanh" and hidden >= 130 else (rollouts,):
+                        moved = torch.randn(time, batch, count, hidden, device=device).to(part.delta_a.dtype)
+                        least_squares_on(backend)(
+                            torch.randn(time, batch, count, device=device),
+                            moved,
+                            torch.randn(batch, count, device=device),
+                            seed,
+                            finite=torch.rand(batch, count, device=device) > 0.1,
+                            discount=0.9,
+                            ridge=0.01,
+                            baseline=True,
+                            options=options._replace(rollouts=count),
+                            counters=counters,
+                        )
 
 
 def main():
