@@ -51,6 +51,8 @@ class Perturbation:
             large (0.1 and more) and all rollouts raise the loss alike, and changes little where sigma is small (least
             squares loses one of its equations); see `profiling/study_variance.py`. It needs two rollouts. "wp" and
             "bptt" do not use it.
+        split_half: whether "anp-ls" also estimates from each half of the rollouts alone, for `Estimate.split_half`;
+            it takes time. "anp", "np" and "wp" always report it, "anp-feedback" never.
         prior: the prior mean of "anp-feedback", for ablations: "learned"; "known", what is known without feedback:
             dL/dh_t of the step's own loss, in an RNN times phi'(a_t), in a GRU with what passes the update gate; or
             "none", which is "anp-ls".
@@ -75,6 +77,7 @@ class Perturbation:
     max_memory: int | None = None
     shard_rollouts: bool = False
     baseline: bool = False
+    split_half: bool = False
     prior: str = "learned"
     warmup: int = 30
     follow_weights: bool = True
@@ -92,7 +95,7 @@ class Perturbation:
             whole("max_memory", self.max_memory, 1)
         one_of("prior", self.prior, PRIORS)
         whole("warmup", self.warmup, 0)
-        for name in ("baseline", "shard_rollouts", "follow_weights"):
+        for name in ("baseline", "split_half", "shard_rollouts", "follow_weights"):
             flag(name, getattr(self, name))
         if self.baseline and self.rollouts < 2:
             raise ValueError(f"baseline=True needs at least 2 rollouts, got rollouts={self.rollouts!r}")

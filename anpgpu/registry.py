@@ -84,9 +84,16 @@ class Estimator:
     """Whether it keeps something between updates; its rule then gets a learner and what is known without rollouts."""
     discounted: bool = True
     """Whether the discount matters."""
+    halves_on_demand: bool = False
+    """Whether the halves of the rollouts are told apart only where `split_half=True` asks for it."""
     parts: int = 2
     """Number of parts that add up to a gradient: from the even and the odd rollouts, and, with 3, a part that needs all
     rollouts; 1 if the halves are not told apart."""
+
+    @classmethod
+    def parts_for(cls, *, split_half: bool) -> int:
+        """Return the number of parts of an update; see `parts`."""
+        return cls.parts if split_half or not cls.halves_on_demand else 1
 
     @classmethod
     def check(cls, perturbation: Any) -> None:

@@ -20,7 +20,9 @@ class Majority(lightning.LightningModule):
 
     def __init__(self, hidden: int = 32) -> None:
         super().__init__()
-        self.rnn = anpgpu.RNN(1, hidden, batch_first=True, perturbation=anpgpu.Perturbation(rollouts=64))
+        self.rnn = anpgpu.RNN(
+            1, hidden, batch_first=True, perturbation=anpgpu.Perturbation(rollouts=64, split_half=True)
+        )
         self.head = nn.Linear(hidden, 2)
 
     def forward(self, bits: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class LeastSquares(NamedTuple):
 
     adjoint: Tensor
     """(3, T, B, H), whose sum is the estimate: half the estimate of the even rollouts alone, half that of the odd ones,
-    both from the same deflated returns, and what is left of the estimate of all."""
+    both from the same deflated returns, and what is left of the estimate of all. (1, T, B, H) without halves."""
     carry: Tensor
     """Deflated return for the step before the first, (B, P)."""
     ridge_grown: Tensor
@@ -128,6 +128,7 @@ def least_squares(
     counters: Counters,
     draw: Callable[..., Tensor],
     recursion: Callable[..., Tensor] | None,
+    halves: bool = True,
     path: Path | None = None,
     handed: Tensor | None = None,
 ) -> LeastSquares:
@@ -149,6 +150,7 @@ def least_squares(
         counters: as in the rollout.
         draw: generates the noise again; a backend's `noise`.
         recursion: a backend's own `deflate` for the dual form with Rademacher noise; None where it has none.
+        halves: whether the estimates of the even and the odd rollouts alone are wanted, too.
         path: of an LSTM's c, with its deviation. Left in the returns it would bias the regression on delta_h, however
             many rollouts there are.
         handed: what later steps hand back along the path, (B, H), overwritten with what these do.
@@ -161,7 +163,7 @@ def least_squares(
     own = recursion if options.noise == "rademacher" and path is None else None
     reached = None if path is None or handed is None else handed / loss_unit
     all_finite = not delta_a.is_cuda and bool(finite.all())
-    adjoint = delta_loss.new_empty((3, time, batch, units))
+    adjoint = delta_loss.new_empty((3 if halves else 1, time, batch, units))
     credit = torch.empty_like(delta_loss)
     grown = torch.zeros((), dtype=torch.int64, device=delta_a.device)
     length = block_length(delta_a, delta_loss)
@@ -170,10 +172,10 @@ def least_squares(
         steps = slice(start, stop)
         activity = counted_activity(delta_a[steps], delta_loss.dtype, scale, None if all_finite else finite)
         activity, gram, unit = in_units(activity)
-        halves = _half_grams(gram, activity)
+        half_grams = _half_grams(gram, activity) if halves else ()
         factor, bad = factored(gram, ridge, finite)
         grown += bad
-        together = adjoint[2, steps]
+        together = adjoint[-1, steps]
         how = Deflation(
             finite=finite,
             discount=discount,
@@ -187,7 +189,7 @@ def least_squares(
         plain = functools.partial(deflate, draw=draw, handed=reached)
         run = own if own is not None and dual(activity) else plain
         carry = run(delta_loss[steps], activity, factor, carry, seed, how, estimate=together, credit=credit[steps])
-        for half, gram in enumerate(halves):
+        for half, gram in enumerate(half_grams):
             estimate = _half(activity[..., half::2, :], gram, credit[steps, :, half::2], ridge, finite[:, half::2])
             adjoint[half, steps] = estimate.div_(2 * unit.unsqueeze(-1))
             together -= adjoint[half, steps]

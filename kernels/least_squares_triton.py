@@ -238,6 +238,7 @@ def least_squares(
     baseline: bool,
     options: RolloutOptions,
     counters: Counters,
+    halves: bool = True,
     path: Path | None = None,
     handed: Tensor | None = None,
 ) -> LeastSquares:
@@ -260,6 +261,7 @@ def least_squares(
             counters=counters,
             draw=noise,
             recursion=None,
+            halves=halves,
             path=path,
             handed=handed,
         )
@@ -279,11 +281,11 @@ def least_squares(
             own = Systems(*(tensor[steps.start * batch : steps.stop * batch] for tensor in systems))
             first = counters._replace(time=counters.time + steps.start)
             write_products(own, delta_a[steps], counted, seed, options.noise, first, launch, operand)
-        halves = [_half_inverses(systems.gram_ptr, counted, half, ridge) for half in (0, 1)]
+        alone = [_half_inverses(systems.gram_ptr, counted, half, ridge) for half in (0, 1) if halves]
         bad = inverses(systems.gram_ptr, systems.gram_ptr, counted, ridge)
         duals = Duals(
             delta_loss.new_empty((number, rollouts)),
-            delta_loss.new_empty((number, rollouts)),
+            delta_loss.new_empty((number, rollouts)) if halves else None,
             torch.empty_like(carry, memory_format=torch.contiguous_format),
             delta_loss.new_empty(batch),
         )
@@ -305,12 +307,12 @@ def least_squares(
             TILES=launch.block * launch.tiles // launch.recursion_rows,
             num_warps=launch.recursion_warps,
         )
-        adjoint = delta_loss.new_empty((3, time, batch, units))
+        adjoint = delta_loss.new_empty((3 if halves else 1, time, batch, units))
         sums_kernel[(number, ceil_div(units, launch.sum_units))](
             adjoint,
             activity_of(delta_a, counted),
             duals,
-            _half_duals(duals, halves),
+            _half_duals(duals, alone) if halves else None,
             systems.unit_ptr,
             batch,
             rollouts,

@@ -100,7 +100,7 @@ LOSSES = {"mse": "mse", "cross_entropy": "cross_entropy", "per step": absolute, 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_backward_does_not_depend_on_division(monkeypatch, method, network):
-    how = Perturbation(method, rollouts=P, sigma=1e-3, discount=0.9, warmup=2)
+    how = Perturbation(method, rollouts=P, sigma=1e-3, discount=0.9, warmup=2, split_half=True)
     whole = backward(how, **NETWORKS[network])
     for division in divisions_of(method):
         force(monkeypatch, division)
@@ -113,7 +113,7 @@ def test_backward_does_not_depend_on_division(monkeypatch, method, network):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_estimate_grad_does_not_depend_on_division(monkeypatch, method, network, loss):
-    how = Perturbation(method, rollouts=P, sigma=1e-3, discount=0.9, warmup=2)
+    how = Perturbation(method, rollouts=P, sigma=1e-3, discount=0.9, warmup=2, split_half=True)
     whole = estimate(how, LOSSES[loss], **NETWORKS[network])
     for division in divisions_of(method, loss):
         force(monkeypatch, division)

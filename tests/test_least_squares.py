@@ -229,12 +229,28 @@ def test_halves_agree_the_better_the_more_rollouts() -> None:
     inputs, targets = copy_task(20, 4, 2, torch.Generator().manual_seed(1))
     agreement = []
     for rollouts in (1, 4, 16, 64):
-        perturbation = anpgpu.Perturbation("anp-ls", rollouts, discount=1.0)
+        perturbation = anpgpu.Perturbation("anp-ls", rollouts, split_half=True)
         estimate = anpgpu.estimate_grad_(rnn, readout, inputs, targets, "cross_entropy", perturbation=perturbation)
         agreement.append(float(estimate.split_half))
     assert math.isnan(agreement[0])
     assert agreement[1] < agreement[2] < agreement[3]
     assert agreement[3] > 0.95
+
+
+@pytest.mark.parametrize("kind", [anpgpu.RNN, anpgpu.LSTM])
+def test_halves_are_told_apart_on_demand(kind: type[anpgpu.RNN]) -> None:
+    found = []
+    for split_half in (False, True):
+        torch.manual_seed(0)
+        rnn = kind(3, 8, 2, perturbation=anpgpu.Perturbation("anp-ls", 6, split_half=split_half)).double()
+        estimate = anpgpu.estimate_grad_(rnn, None, torch.randn(5, 2, 3).double(), torch.randn(5, 2, 8).double())
+        assert bool(estimate.split_half.isnan()) != split_half
+        outputs, state = rnn(torch.randn(5, 2, 3).double())
+        # Of an LSTM's last c, too, a gradient arrives.
+        (outputs.sum() + sum(value.sum() for value in (state if isinstance(state, tuple) else (state,)))).backward()
+        assert bool(rnn.last_estimate.split_half.isnan()) != split_half
+        found.append(torch.cat([parameter.grad.flatten() for parameter in rnn.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -277,7 +277,7 @@ def test_updates_through_both_faces_agree_with_torchs(options):
     estimates = []
     for backend in ("triton", "torch"):
         torch.manual_seed(0)
-        perturbation = anpgpu.Perturbation("anp-ls", 5, backend=backend, sigma=1e-4, **options)
+        perturbation = anpgpu.Perturbation("anp-ls", 5, backend=backend, sigma=1e-4, split_half=True, **options)
         rnn, readout = anpgpu.RNN(2, 9, 2, perturbation=perturbation), torch.nn.Linear(9, 2)
         inputs, targets = torch.randn(3, 2, 2), torch.randn(3, 2, 2)
         report = anpgpu.estimate_grad_(rnn, readout, inputs, targets)

@@ -83,7 +83,7 @@ def test_perturbation_is_frozen_and_replaceable():
 def test_perturbation_has_the_documented_fields():
     fields = [field.name for field in dataclasses.fields(Perturbation)]
     expected = "method rollouts sigma noise discount ridge rank readout precision backend max_memory shard_rollouts"
-    assert fields == [*expected.split(), "baseline", "prior", "warmup", "follow_weights"]
+    assert fields == [*expected.split(), "baseline", "split_half", "prior", "warmup", "follow_weights"]
     assert Perturbation("np", 8, 0.1).rollouts == 8
 
 

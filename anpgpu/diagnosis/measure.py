@@ -267,12 +267,13 @@ class _Measure:
         gradients, halves, skipped, seconds = [], [], 0, []
         cost = cost_of(setting, self.rnn.hidden_size)
         state = estimator_state(self.rnn)
+        asking = dataclasses.replace(setting, split_half=True)
         for seed in self.seeds:
             # Every seed starts from the same state.
             load_estimator_state_(self.rnn, state)
             started = time.perf_counter()
             try:
-                gradient, report = self.estimate(setting, torch.Generator().manual_seed(seed))
+                gradient, report = self.estimate(asking, torch.Generator().manual_seed(seed))
             except RuntimeError as error:
                 # No finite rollout, or out of memory: the row reports that this setting does not work.
                 why = str(error).splitlines()[0]

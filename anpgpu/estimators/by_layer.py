@@ -66,7 +66,7 @@ class Backward(NamedTuple):
     @property
     def found(self) -> Found:
         """A new `Found`, filled with zeros."""
-        return Found(self.network, self.run.layers[0][0].inputs, self.grad_h_n, self.settings.estimator.parts)
+        return Found(self.network, self.run.layers[0][0].inputs, self.grad_h_n, self.settings.parts)
 
 
 def layers_backward(backward: Backward) -> Found:
@@ -85,7 +85,7 @@ def layers_backward(backward: Backward) -> Found:
 def two_directions(job: Job) -> FoundOfProblem:
     """Estimate all gradients of a bidirectional network, for `estimate_grad_`."""
     problem, settings, loss = job.problem, job.settings, job.problem.loss
-    result = FoundOfProblem(problem, settings.estimator.parts)
+    result = FoundOfProblem(problem, settings.parts)
     masks = draw_masks(problem)
     job = job.agreed(*masks)
     drawn = iter(masks)
@@ -179,7 +179,7 @@ def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Fo
     weights, settings, device = layer.weights, backward.settings, backward.seed.device
     network = backward.network._replace(layers=((weights,),))
     time, batch, _ = layer.run.inputs.shape
-    result = Found(network, layer.run.inputs, layer.run.states[:1], settings.estimator.parts)
+    result = Found(network, layer.run.inputs, layer.run.states[:1], settings.parts)
     segments = segments_of(time, division)
     own = settings.share.samples(batch)
     if settings.estimator.keeps_state:

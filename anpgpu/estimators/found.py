@@ -32,7 +32,8 @@ class Estimate(NamedTuple):
     """Number of rollouts left out because they were not finite, over samples, layers and directions; 0-dim int64."""
     split_half: Tensor
     """Cosine between the estimates from the even and the odd rollouts, 0-dim. Near 1, more rollouts would change
-    little. It shows variance, not bias: a discount of 0 can look perfect. NaN with one rollout."""
+    little. It shows variance, not bias: a discount of 0 can look perfect. NaN with one rollout, for "anp-ls" unless
+    `Perturbation(split_half=True)` asks for it, and for "anp-feedback"."""
     ridge_grown: Tensor
     """Number of least-squares systems ("anp-ls") whose Cholesky factorisation failed with the given ridge; they were
     solved with a ridge as large as the system itself. 0-dim int64."""

@@ -170,6 +170,7 @@ class LeastSquares(Rule):
     """Ridge regression of the return on the activity differences, with the effect of later noise removed."""
 
     whole_samples = True
+    halves_on_demand = True
     parts = 3
     handed: Tensor | None = None
     """What the steps after the segment hand back along an LSTM's c, (b, H)."""
@@ -204,6 +205,7 @@ class LeastSquares(Rule):
                 baseline=settings.baseline,
                 options=block.options,
                 counters=block.counters,
+                halves=settings.parts > 1,
                 path=block.path,
                 handed=self.handed,
             )

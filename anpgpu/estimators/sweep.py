@@ -228,7 +228,7 @@ class Sweep:
         # rollouts one counts it.
         share = self.settings.share
         halves = parts.new_zeros((len(parts), 1, 1))
-        halves[:2] = 1 / len(halves[:2]) if share.by_samples or share.index == 0 else 0.0
+        halves[:2] = 1 / min(len(parts), 2) if share.by_samples or share.index == 0 else 0.0
         for step in range(parts.shape[1] - 1, -1, -1):
             whole[:, step, :, self.units :] = path.hand_back_(step, parts[:, step], self.handed, halves)
         return whole

@@ -275,6 +275,7 @@ def least_squares(
             baseline=baseline,
             options=RolloutOptions(delta_loss.shape[2], sigma, noise),
             counters=Counters(*counters),
+            halves=False,
         )
     return result.adjoint.sum(0), result.carry.contiguous()
 

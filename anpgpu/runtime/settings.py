@@ -29,6 +29,8 @@ class Settings(NamedTuple):
     discount: float
     ridge: float
     baseline: bool
+    parts: int
+    """Of gradients, see `registry.Estimator.parts`."""
     rank: int | None
     options: RolloutOptions
     """Here `rollouts` is the number that this process runs."""
@@ -137,6 +139,7 @@ def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
         discount=float(perturbation.discount),
         ridge=float(perturbation.ridge),
         baseline=perturbation.baseline,
+        parts=estimator.parts_for(split_half=perturbation.split_half),
         rank=perturbation.rank,
         options=options,
         backend=choose_backend(perturbation.backend, weight.device, dtype, cell.forms),
