@@ -67,7 +67,7 @@ def run(backend, shape, device):
                     if not isinstance(loss, LinearLoss):
                         continue
                     # More rollouts than a program inverts, too.
-                    for count in (rollouts, 130) if nonlinearity == "tanh" and hidden >= 130 else (rollouts,):
+                    for count in (rollouts, 130) if cell == "tanh" and hidden >= 130 else (rollouts,):
                         moved = torch.randn(time, batch, count, hidden, device=device).to(part.delta_a.dtype)
                         least_squares_on(backend)(
                             torch.randn(time, batch, count, device=device),
