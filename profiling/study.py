@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import study_long
@@ -49,11 +49,13 @@ class Finished:
         self.runs: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
-        for line in text.splitlines(keepends=True):
-            # A process that is killed while writing leaves an unfinished line.
-            if line.endswith("\n"):
+        for number, line in enumerate(text.split("\n")[:-1], 1):
+            # A process that is killed while writing leaves an unfinished line, the last one; others are damage.
+            try:
                 run = json.loads(line)
                 self.runs[self.key(run)] = run
+            except (ValueError, TypeError, KeyError) as error:
+                print(f"line {number} of {path.name} is no run and was skipped: {error}", file=sys.stderr)
         if text and not text.endswith("\n"):
             path.write_text(text[: text.rfind("\n") + 1])
 
@@ -135,11 +137,8 @@ def work(csv_path: Path | None) -> None:
         print(json.dumps(run if reason is None else {**run, "broke_off": reason}), flush=True)
 
 
-def attend(queue: Queue, csv_path: Path | None, bar: tqdm) -> None:
+def attend(queue: Queue, command: Sequence[str], environment: Mapping[str, str], bar: tqdm) -> None:
     """Run one worker process until the queue is empty."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
-    command += [] if csv_path is None else ["--csv", str(csv_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, bufsize=1
     ) as worker:
@@ -155,6 +154,32 @@ def attend(queue: Queue, csv_path: Path | None, bar: tqdm) -> None:
             bar.set_postfix_str(f"{planned.task} {planned.settings.method}")
             bar.update()
         worker.stdin.close()
+
+
+def attended(queue: Queue, command: Sequence[str], jobs: int, *, gpu: bool = False) -> None:
+    """Make the runs of a queue in worker processes of one thread each; exit where one fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})}
+    started = time.monotonic()
+    with tqdm(total=len(queue.waiting), desc="runs", unit="run") as bar:
+        threads = [
+            threading.Thread(target=attend, args=(queue, command, environment, bar), daemon=True) for _ in range(jobs)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    tqdm.write(f"{(time.monotonic() - started) / 60:.1f} minutes, {len(queue.waiting)} runs left")
+    if queue.stopped:
+        sys.exit("a worker process failed; its message is above")
+
+
+def note_machine(folder: Path) -> None:
+    """Check that estimates are right; write the machine, and the commits of all its runs so far, to machine.json."""
+    checks = require([estimate_check()])
+    path, host = folder / "machine.json", machine()
+    before = json.loads(path.read_text()).get("commits", []) if path.exists() else []
+    commits = list(dict.fromkeys([*before, host["commit"]]))
+    path.write_text(json.dumps({"machine": host, "commits": commits, "checks": checks}, indent=1) + "\n")
 
 
 def study(arguments: argparse.Namespace, folder: Path) -> None:
@@ -173,24 +198,10 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
     seeds = arguments.seeds or (3 if arguments.full else 1)
     queue = Queue(plan(grid, names, methods, seeds), finished, deadline)
     if queue.waiting:
-        checks = require([estimate_check()])
-        path, host = folder / "machine.json", machine()
-        before = json.loads(path.read_text()).get("commits", []) if path.exists() else []
-        commits = list(dict.fromkeys([*before, host["commit"]]))
-        path.write_text(json.dumps({"machine": host, "commits": commits, "checks": checks}, indent=1) + "\n")
-    started = time.monotonic()
-    with tqdm(total=len(queue.waiting), desc="runs", unit="run") as bar:
-        threads = [
-            threading.Thread(target=attend, args=(queue, arguments.csv, bar), daemon=True)
-            for _ in range(arguments.jobs)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    tqdm.write(f"{(time.monotonic() - started) / 60:.1f} minutes, {len(queue.waiting)} runs left")
-    if queue.stopped:
-        sys.exit("a worker process failed; its message is above")
+        note_machine(folder)
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+    command += [] if arguments.csv is None else ["--csv", str(arguments.csv)]
+    attended(queue, command, arguments.jobs)
 
 
 def main() -> None:

@@ -292,6 +292,18 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path):
     assert len(study.Finished(path).runs) == 2
 
 
+def test_a_damaged_line_is_reported_by_its_number_and_skipped(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    first, second = plan(QUICK, ["adding"], ["np"], 1)[:2]
+    whole = [json.dumps(run_of(planned, 0.5)) for planned in (first, second)]
+    path.write_text("\n".join((whole[0], whole[0][:40], whole[1], '{"task": "adding"}', "")))
+    assert list(study.Finished(path).runs) == [key_of(*first[:2]), key_of(*second[:2])]
+    printed = capsys.readouterr().err
+    assert "line 2 of runs.jsonl is no run" in printed
+    assert "line 4 of runs.jsonl is no run" in printed
+    assert printed.count("\n") == 2
+
+
 def command(folder, *arguments):
     quick = [sys.executable, str(ROOT / "profiling" / "study.py"), "--quick", "--jobs", "1", "--output", str(folder)]
     return [*quick, *map(str, arguments)]
