@@ -29,8 +29,18 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 __all__ = ["RESET", "Benchmark", "arrays_of", "benchmark", "by_name", "characters", "images", "lorenz", "mackey_glass"]
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+ORIGINS = {
+    "--mnist": f"an .npz of numpy arrays {', '.join(ARRAYS)}: 28 x 28 images and their digits, made by numpy.savez "
+    "from the four files of MNIST (LeCun, Cortes, Burges), which torchvision.datasets.MNIST downloads",
+    "--text": "a text in UTF-8 of at least 100,000 characters, such as a book of gutenberg.org",
+}
+"""What a file of an option holds, and where it comes from."""
+
 VALIDATION = 2000
 """Training images that choose the learning rate instead, at most a tenth."""
+
+MOST_HELD_OUT = 20_000
+"""Characters of each held-out part that are read."""
 
 RESET, SKIPPED, LENGTH, HELD_OUT_STEPS = 200, 64, 20_000, 2000
 """Steps between two resets of the state; steps left out; steps of a series; steps of its held-out lanes."""
@@ -64,7 +74,7 @@ def benchmark(task: tasks.Task, chance: float, *, solved: float | None = None, *
     return Benchmark(**{**fields, "chance": chance, "solved": chance / 2 if solved is None else solved, **changes})
 
 
-def existing(path: Path | None, option: str, origin: str) -> Path:
+def existing(path: Path | None, option: str) -> Path:
     """Return a path of data.
 
     Raises:
@@ -72,17 +82,13 @@ def existing(path: Path | None, option: str, origin: str) -> Path:
     """
     if path is None or not path.is_file():
         given = "nothing was passed" if path is None else f"there is no file {str(path)!r}"
-        raise FileNotFoundError(f"{given}: pass {option} PATH, {origin}")
+        raise FileNotFoundError(f"{given}: pass {option} PATH, {ORIGINS[option]}")
     return path
 
 
 def arrays_of(path: Path | None) -> dict[str, np.ndarray]:
     """Read MNIST's images and labels."""
-    origin = (
-        f"an .npz of numpy arrays {', '.join(ARRAYS)}: 28 x 28 images and their digits, made by numpy.savez from the "
-        "four files of MNIST (LeCun, Cortes, Burges), which torchvision.datasets.MNIST downloads"
-    )
-    with np.load(existing(path, "--mnist", origin)) as file:
+    with np.load(existing(path, "--mnist")) as file:
         if missing := [name for name in ARRAYS if name not in file.files]:
             raise ValueError(f"{str(path)!r} has no array {', '.join(missing)}; it has {', '.join(file.files)}")
         return {name: file[name] for name in ARRAYS}
@@ -203,20 +209,20 @@ def series(name: str, generate: Callable[[int, int, int], np.ndarray], window: i
 
 
 def characters(path: Path | None, *, steps: int = 64, lanes: int = 50) -> Benchmark:
-    """Predict the next character of a text; its first 90 % train, then 5 % each are held out.
+    """Predict the next character of a text; its first 90 % train, then 5 % each, or 20,000 characters, are held out.
 
     The state is carried along each of a batch's lanes of the text. Solved means: better than what the last character
     alone tells (the training part's pairs, each counted once more than it was seen).
     """
-    origin = "a text in UTF-8 of at least 100,000 characters, such as a book of gutenberg.org"
-    text = existing(path, "--text", origin).read_text(encoding="utf-8")
+    text = existing(path, "--text").read_text(encoding="utf-8")
     alphabet = sorted(set(text))
     codes = {letter: code for code, letter in enumerate(alphabet)}
     symbols = torch.tensor([codes[letter] for letter in text])
     bounds = (0, 90 * len(text) // 100, 95 * len(text) // 100, len(text))
     train, *others = (symbols[low:high] for low, high in itertools.pairwise(bounds))
+    others = [part[:MOST_HELD_OUT] for part in others]
     if len(others[0]) < lanes * 2:
-        raise ValueError(f"{len(text)} characters are too few: a twentieth must fill {lanes} lanes; {origin}")
+        raise ValueError(f"{len(text)} characters are too few: a twentieth must fill {lanes} lanes")
 
     def cut(part: Tensor, count: int) -> tasks.Batch:
         length = (len(part) - 1) // count

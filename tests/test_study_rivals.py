@@ -1,0 +1,381 @@
+"""The study of rivals is fair, counts what it spends, goes on where it was, and its tables follow from its lines."""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "profiling"))
+
+import study_rivals  # noqa: E402  (found through the line above)
+import study_rivals_report as tables  # noqa: E402
+import study_rivals_runs as runs  # noqa: E402
+import study_tasks  # noqa: E402
+from study_grid import TUNING_SEED, key_of, tasks, training  # noqa: E402
+from study_rivals_plan import FULL, QUICK, Grid, Way, plan, ways  # noqa: E402
+from study_rivals_runs import METHODS, Settings  # noqa: E402
+from study_tasks_neurogym import expected_reward  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def copying():
+    return study_tasks.benchmark(tasks.copying(2), math.log(8))
+
+
+SHORT = Settings("bptt", updates=24, hidden=6, rollouts=2, lr=1e-2)
+
+
+def test_exact_methods_learn_alike_and_others_otherwise(copying):
+    curves = {
+        method: runs.train(copying, SHORT._replace(method=method), progress=False)
+        for method in ("bptt", "rtrl", "bptt-1", "anp-ls")
+    }
+    exact = curves["bptt"]
+    assert curves["rtrl"].training_loss == pytest.approx(exact.training_loss, rel=1e-4)
+    assert exact.test[-1].loss < exact.test[0].loss
+    for name in ("bptt-1", "anp-ls"):
+        # The first loss is before any learning.
+        assert curves[name].training_loss[0] == pytest.approx(exact.training_loss[0], rel=1e-4)
+        assert curves[name].training_loss[-1] != pytest.approx(exact.training_loss[-1], rel=1e-4)
+    assert exact.updates == list(range(1, 25))
+    assert runs.train(copying, SHORT, progress=False).test == exact.test
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_an_orthogonal_start_rotates_every_gate(cell):
+    rnn, _ = runs.network(SHORT._replace(cell=cell), 3, 2)
+    for gate in rnn.weight_hh_l0.detach().split(6):
+        torch.testing.assert_close(gate @ gate.t(), torch.eye(6), atol=1e-5, rtol=0)
+    torch.manual_seed(0)
+    plain = type(rnn)(3, 6)
+    default, _ = runs.network(SHORT._replace(cell=cell, start="default"), 3, 2)
+    assert torch.equal(default.weight_hh_l0, plain.weight_hh_l0)
+    assert torch.equal(rnn.weight_ih_l0, plain.weight_ih_l0)
+    with pytest.raises(ValueError, match="default, orthogonal, got 'x'"):
+        runs.network(SHORT._replace(start="x"), 3, 2)
+
+
+def test_the_published_rule_has_the_same_weights_and_no_biases():
+    rnn, readout = runs.network(SHORT, 3, 2)
+    bare, bare_readout = runs.network(SHORT._replace(method="published-anp"), 3, 2)
+    assert (bare.bias, bare_readout.bias) == (False, None)
+    for left, right in (
+        (bare.weight_ih_l0, rnn.weight_ih_l0),
+        (bare.weight_hh_l0, rnn.weight_hh_l0),
+        (bare_readout.weight, readout.weight),
+    ):
+        assert torch.equal(left, right)
+
+
+def test_rollout_steps_are_counted_and_those_of_the_warm_up_too(copying):
+    steps, batch = 10, 8
+    counted = {
+        method: runs.train(copying, SHORT._replace(method=method), progress=False).rollout_steps
+        for method in ("bptt", "np", "anp-feedback", "published-anp")
+    }
+    assert counted["bptt"] == [0] * 24
+    assert counted["np"] == [2 * steps * batch * update for update in range(1, 25)]
+    assert counted["published-anp"][-1] == 24 * steps * batch
+    # B is learnt from 30 estimates before the first update.
+    assert counted["anp-feedback"] == [2 * steps * batch * (30 + update) for update in range(1, 25)]
+
+
+def test_clipping_and_the_schedule_are_those_of_the_settings(copying):
+    class Recorded(torch.optim.SGD):
+        rates, norms = [], []
+
+        def step(self):
+            self.rates.append(self.param_groups[0]["lr"])
+            self.norms.append(
+                float(nn.utils.get_total_norm([value.grad for value in self.param_groups[0]["params"][:4]]))
+            )
+            super().step()
+
+    settings = SHORT._replace(optimiser="recorded", clip=1e-3, lr=0.24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(runs.OPTIMISERS, "recorded", Recorded)
+        runs.train(copying, settings, progress=False)
+    assert Recorded.rates == pytest.approx([0.01 * left for left in range(24, 0, -1)])
+    assert Recorded.norms == pytest.approx([1e-3] * 24, rel=1e-2)
+
+
+def test_records_of_an_online_run_are_means_of_its_last_200_steps():
+    task = study_tasks.series("mackey-glass", study_tasks.mackey_glass, 25)
+    still = SHORT._replace(window=25, updates=40, lr=0.0, clip=0.0, falling=False)
+    learned = runs.train(task, still, progress=False)
+    rnn, readout = runs.network(still, 1, 1)
+    errors, state = [], None
+    for batch, _ in zip(task.batches(0, 8), range(40), strict=False):
+        hidden, after = rnn(batch.inputs, state if batch.continued else None)
+        state = after.detach()
+        errors += (readout(hidden) - batch.targets).square().mean((1, 2)).tolist()
+    assert learned.records == pytest.approx([sum(errors[300:500]) / 200, sum(errors[800:]) / 200], rel=1e-5)
+    online = runs.train(task, still, progress=False)
+    assert online.records == learned.records
+
+
+def test_held_out_sequences_in_chunks_are_scored_as_a_whole(copying):
+    rnn, readout = runs.network(SHORT, copying.inputs, copying.outputs)
+    whole = tasks.score(copying, readout(rnn(copying.test.inputs)[0]), copying.test.targets)
+    assert copying.test.inputs.shape[1] > runs.CHUNK
+    assert runs.evaluate(copying, rnn, readout, copying.test) == pytest.approx(whole, rel=1e-5)
+
+
+def rewarded():
+    def draw(generator, batch):
+        shown = torch.randint(1, 3, (3, batch), generator=generator)
+        targets = torch.full_like(shown, tasks.IGNORED)
+        targets[-1] = shown[-1]
+        return tasks.Batch(F.one_hot(shown, 3).float(), targets)
+
+    parts = tasks.held_out(draw)
+    made = tasks.Task("choice", "cross_entropy", "nats", 3, 3, tasks.fresh(draw), *parts, dict)
+    return study_tasks.benchmark(made, math.log(2), reward=expected_reward)
+
+
+def test_a_reward_alone_teaches():
+    settings = Settings("anp-ls", updates=120, hidden=8, rollouts=16, lr=1e-2, batch=16)
+    learned = runs.train(rewarded(), settings, progress=False)
+    # The training loss is minus the expected reward. A guess among three has a third, the best guess without looking a
+    # half: three quarters lie halfway to all of it.
+    assert learned.training_loss[0] > -0.5
+    assert learned.training_loss[-1] < -0.75
+    assert learned.test[-1].accuracy == 1.0
+    with pytest.raises(ValueError, match="'bptt' needs a loss with a gradient, and choice has a reward alone"):
+        runs.train(rewarded(), SHORT, progress=False)
+    with pytest.raises(ValueError, match=r"method must be one of bptt, .*, got 'x'"):
+        runs.train(rewarded(), SHORT._replace(method="x"), progress=False)
+
+
+def test_everybody_is_tuned_alike_and_online_tasks_have_equal_steps():
+    every = [entry.task for entry in FULL.entries]
+    planned = plan(FULL, every, METHODS, None, "cpu")
+    keys = [key_of(run.task, run.settings._replace(lr=0.0)) for run in planned if run.settings.seed != TUNING_SEED]
+    assert len(keys) == len(set(keys))
+    place = {key_of(*run[:2]): number for number, run in enumerate(planned)}
+    for number, run in enumerate(planned):
+        if run.settings.seed == TUNING_SEED:
+            continue
+        assert len(run.candidates) == (0 if run.settings.window else len(FULL.rates))
+        assert (run.settings.lr == 0) == bool(run.candidates)
+        assert all(place[candidate] < number for candidate in run.candidates)
+        if run.settings.window:
+            assert run.settings.window == (1 if run.settings.method in {"rtrl", "snap-1", "rflo", "uoro"} else 25)
+            assert run.settings.updates * run.settings.window == 15_000
+            assert (run.settings.clip, run.settings.falling) == (0.0, False)
+    seeds = [run.settings.seed for run in planned if run.settings.seed != TUNING_SEED]
+    assert seeds == sorted(seeds)
+    for task in every:
+        counts = {}
+        for run in planned:
+            if run.task == task and run.settings.seed != TUNING_SEED:
+                row = run.settings._replace(seed=0, lr=0.0)
+                counts[row] = counts.get(row, 0) + 1
+        assert len(set(counts.values())) == 1
+
+
+def test_methods_are_those_that_are_defined():
+    entries = {entry.task: entry for entry in FULL.entries}
+    small, large = (ways(entries[name], "rnn") for name in ("mackey-glass", "copying-40"))
+    assert {way.method for way in small} == set(METHODS) - {"e-prop"}
+    assert {way.method for way in large} == set(METHODS) - {"e-prop", "rtrl"}
+    assert [way for way in large if way.method == "bptt-1"] == [Way("bptt-1"), Way("bptt-1", "rmsprop")]
+    gated = {way.method for way in ways(entries["characters"], "lstm")}
+    assert not gated & {"rflo", "rtrl", "published-anp"}
+    assert gated >= {"bptt", "bptt-8", "bptt-1", "snap-1", "e-prop", "uoro", "np", "anp-ls"}
+    # What needs a loss cannot learn from a reward.
+    assert {way.method for way in ways(entries["perceptual-reward"], "rnn")} == {"np", "wp", "anp", "anp-ls"}
+
+
+def test_the_quick_grid_is_a_smaller_one():
+    sizes = {entry.task: entry.steps for entry in FULL.entries}
+    assert all(entry.steps < sizes[entry.task] and entry.hidden <= 32 for entry in QUICK.entries)
+
+
+def line_of(method, seed, losses, *, seconds=1.0, accuracy=None, **changes):
+    settings = Settings(method, seed, **{"updates": 240, "rollouts": 0, **changes})
+    count = training.SHARES
+    heights = [*losses, *[losses[-1]] * (count - len(losses))]
+    scores = [[loss, accuracy] for loss in heights]
+    curve = {
+        "updates": [10 * (look + 1) for look in range(count)],
+        "seconds": [seconds * (look + 1) for look in range(count)],
+        "rollout_steps": [100 * settings.rollouts * (look + 1) for look in range(count)],
+        "training_loss": heights,
+        "valid": scores,
+        "test": scores,
+        "records": [9.0, 1.0, 2.0, 3.0, 4.0, 5.0] if settings.window else [],
+    }
+    common = {"unit": "nats", "chance": 2.0, "solved": 1.0, "seconds": 2.0}
+    return {"task": "copying-2", "settings": settings._asdict(), "curve": curve, **common}
+
+
+def rows_by_name(lines):
+    return {row.name: row for row in tables.rows_of(lines)}
+
+
+def test_a_table_computed_by_hand():
+    lines = [
+        *(line_of("bptt", seed, [2.0, 0.9, 0.5 + seed / 10]) for seed in range(3)),
+        *(line_of("np", seed, [2.0, 1.5, 1.2, 0.7 + seed / 10], seconds=3.0, rollouts=4) for seed in range(3)),
+        *(line_of("bptt-1", seed, [2.0, 1.9], optimiser="rmsprop") for seed in range(3)),
+        line_of("bptt", TUNING_SEED, [0.1]),
+    ]
+    ((group, mine),) = tables.groups_of(lines).items()
+    assert (group.task, group.amount, group.window) == ("copying-2", 240, False)
+    rows = rows_by_name(mine)
+    assert list(rows) == ["bptt", "bptt-1, RMSprop", "np"]
+    assert rows["bptt"].losses == (0.5, 0.6, 0.7)
+    assert rows["bptt"].seconds == 2.0
+    assert (rows["np"].seconds, rows["np"].rollout_steps) == (12.0, 1600)
+    assert (rows["bptt"].rollout_steps, rows["bptt-1, RMSprop"].seconds) == (None, None)
+    assert rows["np"].per_update == pytest.approx(0.3)
+    # Trapezia of width 10 over 230: (2 + .9) / 2 + (.9 + .5) / 2 + 21 of .5.
+    assert rows["bptt"].areas[0] == pytest.approx((1.45 + 0.7 + 21 * 0.5) / 23)
+    # Three pairs of one sign: 2 / 8, twice by Holm.
+    assert tables.against(tables.rows_of(mine)) == {"np": 0.5, "bptt-1, RMSprop": 0.5}
+    text = tables.table(group, mine, tables.rows_of(mine))
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
+    shown = dict(zip(cells[0], cells[2], strict=True))
+    # The mean of the curves' areas has its interval from the bootstrap, as the losses have.
+    assert shown.pop("mean of the curve").startswith(f"{sum(rows['bptt'].areas) / 3:.4f} [")
+    assert shown == {
+        "": "bptt", "rollouts": "", "learning rate": "0.001", "seeds": "3", "test loss": "0.6000 [0.5000, 0.7000]",
+        "p against BPTT": "", "ms an update": "100.0", "s until solved": "2.0", "rollout-steps until solved": "",
+    }  # fmt: skip
+    assert "1.6e+03" in text
+    assert "right, %" not in text
+
+
+def test_a_task_counts_where_bptt_solves_it():
+    solved, unsolved = ([line_of("bptt", 0, [loss])] for loss in (0.9, 1.1))
+    assert tables.sentence(solved, tables.rows_of(solved)).startswith("BPTT solves it: 0.9;")
+    assert "BPTT does not solve it: 1.1" in tables.sentence(unsolved, tables.rows_of(unsolved))
+    without = [line_of("np", 0, [0.9])]
+    assert "BPTT has not run" in tables.sentence(without, tables.rows_of(without))
+    assert tables.against(tables.rows_of(without)) == {}
+
+
+def test_a_run_that_broke_off_shows_as_such():
+    lines = [*(line_of("bptt", seed, [0.5]) for seed in range(2)), *(line_of("np", seed, [0.5]) for seed in range(2))]
+    lines[-1]["curve"] = {name: values[:3] for name, values in lines[-1]["curve"].items()}
+    row = rows_by_name(lines)["np"]
+    assert row.losses == (0.5, math.inf)
+    assert row.areas == (0.5, math.inf)
+    assert len(row.curves) == 1
+    group, mine = next(iter(tables.groups_of(lines).items()))
+    assert "| np | 0.001 | 2 | broke off |" in tables.table(group, mine, tables.rows_of(mine))
+
+
+def test_pairs_are_of_one_seed():
+    lines = [line_of("bptt", seed, [0.1 * (seed + 1)]) for seed in range(5)]
+    lines += [line_of("np", seed, [0.1 * (seed + 1) + 0.01 * (seed + 1)]) for seed in (4, 3, 2)]
+    # Three pairs, all above: paired by place, some would lie below.
+    assert tables.against(tables.rows_of(lines)) == {"np": pytest.approx(2 / 8)}
+
+
+def test_trials_to_criterion_and_online_figures():
+    lines = [line_of("snap-1", 0, [0.5], accuracy=0.85, window=1)]
+    ((group, mine),) = tables.groups_of(lines).items()
+    (row,) = tables.rows_of(mine)
+    assert group.window
+    assert row.trials == 10 * 8
+    assert row.online == (3.0,)
+    assert "sketched-RTRL" in tables.printed("lorenz")
+    assert tables.printed("lorenz").count("\n") == 1 + len(tables.PRINTED["lorenz"])
+    assert tables.printed("copying-2") == ""
+
+
+def command(folder, *arguments):
+    script = [sys.executable, str(ROOT / "profiling" / "study_rivals.py"), "--jobs", "1", "--output", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*script, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_study_goes_on_where_it_was_and_its_report_follows_from_its_lines(tmp_path):
+    arguments = ("--quick", "--tasks", "copying-10", "--methods", "bptt", "snap-1")
+    run = command(tmp_path, *arguments)
+    assert run.returncode == 0, run.stderr
+    path = tmp_path / "runs.jsonl"
+    lines = path.read_text().splitlines()
+    # Two learning rates and a result of two methods.
+    assert len(lines) == 6
+    record = json.loads((tmp_path / "rivals.json").read_text())
+    (group,) = record["groups"]
+    assert [row["name"] for row in group["rows"]] == ["bptt", "snap-1"]
+    assert record["checks"]
+    assert (tmp_path / "rivals.md").read_text().count("| bptt |") == 1
+    assert any(tmp_path.glob("*.png"))
+    path.write_text("\n".join((*lines[:5], lines[5][:50])) + "\n")
+    again = command(tmp_path, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "line 6 of runs.jsonl is no run" in again.stderr
+    kept = [line for line in path.read_text().splitlines() if line != lines[5][:50]]
+    assert kept[:5] == lines[:5]
+    losses = [tables.final(json.loads(line), "test") for line in (lines[5], kept[5])]
+    assert losses[0] == losses[1]
+
+
+def options(**changes):
+    return argparse.Namespace(**{"tasks": None, "mnist": None, "text": None, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["mnist-rows"]}, "mnist-rows: nothing was passed: pass --mnist PATH"),
+        ({"text": Path("absent.txt")}, "characters: there is no file 'absent.txt': pass --text PATH"),
+        ({"mnist": Path("absent.npz")}, "mnist-rows: there is no file 'absent.npz': pass --mnist PATH"),
+        ({"tasks": ["sorting"]}, "no task sorting; there are copying-10"),
+    ],
+)
+def test_a_missing_file_or_task_stops_the_study(changes, message):
+    with pytest.raises(SystemExit) as stopped:
+        study_rivals.names_of(QUICK, options(**changes))
+    assert message in str(stopped.value)
+
+
+def test_what_is_not_here_is_left_out_and_said(capsys, monkeypatch):
+    monkeypatch.setattr(study_rivals.importlib.util, "find_spec", lambda name: None)
+    assert study_rivals.names_of(QUICK, options()) == ["copying-10", "mackey-glass", "adding-50"]
+    printed = capsys.readouterr().err
+    assert "left out: mnist-rows: nothing was passed" in printed
+    assert "left out: perceptual-decision: neurogym is not installed" in printed
+
+
+def test_hours_are_those_of_the_updates(copying, capsys, monkeypatch):
+    def timed(task, settings, *, progress):
+        # A first update of 10 s, others of 2 s.
+        return runs.Learned([1, 2, 3], [10.0, 12.0, 14.0], [], [], [], [], [])
+
+    monkeypatch.setattr(study_rivals, "train", timed)
+    monkeypatch.setattr(study_rivals.time, "process_time", iter([0.0, 14.0 + 0.3] * 2).__next__)
+    planned = [
+        study_rivals.Planned("copying-2", SHORT._replace(method=method, seed=seed, updates=100))
+        for method in ("bptt", "np")
+        for seed in (0, 1, TUNING_SEED)
+    ]
+    study_rivals.say_hours(planned, {"copying-2": lambda window: copying}, 2)
+    # Six runs of 10 + 100 x 2 and 24 evaluations of .1 s: 1274.4 s.
+    assert "6 runs, about 0.4 hours of one process, 0.2 with 2 jobs" in capsys.readouterr().out
+    monkeypatch.setattr(study_rivals.time, "process_time", iter([0.0, 14.0 + 0.3] * 2).__next__)
+    total = study_rivals.seconds_of(planned, {"copying-2": lambda window: copying})
+    assert total == {"copying-2": pytest.approx(6 * (10 + 200 + 2.4))}
+
+
+def test_a_plan_of_one_method_has_its_tuning_and_results():
+    grid = Grid(QUICK.entries[:1], QUICK.rates, QUICK.tuning)
+    planned = plan(grid, ["copying-10"], ["np"], 2, "cuda")
+    assert [run.settings.seed for run in planned] == [TUNING_SEED] * 2 + [0, 1]
+    assert {run.settings.device for run in planned} == {"cuda"}
+    assert [run.settings.updates for run in planned] == [120, 120, 240, 240]
+    assert planned[0].settings.rollouts == 2
