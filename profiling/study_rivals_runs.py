@@ -174,7 +174,8 @@ def train(task: Benchmark, settings: Settings, *, progress: bool = True) -> Lear
         spent += size * (rollouts + (warming if number == 1 else 0))
         losses.append(loss)
         recent.append(loss)
-        if settings.window and (number * settings.window) % RECORDED == 0:
+        # The release makes its last record before the last step, not after it.
+        if settings.window and (number * settings.window) % RECORDED == 0 and number < settings.updates:
             learned.records.append(sum(recent) / len(recent))
         if number in looks:
             learned.updates.append(number)
