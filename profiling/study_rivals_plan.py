@@ -39,6 +39,8 @@ class Entry(NamedTuple):
     """Steps of an update where the task is online, for methods that go backward in time or measure a window."""
     rates: tuple[float, ...] | None = None
     """In place of the grid's: the published form of a task has one."""
+    rollouts: int = 0
+    """In place of one for every `PER_UNIT` units."""
 
 
 class Grid(NamedTuple):
@@ -76,10 +78,10 @@ FULL = Grid(
         Entry("mnist-7x7", 2000, 32, seeds=3),
         Entry("mnist-14x14", 1200, 32, seeds=3),
         Entry("mnist-7x7-permuted", 2000, 32, seeds=3),
-        Entry("perceptual-decision", 600, 16, hidden=64, seeds=5),
-        Entry("context-decision", 1500, 16, hidden=64, seeds=5),
-        Entry("delayed-match", 1500, 16, hidden=64, seeds=5),
-        Entry("perceptual-reward", 600, 16, hidden=64, seeds=5),
+        Entry("perceptual-decision", 1000, 16, hidden=64, seeds=5),
+        Entry("context-decision", 3000, 16, hidden=64, seeds=5),
+        Entry("delayed-match", 3000, 16, hidden=64, seeds=3, cells=("rnn", "gru")),
+        Entry("perceptual-reward", 600, 16, hidden=64, seeds=5, rollouts=64),
         Entry("mnist-28x28", 300, 32, seeds=1, cells=GATED, starts=("default",)),
     ),
     (3e-4, 1e-3, 3e-3),
@@ -93,8 +95,8 @@ QUICK = Grid(
         Entry("adding-50", 240, 16, hidden=32, seeds=1),
         Entry("characters", 120, 16, hidden=32, seeds=1, cells=("rnn", "gru"), starts=("default",)),
         Entry("mnist-rows", 240, 32, hidden=32, seeds=1, starts=("default",)),
-        Entry("perceptual-decision", 120, 16, hidden=32, seeds=1),
-        Entry("perceptual-reward", 120, 16, hidden=32, seeds=1),
+        Entry("perceptual-decision", 360, 16, hidden=32, seeds=1),
+        Entry("perceptual-reward", 300, 16, hidden=32, seeds=1, rollouts=32),
     ),
     (1e-3, 3e-3),
     1 / 2,
@@ -132,7 +134,9 @@ def ways(entry: Entry, cell: str) -> list[Way]:
 def settings_of(entry: Entry, way: Way, cell: str, start: str, device: str) -> Settings:
     """Return the settings of an entry's runs, with seed and learning rate still open."""
     window = 0 if not entry.window else 1 if way.method in STREAMING else entry.window
-    rollouts = 0 if way.method in RIVALS else 1 if way.method.startswith("published") else entry.hidden // PER_UNIT
+    rollouts = entry.rollouts or entry.hidden // PER_UNIT
+    if way.method in RIVALS or way.method.startswith("published"):
+        rollouts = int(way.method not in RIVALS)
     return Settings(
         way.method,
         cell=cell,
