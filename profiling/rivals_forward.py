@@ -122,7 +122,13 @@ class Local(Forward):
     def step(
         self, carried: tuple[Tensor, ...], steps: Linearised, number: int, immediate: Tensor
     ) -> tuple[Tensor, ...]:
-        return (torch.einsum("bmnh,bnkhf->bmkhf", self.path(steps, number), carried[0]) + immediate,)
+        (traces,) = carried
+        # Elementwise: torch.einsum would copy the traces for products of matrices of one or two rows.
+        factors = self.path(steps, number)[:, :, :, None, :, None]
+        after = immediate.clone()
+        for state in range(traces.shape[1]):
+            after.addcmul_(factors[:, :, state], traces[:, None, state])
+        return (after,)
 
     def credit(self, carried: Carried, error: Tensor) -> Tensor:
         return torch.einsum("bh,bkhf->khf", error, carried[0][:, 0])
