@@ -73,7 +73,7 @@ FULL = Grid(
         Entry("copying-40", 3000, 8, seeds=5),
         Entry("adding-50", 2000, 32, seeds=5),
         Entry("adding-100", 2000, 32, seeds=3),
-        Entry("characters", 1500, 16, hidden=64, seeds=3, cells=("rnn", *GATED), starts=("default",), rollouts=8),
+        Entry("characters", 800, 16, hidden=64, seeds=3, cells=("rnn", *GATED), starts=("default",), rollouts=8),
         Entry("mnist-rows", 4530, 64, seeds=3, starts=("default",)),
         Entry("mnist-7x7", 2000, 32, seeds=3),
         Entry("mnist-14x14", 1200, 32, seeds=3),
