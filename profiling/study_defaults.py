@@ -1,50 +1,74 @@
 """Which method, rollouts, discount and ridge should be the defaults? Alignment with BPTT over tasks and sizes.
 
-    python profiling/study_defaults.py [--quick] [--output FOLDER]
+    python profiling/study_defaults.py             everything; results/defaults/
+    python profiling/study_defaults.py --quick     two tasks, one small network
+    python profiling/study_defaults.py --report    tables and plot of what there is
 
-Tasks with short and with long delays, H from 64 to 512, P from 4 to 2 H, at the start (W_hh orthogonal times .95) and
-after some updates of BPTT, since most of training is not the start. The figure is the cosine between one estimate of
-the recurrent network's gradient and BPTT's, mean over tasks, stages and repeats. The worst task stands beside it, since
-a default also has to serve tasks that were not studied. The cost is processor time relative to "anp" with the same
-rollouts.
+Tasks with short and with long delays; H from 64 to 1,024; P from 2 to 2 H, and to H / 2 above H = 256. W_hh starts
+orthogonal times .95, BPTT trains, and estimates are made after 60 and after 200 of its updates. The figure is the
+cosine between one estimate of the recurrent network's gradient and BPTT's, mean over tasks, stages and repeats. The
+worst task stands beside it, since a default also has to serve tasks that were not studied. The cost is processor time
+relative to BPTT's.
+
+"anp-feedback" learns, so it sees the 60 updates before it is measured, on the same weights and batches; "first update"
+is what it estimates without them, after its default warm-up. "known part" is what is known without rollouts.
+
+The study is sized for half an hour of one core: batches of 4 sequences, so that a batch has at most 160 steps, two
+tasks from H = 512 on, one stage at 1,024, and three repeats (one of a first update).
+
+Every finished network and number of rollouts is one line of `runs.jsonl`, found by its complete configuration: a study
+that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import machine
 import torch
 from gate import estimate_check, require
-from machine import line, machine, short_name
 from report import table, write
-from torch import nn
+from study import Finished
+from study_grid import tasks, training
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import anpgpu
 from anpgpu.diagnosis.alignment import alignment
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import tasks
-import training
+RESULTS = Path(__file__).resolve().parent / "results" / "defaults"
 
 TASKS: dict[str, Callable[[], tasks.Task]] = {
-    "copying-2": lambda: tasks.copying(2),
     "copying-20": lambda: tasks.copying(20),
     "adding": tasks.adding,
+    "copying-2": lambda: tasks.copying(2),
     "mackey-glass-15": tasks.mackey_glass,
 }
-UPDATES = (0, 200)
+STAGES = (60, 200)
 """Updates of BPTT before the estimates are measured."""
 
+LEARNING = 60
+"""Updates that a method which learns sees before it is measured."""
+
 BATCH, LEARNING_RATE = 4, 1e-3
+
+ROLLOUTS = {
+    32: (4, 32),
+    64: (2, 4, 8, 16, 32, 64, 128),
+    128: (2, 4, 8, 16, 64, 128, 256),
+    256: (2, 4, 16, 64, 128, 256, 512),
+    512: (4, 16, 32, 128, 256),
+    1024: (4, 16, 64, 256, 512),
+}
+"""Numbers of rollouts by H."""
+
+EXACT, KNOWN, FIRST = "bptt", "known part", "anp-feedback 1 ridge 0.01, first update"
 
 
 class Setting(NamedTuple):
@@ -52,199 +76,294 @@ class Setting(NamedTuple):
 
     method: str
     discount: float
-    ridge: float = 0.1
+    ridge: float | None = None
 
     @property
     def name(self) -> str:
         """The name in the table."""
-        return f"{self.method} {self.discount:g}" + (f" ridge {self.ridge:g}" if self.method == "anp-ls" else "")
+        return f"{self.method} {self.discount:g}" + ("" if self.ridge is None else f" ridge {self.ridge:g}")
+
+    def perturbation(self, rollouts: int, **options: int) -> anpgpu.Perturbation:
+        """Return it with its number of rollouts."""
+        ridge = {} if self.ridge is None else {"ridge": self.ridge}
+        return anpgpu.Perturbation(self.method, rollouts, discount=self.discount, **ridge, **options)
 
 
-SETTINGS = [
-    Setting("np", 0.9),
+STATELESS = [
     Setting("np", 1.0),
-    *(Setting("anp", discount) for discount in (0.0, 0.8, 0.9, 0.95, 0.98, 1.0)),
-    *(Setting("anp-ls", discount) for discount in (0.9, 0.98, 1.0)),
-    *(Setting("anp-ls", 1.0, ridge) for ridge in (0.01, 1.0)),
+    *(Setting("anp", discount) for discount in (0.0, 0.9, 0.98, 1.0)),
+    Setting("anp-ls", 0.98, 0.01),
+    *(Setting("anp-ls", 1.0, ridge) for ridge in (0.01, 0.1, 1.0)),
 ]
+LEARNED = Setting("anp-feedback", 1.0, 0.01)
 
 
-class Cell(NamedTuple):
-    """One network on one task."""
+class Case(NamedTuple):
+    """One network on one task, and a number of rollouts: a line of the file."""
 
     task: str
     hidden: int
     updates: int
+    rollouts: int
+    repeats: int
 
 
-def sizes(quick: bool) -> Iterator[tuple[int, list[int]]]:
-    """Yield H and the numbers of rollouts to measure."""
-    for hidden in (32,) if quick else (64, 128, 256, 512):
-        yield hidden, [4, hidden] if quick else sorted({4, 16, 64, hidden, 2 * hidden} - {64 if hidden == 512 else 0})
+def plan(*, quick: bool, repeats: int) -> list[Case]:
+    """Return what the study measures, small networks first."""
+    cases = []
+    for hidden in (32,) if quick else (64, 128, 256, 512, 1024):
+        for task in list(TASKS)[: 2 if quick or hidden >= 512 else None]:
+            for updates in STAGES[1:] if hidden >= 1024 else STAGES:
+                cases += [Case(task, hidden, updates, rollouts, repeats) for rollouts in ROLLOUTS[hidden]]
+    return cases
 
 
-def network(cell: Cell) -> tuple[nn.RNN, nn.Linear, tasks.Task, tasks.Batch]:
-    """Train by BPTT for the cell's updates; return the network and the next batch."""
-    task = TASKS[cell.task]()
-    torch.manual_seed(0)
-    rnn, readout = nn.RNN(task.inputs, cell.hidden), nn.Linear(cell.hidden, task.outputs)
-    nn.init.orthogonal_(rnn.weight_hh_l0, training.GAIN)
-    optimiser = torch.optim.Adam([*rnn.parameters(), *readout.parameters()], LEARNING_RATE)
-    batches = task.batches(0, BATCH)
-    for _ in range(cell.updates):
-        gradient(rnn, readout, task, next(batches), anpgpu.Perturbation("bptt"))
+def key_of(run: dict) -> str:
+    """Return what identifies a finished case."""
+    return json.dumps(run["case"], sort_keys=True)
+
+
+class Network:
+    """A task, a network that BPTT trains, a readout, and another module of the same parameters, which learns."""
+
+    def __init__(self, case: Case) -> None:
+        self.task = TASKS[case.task]()
+        torch.manual_seed(0)
+        self.rnn, self.readout = nn.RNN(self.task.inputs, case.hidden), nn.Linear(case.hidden, self.task.outputs)
+        nn.init.orthogonal_(self.rnn.weight_hh_l0, training.GAIN)
+        self.learner = self.same_weights()
+        self.batches = self.task.batches(0, BATCH)
+
+    def same_weights(self) -> nn.RNN:
+        """Return a module without a state, of the same parameters."""
+        rnn = nn.RNN(self.task.inputs, self.rnn.hidden_size)
+        for name, value in self.rnn.named_parameters():
+            setattr(rnn, name, value)
+        return rnn
+
+    def gradient(self, rnn: nn.RNN, batch: tasks.Batch, how: anpgpu.Perturbation | None, seed: int = 0) -> Tensor:
+        """Return the gradient of all the recurrent network's parameters, (N,); the known part where `how` is None."""
+        rnn.zero_grad()
+        self.readout.zero_grad()
+        if how is None:
+            training.one_step_truncated(self.task, rnn, self.readout, batch, None)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            anpgpu.estimate_grad_(
+                rnn,
+                self.readout,
+                batch.inputs,
+                batch.targets,
+                self.task.loss,
+                perturbation=how,
+                generator=generator,
+            )
+        return torch.cat([parameter.grad.flatten() for parameter in rnn.parameters() if parameter.grad is not None])
+
+
+def trained(case: Case) -> tuple[Network, tasks.Batch]:
+    """Train by BPTT for the case's updates, while the learner sees the last ones; return the next batch, too."""
+    network = Network(case)
+    optimiser = torch.optim.Adam([*network.rnn.parameters(), *network.readout.parameters()], LEARNING_RATE)
+    learned = LEARNED.perturbation(case.rollouts, warmup=0)
+    for update in range(case.updates):
+        batch = next(network.batches)
+        if update >= case.updates - LEARNING:
+            network.gradient(network.learner, batch, learned, update)
+        network.gradient(network.rnn, batch, anpgpu.Perturbation(EXACT))
         optimiser.step()
-    return rnn, readout, task, next(batches)
+    return network, next(network.batches)
 
 
-def gradient(
-    rnn: nn.RNN, readout: nn.Linear, task: tasks.Task, batch: tasks.Batch, how: anpgpu.Perturbation, seed: int = 0
-) -> torch.Tensor:
-    """Return the gradient of all the rnn's parameters, (N,)."""
-    rnn.zero_grad()
-    readout.zero_grad()
-    generator = torch.Generator().manual_seed(seed)
-    anpgpu.estimate_grad_(rnn, readout, batch.inputs, batch.targets, task.loss, perturbation=how, generator=generator)
-    return torch.cat([parameter.grad.flatten() for parameter in rnn.parameters() if parameter.grad is not None])
+def measured(case: Case) -> list[dict[str, object]]:
+    """Return the alignment of every setting, and its processor time."""
+    network, batch = trained(case)
+    truth = network.gradient(network.rnn, batch, anpgpu.Perturbation(EXACT))
+    kept = anpgpu.estimator_state(network.learner)
+    rows = []
+
+    def row(name: str, repeats: int, work: Callable[[int], Tensor], before: Callable[[], object] = int) -> None:
+        estimates, seconds = [], 0.0
+        for seed in range(repeats):
+            before()
+            started = time.process_time()
+            estimates.append(work(seed))
+            seconds += time.process_time() - started
+        along = alignment(torch.stack(estimates), truth)
+        figures = {"cosine": round(along.cosine, 5), "limit": round(along.limit, 5) if repeats > 1 else None}
+        rows.append({"setting": name, **figures, "seconds": seconds / repeats})
+
+    exact, learned = anpgpu.Perturbation(EXACT), LEARNED.perturbation(case.rollouts, warmup=0)
+    first = LEARNED.perturbation(case.rollouts)
+    row(EXACT, case.repeats, lambda _: network.gradient(network.rnn, batch, exact))
+    row(KNOWN, 1, lambda _: network.gradient(network.rnn, batch, None))
+    for setting in STATELESS:
+        how = setting.perturbation(case.rollouts)
+        row(setting.name, case.repeats, lambda seed, how=how: network.gradient(network.rnn, batch, how, seed))
+    # An estimate moves what was learnt; every repeat starts from the same.
+    row(
+        LEARNED.name,
+        case.repeats,
+        lambda seed: network.gradient(network.learner, batch, learned, seed),
+        lambda: anpgpu.load_estimator_state_(network.learner, kept),
+    )
+    row(FIRST, 1, lambda seed: network.gradient(network.same_weights(), batch, first, seed))
+    return rows
 
 
-def measure(cell: Cell, rollouts: list[int], repeats: int, bar: tqdm) -> Iterator[dict[str, object]]:
-    """Yield the alignment of every setting with every number of rollouts."""
-    case = network(cell)
-    truth = gradient(*case, anpgpu.Perturbation("bptt"))
-    for count, setting in itertools.product(rollouts, SETTINGS):
-        how = anpgpu.Perturbation(setting.method, count, discount=setting.discount, ridge=setting.ridge)
-        started = time.process_time()
-        estimates = torch.stack([gradient(*case, how, seed) for seed in range(repeats)])
-        seconds = (time.process_time() - started) / repeats
-        along = alignment(estimates, truth)
-        yield {
-            **cell._asdict(),
-            "rollouts": count,
-            "setting": setting.name,
-            "cosine": along.cosine,
-            "limit": along.limit,
-            "seconds": seconds,
-        }
-        bar.update()
+def flat(runs: list[dict]) -> list[dict]:
+    """Return a row for each case and setting, its time also over that of BPTT."""
+    return [
+        {**run["case"], **row, "cost": row["seconds"] / run["rows"][0]["seconds"]}
+        for run in runs
+        for row in run["rows"]
+    ]
 
 
-def summary(rows: list[dict], key: Callable[[dict], object]) -> dict[object, dict[str, dict[str, float]]]:
-    """Return, by key and setting: mean cosine, the worst task's mean cosine, and the cost against "anp 0.9"."""
-    groups: dict[object, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+RANGES = ((0, 0.04), (0.04, 0.1), (0.1, 0.3), (0.3, 0.8), (0.8, 1.5), (1.5, 3))
+"""Of P / H, for tables."""
+
+
+def inside(rows: list[dict], low: float, high: float) -> list[dict]:
+    """Return the rows with P / H in a range."""
+    return [row for row in rows if low < row["rollouts"] / row["hidden"] <= high]
+
+
+def by_task(rows: list[dict], figure: str = "cosine") -> dict[str, float]:
+    """Return the mean of a figure for each task."""
+    values: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        groups[key(row)][row["setting"]].append(row)
-    figures: dict[object, dict[str, dict[str, float]]] = {}
-    for where, by_setting in groups.items():
-        plain = sum(row["seconds"] for row in by_setting["anp 0.9"])
-        figures[where] = {}
-        for name, mine in by_setting.items():
-            by_task: dict[str, list[float]] = defaultdict(list)
-            for row in mine:
-                by_task[row["task"]].append(row["cosine"])
-            means = {task: sum(values) / len(values) for task, values in by_task.items()}
-            figures[where][name] = {
-                "mean": sum(means.values()) / len(means),
-                "worst": min(means.values()),
-                "cost": sum(row["seconds"] for row in mine) / plain,
-                **means,
-            }
-    return figures
+        values[row["task"]].append(row[figure])
+    return {task: sum(mine) / len(mine) for task, mine in values.items()}
+
+
+def mean(rows: list[dict], figure: str = "cosine") -> float | None:
+    """Return the mean over tasks; None without rows."""
+    means = by_task(rows, figure).values()
+    return sum(means) / len(means) if means else None
 
 
 def tables(rows: list[dict]) -> str:
-    """Return two tables of the cosine by setting: by task, and by P / H."""
+    """Return tables of cosine and cost by setting, and of learned feedback's by size."""
     names = list(dict.fromkeys(row["setting"] for row in rows))
     tasks_seen = list(dict.fromkeys(row["task"] for row in rows))
-    overall = summary(rows, lambda row: None)[None]
-    first = table(
-        [
-            {"setting": name, **{key: overall[name][key] for key in ("mean", "worst", *tasks_seen, "cost")}}
-            for name in names
+    groups = {name: [row for row in rows if row["setting"] == name] for name in names}
+    first = []
+    for name, mine in groups.items():
+        means = by_task(mine)
+        spread = {"mean": mean(mine), "worst": min(means.values())}
+        first.append({"setting": name, **spread, **{task: means.get(task) for task in tasks_seen}})
+    parts = [f"Cosine, mean over H, P and stages\n\n{table(first)}"]
+    for title, figure in (("Cosine", "cosine"), ("Processor time over BPTT's", "cost")):
+        lines = [
+            {
+                "setting": name,
+                **{f"P/H {low:g}-{high:g}": mean(inside(mine, low, high), figure) for low, high in RANGES},
+            }
+            for name, mine in groups.items()
         ]
-    )
-    by_ratio = summary(rows, lambda row: row["rollouts"] / row["hidden"])
-    below = "\n\n".join(
-        f"{title} by rollouts per hidden unit\n\n{table([_by_ratio(by_ratio, name, key) for name in names])}"
-        for title, key in (("Cosine", "mean"), ('Processor time, against "anp 0.9",', "cost"))
-    )
-    return f"Cosine, mean over H, P and stages\n\n{first}\n\n{below}"
+        parts.append(f"{title}, by rollouts per hidden unit\n\n{table(lines)}")
+    counts = sorted({row["rollouts"] for row in rows})
+    for name in (LEARNED.name, "anp-ls 1 ridge 0.01"):
+        lines = [
+            {
+                "H": str(hidden),
+                **{
+                    f"P {count}": mean(
+                        [row for row in groups[name] if (row["hidden"], row["rollouts"]) == (hidden, count)]
+                    )
+                    for count in counts
+                },
+            }
+            for hidden in sorted({row["hidden"] for row in rows})
+        ]
+        parts.append(f"Cosine of {name}\n\n{table(lines)}")
+    return "\n\n".join(parts)
 
 
-def _by_ratio(by_ratio: dict, name: str, key: str) -> dict[str, object]:
-    """Return a setting's row of a table with a column for each range of P / H."""
-    row: dict[str, object] = {"setting": name}
-    for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 0.8), (0.8, 1.5), (1.5, 3)):
-        inside = [by_setting[name][key] for ratio, by_setting in by_ratio.items() if low < ratio <= high]
-        row[f"P/H {low:g}-{high:g}"] = sum(inside) / len(inside) if inside else None
-    return row
+PLOTTED = ("np 1", "anp 0", "anp 0.9", "anp-ls 1 ridge 0.01", LEARNED.name)
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Plot cosine against processor time per update, one line per setting and one panel per task."""
+    """Plot cosine against processor time over BPTT's, one line per setting and one panel per task."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ("np 1", "anp 0", "anp 0.9", "anp 1", "anp-ls 1 ridge 0.01", "anp-ls 1 ridge 0.1", "anp-ls 1 ridge 1")
+    hidden = max(row["hidden"] for row in rows if row["hidden"] <= 256)
+    rows = [row for row in rows if row["hidden"] == hidden]
     tasks_seen = list(dict.fromkeys(row["task"] for row in rows))
-    hidden = sorted({row["hidden"] for row in rows})[len({row["hidden"] for row in rows}) // 2]
     figure, axes = plt.subplots(
         1, len(tasks_seen), figsize=(3.6 * len(tasks_seen), 3.6), layout="constrained", sharey=True, squeeze=False
     )
     for axis, task in zip(axes[0], tasks_seen, strict=True):
-        for name in names:
-            mine: dict[int, list[dict]] = defaultdict(list)
-            for row in rows:
-                if (row["task"], row["hidden"], row["setting"]) == (task, hidden, name):
-                    mine[row["rollouts"]].append(row)
-            points = [
-                (
-                    1e3 * sum(result["seconds"] for result in group) / len(group),
-                    sum(result["cosine"] for result in group) / len(group),
-                )
-                for _, group in sorted(mine.items())
-            ]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        axis.set(title=task, xlabel="processor time of an update (ms)", xscale="log", ylim=(0, 1))
+        for name in PLOTTED:
+            mine = [row for row in rows if (row["task"], row["setting"]) == (task, name)]
+            counts = sorted({row["rollouts"] for row in mine})
+            groups = [[row for row in mine if row["rollouts"] == count] for count in counts]
+            axis.plot(
+                [mean(group, "cost") for group in groups],
+                [mean(group) for group in groups],
+                marker="o",
+                markersize=3,
+                label=name,
+            )
+        known = mean([row for row in rows if (row["task"], row["setting"]) == (task, KNOWN)])
+        axis.axhline(known, color="grey", linestyle="--", linewidth=1, label=KNOWN)
+        axis.set(title=task, xlabel="processor time of an update over BPTT's", xscale="log", ylim=(0, 1.02))
     axes[0, 0].set_ylabel(f"cosine to BPTT's gradient, H = {hidden}")
     axes[0, -1].legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
+def study(cases: list[Case], finished: Finished) -> None:
+    """Make the cases that are missing."""
+    missing = [case for case in cases if key_of({"case": case._asdict()}) not in finished.runs]
+    commit = machine.commit(Path(__file__).resolve().parent)
+    if missing:
+        # Compiled code is loaded before anything is timed.
+        measured(Case("adding", hidden=8, updates=LEARNING, rollouts=2, repeats=1))
+    for case in (bar := tqdm(missing, desc="networks", unit="network")):
+        bar.set_postfix(task=case.task, H=case.hidden, P=case.rollouts)
+        started = time.process_time()
+        rows = measured(case)
+        seconds = round(time.process_time() - started, 1)
+        finished.add({"case": case._asdict(), "rows": rows, "seconds": seconds, "commit": commit})
+
+
+def report(finished: Finished, cases: list[Case], checks: list[dict[str, object]]) -> None:
+    """Print the tables; write defaults.json, .txt and .png of the finished cases."""
+    keys = [key_of({"case": case._asdict()}) for case in cases]
+    runs = [finished.runs[key] for key in keys if key in finished.runs]
+    if not runs:
+        return
+    host, rows = machine.machine(), flat(runs)
+    minutes = sum(run["seconds"] for run in runs) / 60
+    made = f"{len(runs)} of {len(cases)} cases, {minutes:.0f} minutes of processor time"
+    text = f"{machine.line(host)}\n\n{made}\n\n{tables(rows)}"
+    print(text)
+    path = finished.path.with_name("defaults.json")
+    commits = sorted({run["commit"] or "" for run in runs})
+    write(path, {"machine": host, "checks": checks, "commits": commits, "rows": rows}, text)
+    plot(rows, path.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two tasks, one small network")
     parser.add_argument("--repeats", type=int, default=3, help="seeds of the noise")
-    parser.add_argument("--output", type=Path, help="folder for JSON, text and plot")
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plot of a result again")
+    parser.add_argument("--output", type=Path, help="folder of the finished cases, tables and plot")
+    parser.add_argument("--report", action="store_true", help="only tables and plot of what there is")
     options = parser.parse_args()
-    if options.plot:
-        plot(json.loads(options.plot.read_text())["rows"], options.plot.with_suffix(".png"))
-        return
     torch.set_num_threads(1)
-    chosen = list(TASKS)[:2] if options.quick else list(TASKS)
-    plan = [
-        (Cell(task, hidden, updates), rollouts)
-        for hidden, rollouts in sizes(options.quick)
-        for task in chosen
-        for updates in UPDATES
-    ]
-    checks = require([estimate_check()])
-    record = machine()
-    rows: list[dict] = []
-    with tqdm(total=sum(len(rollouts) for _, rollouts in plan) * len(SETTINGS), desc="settings") as bar:
-        for cell, rollouts in plan:
-            bar.set_postfix(task=cell.task, H=cell.hidden)
-            rows += measure(cell, rollouts, options.repeats, bar)
-    text = f"{line(record)}\n\n{tables(rows)}"
-    print(text)
-    if options.output:
-        path = options.output / f"defaults-{short_name(record)}-{record['date']}.json"
-        write(path, {"machine": record, "checks": checks, "rows": rows}, text)
-        plot(rows, path.with_suffix(".png"))
+    cases = plan(quick=options.quick, repeats=options.repeats)
+    folder = options.output or (RESULTS.with_name("defaults-quick") if options.quick else RESULTS)
+    checks, finished = require([estimate_check()]), Finished(folder / "runs.jsonl", key_of)
+    if not options.report:
+        study(cases, finished)
+    report(finished, cases, checks)
 
 
 if __name__ == "__main__":
