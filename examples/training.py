@@ -40,6 +40,7 @@ METHODS = {
     "anp-1": {"method": "anp", "discount": 1.0},
     "anp-ls": {"method": "anp-ls", "discount": 1.0},
     "published-anp": {"method": "published-anp", "rollouts": 1, "noise": "gaussian"},
+    "anp-feedback": {"method": "anp-feedback", "discount": 1.0},
 }
 """Arguments of `Perturbation` by the name in tables. "bptt-1" is `one_step_truncated`."""
 

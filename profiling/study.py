@@ -28,7 +28,7 @@ import study_report
 import study_scaling
 from gate import estimate_check, require
 from machine import machine
-from study_grid import FULL, QUICK, Planned, best_rate, key_of, plan, tasks, training
+from study_grid import FULL, METHODS, QUICK, Planned, best_rate, key_of, plan, tasks, training
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parent / "results" / "study"
@@ -191,7 +191,7 @@ def study(arguments: argparse.Namespace, folder: Path) -> None:
         sys.exit(
             f"no task {', '.join(sorted(unknown))} (those of the weather need --csv); there are {', '.join(known)}"
         )
-    methods = arguments.methods or list(training.METHODS)
+    methods = arguments.methods or METHODS
     finished = Finished(folder / "runs.jsonl")
     minutes = arguments.minutes if arguments.full or arguments.minutes else QUICK_MINUTES
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")

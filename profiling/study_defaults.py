@@ -13,8 +13,8 @@ relative to BPTT's.
 "anp-feedback" learns, so it sees the 60 updates before it is measured, on the same weights and batches; "first update"
 is what it estimates without them, after its default warm-up. "known part" is what is known without rollouts.
 
-The study is sized for half an hour of one core: batches of 4 sequences, so that a batch has at most 160 steps, two
-tasks from H = 512 on, one stage at 1,024, and three repeats (one of a first update).
+The study is sized for twenty minutes of one core: batches of 4 sequences, so that a batch has at most 160 steps; three
+repeats (one of a first update); from H = 256 on only two tasks, at 1,024 one, and only the later stage.
 
 Every finished network and number of rollouts is one line of `runs.jsonl`, found by its complete configuration: a study
 that was stopped goes on where it was.
@@ -45,8 +45,8 @@ from anpgpu.diagnosis.alignment import alignment
 RESULTS = Path(__file__).resolve().parent / "results" / "defaults"
 
 TASKS: dict[str, Callable[[], tasks.Task]] = {
-    "copying-20": lambda: tasks.copying(20),
     "adding": tasks.adding,
+    "copying-20": lambda: tasks.copying(20),
     "copying-2": lambda: tasks.copying(2),
     "mackey-glass-15": tasks.mackey_glass,
 }
@@ -67,6 +67,17 @@ ROLLOUTS = {
     1024: (4, 16, 64, 256, 512),
 }
 """Numbers of rollouts by H."""
+
+
+class Size(NamedTuple):
+    """A width, and how many of the tasks and stages are measured at it."""
+
+    hidden: int
+    tasks: int
+    stages: int = len(STAGES)
+
+
+SIZES = (Size(64, 4), Size(128, 4), Size(256, 2, 1), Size(512, 2, 1), Size(1024, 1, 1))
 
 EXACT, KNOWN, FIRST = "bptt", "known part", "anp-feedback 1 ridge 0.01, first update"
 
@@ -110,12 +121,14 @@ class Case(NamedTuple):
 
 def plan(*, quick: bool, repeats: int) -> list[Case]:
     """Return what the study measures, small networks first."""
-    cases = []
-    for hidden in (32,) if quick else (64, 128, 256, 512, 1024):
-        for task in list(TASKS)[: 2 if quick or hidden >= 512 else None]:
-            for updates in STAGES[1:] if hidden >= 1024 else STAGES:
-                cases += [Case(task, hidden, updates, rollouts, repeats) for rollouts in ROLLOUTS[hidden]]
-    return cases
+    sizes = [Size(32, 2)] if quick else SIZES
+    return [
+        Case(task, size.hidden, updates, rollouts, repeats)
+        for size in sizes
+        for task in list(TASKS)[: size.tasks]
+        for updates in STAGES[-size.stages :]
+        for rollouts in ROLLOUTS[size.hidden]
+    ]
 
 
 def key_of(run: dict) -> str:

@@ -23,6 +23,7 @@ import training
 
 __all__ = [
     "FULL",
+    "METHODS",
     "QUICK",
     "SHORTER",
     "TUNING_SEED",
@@ -36,6 +37,9 @@ __all__ = [
     "tasks",
     "training",
 ]
+
+METHODS = ("bptt", "bptt-1", "np", "wp", "anp-0", "anp", "anp-1", "anp-ls", "published-anp")
+"""Those that the study compares where nothing else is asked for; `study_feedback.py` has "anp-feedback"."""
 
 TUNING_SEED = 100
 """Seed of the tuning runs; their weights and training data are not those of the results."""

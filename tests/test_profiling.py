@@ -220,6 +220,26 @@ def test_defaults_orders_the_methods_and_goes_on_where_it_was_stopped(tmp_path):
     assert cosines(again[-1]) == cosines(lines[-1])
 
 
+def test_curves_are_of_runs_that_are_made_once(tmp_path):
+    record = read(tmp_path / "curves.json", run_script("study_curves.py", "--quick", "--output", tmp_path))
+    finished = (tmp_path / "runs.jsonl").read_text()
+    # Three learning rates and one seed for each method.
+    assert len(finished.splitlines()) == 5 * 4
+    rows = {row["method"]: row for row in record["results"]}
+    assert list(rows) == ["BPTT", "anp-feedback, P = H/16", "anp-ls, P = H/16", "anp-ls, P = H", "np, P = H"]
+    for row in rows.values():
+        assert row["curve"]["losses"][0][-1] == row["test loss"]
+        assert sorted(row["curve"]["seconds"]) == row["curve"]["seconds"]
+    assert rows["BPTT"]["test loss"] < 0.97 * rows["BPTT"]["curve"]["losses"][0][0]
+    # The first update's warm-up is part of the time.
+    warmed, plain = (rows[f"{method}, P = H/16"]["curve"]["seconds"] for method in ("anp-feedback", "anp-ls"))
+    assert warmed[0] > 5 * plain[0]
+    picture = tmp_path / "curves.png"
+    assert picture.stat().st_size > 0
+    run_script("study_curves.py", "--quick", "--output", tmp_path)
+    assert (tmp_path / "runs.jsonl").read_text() == finished
+
+
 def test_learned_feedback_is_shadowed_and_a_stopped_study_goes_on(tmp_path):
     tasks = ("copying 10, orthogonal", "digits by row")
     arguments = ("--quick", "--only", "cosine", "--tasks", *tasks, "--output", tmp_path)

@@ -23,7 +23,7 @@ sys.path.append(str(ROOT / "profiling"))
 
 import study  # noqa: E402  (found through the line above)
 import study_report  # noqa: E402
-from study_grid import FULL, QUICK, TUNING_SEED, best_rate, key_of, plan, tasks, training  # noqa: E402
+from study_grid import FULL, METHODS, QUICK, TUNING_SEED, best_rate, key_of, plan, tasks, training  # noqa: E402
 
 
 def some(batches, count):
@@ -235,9 +235,6 @@ def test_every_method_starts_alike_and_a_seed_repeats():
     # The first update's loss is before any learning.
     assert other.training_loss[0] == pytest.approx(first.training_loss[0], rel=1e-4)
     assert other.training_loss[-1] != first.training_loss[-1]
-
-
-METHODS = list(training.METHODS)
 
 
 def test_the_plan_goes_breadth_first_and_tunes_all_alike():
