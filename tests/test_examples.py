@@ -1,6 +1,7 @@
 """Every example runs as a script, with small settings, and writes its plot."""
 
 import csv
+import itertools
 import math
 import re
 import runpy
@@ -26,6 +27,8 @@ CASES = {
     "long_sequence": ([*SHARED, "--steps", "200"], "long_sequence.png"),
     "blackbox_loss": ([*SHARED, "--batch", "2"], "blackbox_loss.png"),
     "swap_into_pytorch": ([*SHARED, "--batch", "2"], "swap_into_pytorch.png"),
+    "tagger": ([*SHARED, "--seeds", "1"], "tagger.png"),
+    "char_lm": ([*SHARED, "--batch", "2", "--steps", "5", "--sample", "5"], "char_lm.png"),
     "constraints": ([*SHARED, "--batch", "2", "--delay", "1"], "constraints.png"),
 }
 
@@ -112,6 +115,74 @@ def test_weather_has_no_default_file(run, capsys):
     assert "--csv" in capsys.readouterr().err
 
 
+@pytest.fixture
+def char_lm(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    return runpy.run_path(str(EXAMPLES / "char_lm.py"))
+
+
+def test_the_character_model_reads_its_text_lane_by_lane(char_lm, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abc" * 70, encoding="utf-8")
+    text = char_lm["read"](path)
+    assert text.symbols == "abc"
+    assert (len(text.train), len(text.valid)) == (189, 21)
+    batches = char_lm["windows"](text.train, 2, 10)
+    lanes = [[], []]
+    for number in range(9):
+        characters, following, goes_on = next(batches)
+        assert characters.shape == following.shape == (10, 2)
+        assert torch.equal(following, (characters + 1) % 3)
+        assert goes_on == (number > 0)
+        for lane, read in zip(lanes, characters.t().tolist(), strict=True):
+            lane.extend(read)
+    # 94 characters a lane: nine windows, each character after the one before, the second lane from the middle on.
+    assert lanes == [text.train[:90].tolist(), text.train[94:184].tolist()]
+    assert not next(batches)[2]
+    with pytest.raises(ValueError, match="a text of 189 characters is too short for 40 lanes of 10 steps"):
+        next(char_lm["windows"](text.train, 40, 10))
+
+
+def test_the_character_model_counts_bits_and_draws_by_its_scores(char_lm):
+    torch.manual_seed(0)
+    text = char_lm["Text"]("ab", torch.zeros(64, dtype=torch.int64), torch.ones(64, dtype=torch.int64))
+    model = char_lm["CharacterModel"](2, 4)
+    for parameter in model.head.parameters():
+        nn.init.zeros_(parameter)
+    assert char_lm["bits"](model, text.valid) == pytest.approx(1)
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([0.0, 3 * math.log(2)]))
+    # "b" has probability 8/9.
+    assert char_lm["bits"](model, text.valid) == pytest.approx(math.log2(9 / 8))
+    with torch.no_grad():
+        model.head.bias[1] = 100
+    assert char_lm["sample"](model, text, 5) == "bbbbb"
+
+
+def test_the_character_model_carries_its_state(char_lm):
+    text = char_lm["read"](None)
+    torch.manual_seed(0)
+    model = char_lm["CharacterModel"](len(text.symbols), 4)
+    seen = []
+    forward = type(model).forward
+
+    def recorded(self, characters, state=None):
+        scores, after = forward(self, characters, state)
+        if self.training and torch.is_grad_enabled():
+            seen.append((state, after))
+        return scores, after
+
+    type(model).forward = recorded
+    try:
+        char_lm["train"](text, char_lm["Options"](3, 4, 5, 2), anpgpu.swap_, quiet=True)
+    finally:
+        type(model).forward = forward
+    assert seen[0][0] is None
+    for (_, after), (before, _) in itertools.pairwise(seen):
+        assert all(not value.requires_grad for value in before)
+        assert all(map(torch.equal, before, after))
+
+
 @pytest.mark.slow
 def test_a_loss_without_a_derivative_is_learned(run):
     printed = run("blackbox_loss")
@@ -126,3 +197,13 @@ def test_a_swapped_model_learns_its_text(run):
     final = {line.split()[0]: float(line.split()[4]) for line in printed.splitlines() if "nats" in line}
     assert final["anp-ls"] < 0.8
     assert final["bptt"] < 0.5
+
+
+@pytest.mark.slow
+def test_a_swapped_character_model_learns_its_text(run):
+    printed = run("char_lm")
+    final = {
+        line.split(":")[0]: float(line.split()[1]) for line in printed.splitlines() if "bits per character" in line
+    }
+    assert final["bptt"] < 2.9
+    assert final["anp-ls"] < final["bptt"] + 0.2

@@ -220,6 +220,18 @@ def test_defaults_orders_the_methods_and_goes_on_where_it_was_stopped(tmp_path):
     assert cosines(again[-1]) == cosines(lines[-1])
 
 
+def test_gated_cells_are_timed_beside_the_plain_one(tmp_path):
+    output = tmp_path / "cells.json"
+    small = ("--time", 5, "--batch", 4, "--rollouts", 8, "--hidden", 64, "--repeats", 3)
+    printed = run_script("time_cells.py", *small, "--threads", 1, "--clock", "cpu", "--output", output)
+    rows = {row["cell"]: row for row in read(output, printed)["results"]}
+    assert list(rows) == ["RNN", "GRU", "LSTM"]
+    assert rows["RNN"]["over the RNN's"] == 1
+    for name, goal in (("GRU", 4.5), ("LSTM", 6)):
+        assert 1 < rows[name]["lower"] <= rows[name]["over the RNN's"] <= rows[name]["upper"]
+        assert rows[name]["goal"] == goal
+
+
 def test_curves_are_of_runs_that_are_made_once(tmp_path):
     record = read(tmp_path / "curves.json", run_script("study_curves.py", "--quick", "--output", tmp_path))
     finished = (tmp_path / "runs.jsonl").read_text()
