@@ -1,5 +1,6 @@
 """The profiling scripts check before they time and write complete results; only the order of speeds is tested."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import anpgpu
 
@@ -218,6 +220,48 @@ def test_defaults_orders_the_methods_and_goes_on_where_it_was_stopped(tmp_path):
         return run["case"], [(row["setting"], row["cosine"]) for row in run["rows"]]
 
     assert cosines(again[-1]) == cosines(lines[-1])
+
+
+def test_the_character_model_is_trained_by_three_methods_once(tmp_path):
+    arguments = ("study_char_lm.py", "--quick", "--method", "anp-ls", "--output", tmp_path)
+    record = read(tmp_path / "char_lm.json", run_script(*arguments))
+    rows = {row["method"]: row for row in record["results"]}
+    assert list(rows) == ["bptt", "anp-ls", "known part"]
+    assert [row["P"] for row in rows.values()] == [None, 2, None]
+    for row in rows.values():
+        assert 3 < row["bits"] < 7
+        assert row["bits over BPTT's"] == pytest.approx(row["bits"] / rows["bptt"]["bits"])
+    finished = (tmp_path / "runs.jsonl").read_text()
+    assert len(finished.splitlines()) == 3
+    run_script(*arguments)
+    assert (tmp_path / "runs.jsonl").read_text() == finished
+    assert (tmp_path / "char_lm.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_known_part_is_the_gradient_through_c_alone(layers, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
+    known_part = importlib.import_module("study_char_lm").KnownPart
+    torch.manual_seed(0)
+    exact = torch.nn.LSTM(3, 4, layers).double()
+    known = known_part(3, 4, layers).double()
+    known.load_state_dict(exact.state_dict())
+    inputs, state = torch.randn(5, 2, 3).double(), tuple(torch.randn(layers, 2, 4).double() for _ in range(2))
+    torch.testing.assert_close(known(inputs, state), exact(inputs, state))
+    torch.testing.assert_close(known(inputs), exact(inputs))
+
+    def gradients(rnn):
+        rnn.zero_grad()
+        rnn(inputs, state)[0].square().sum().backward()
+        return [parameter.grad for parameter in rnn.parameters()]
+
+    assert any(not torch.allclose(*pair) for pair in zip(gradients(known), gradients(exact), strict=True))
+    # Without recurrent weights no gradient passes h_{t-1}.
+    with torch.no_grad():
+        for rnn in (known, exact):
+            for name, value in rnn.named_parameters():
+                value.mul_("weight_hh" not in name)
+    torch.testing.assert_close(gradients(known), gradients(exact))
 
 
 def test_gated_cells_are_timed_beside_the_plain_one(tmp_path):
