@@ -53,10 +53,13 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def train(path: Path, updates: int, interval: int, method: str = "anp") -> float:
+CELLS = {"RNN": anpgpu.RNN, "GRU": anpgpu.GRU, "LSTM": anpgpu.LSTM}
+
+
+def train(path: Path, updates: int, interval: int, method: str = "anp", cell: str = "RNN") -> float:
     """Train for `updates` in all, from `path` if it exists, saving to it every `interval`; return the last loss."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"rnn": anpgpu.RNN(3, 32, 2, dropout=0.1), "head": nn.Linear(32, 3)})
+    model = nn.ModuleDict({"rnn": CELLS[cell](3, 32, 2, dropout=0.1), "head": nn.Linear(32, 3)})
     model["rnn"].perturbation = anpgpu.Perturbation(method)
     decorrelation = Decorrelation(model["rnn"], rate=1e-3)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -92,9 +95,10 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--every", type=int, default=20, help="updates between checkpoints")
     parser.add_argument("--method", default="anp-feedback")
+    parser.add_argument("--cell", choices=CELLS, default="RNN")
     options = parser.parse_args()
     options.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    print(f"loss {train(options.checkpoint, options.updates, options.every, options.method):.4f}")
+    print(f"loss {train(options.checkpoint, options.updates, options.every, options.method, options.cell):.4f}")
 
 
 if __name__ == "__main__":

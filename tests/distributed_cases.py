@@ -22,6 +22,9 @@ T, B, I, H, O, P = 5, 5, 3, 4, 2, 7  # noqa: E741  (the design's names)
 TIMEOUT = timedelta(seconds=60)
 STATELESS = ("anp", "np", "anp-ls", "wp")
 METHODS = (*STATELESS, "anp-feedback")
+CELLS = {"RNN": (nn.RNN, anpgpu.RNN), "GRU": (nn.GRU, anpgpu.GRU), "LSTM": (nn.LSTM, anpgpu.LSTM)}
+"""torch's module and ours."""
+METHODS_OF = {"RNN": METHODS, "GRU": STATELESS, "LSTM": STATELESS}
 NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
 TIGHT = runtime_memory.FIXED_BYTES + 30_000
 """A `max_memory`, in bytes, under which time is cut into segments."""
@@ -53,20 +56,27 @@ def data(dtype=torch.float64):
     return [torch.randn(T, B, size, dtype=dtype, generator=generator) for size in (I, O)]
 
 
-def backward(how, *, dtype=torch.float64, packed=False, **options):
+def states_of(result):
+    """States as a tuple; an LSTM has two."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def backward(how, *, cell="RNN", dtype=torch.float64, packed=False, **options):
     """Return all results of a backward pass as one vector."""
     torch.manual_seed(2)
-    rnn = anpgpu.RNN(I, H, perturbation=how, dtype=dtype, **options)
+    rnn = CELLS[cell][1](I, H, perturbation=how, dtype=dtype, **options)
     inputs = data(dtype)[0].requires_grad_(how.method != "wp" and not packed)
     sequences = nn.utils.rnn.pack_padded_sequence(inputs, [5, 2, 4, 1, 5], enforce_sorted=False) if packed else inputs
-    outputs, h_n = rnn(sequences)
-    ((outputs.data if packed else outputs).sin().sum() + h_n.square().sum()).backward()
+    outputs, finals = rnn(sequences)
+    final = sum(state.square().sum() for state in states_of(finals))
+    ((outputs.data if packed else outputs).sin().sum() + final).backward()
     seen = rnn.last_estimate
     return flat([*(leaf.grad for leaf in leaves(rnn)), inputs.grad, torch.nan_to_num(seen.split_half), seen.skipped])
 
 
 def absolute(outputs, targets):
-    return (outputs - targets).abs().sum(-1)
+    """Distances, weighted so that noise of opposite signs does not cancel: `moved` counts what is not exactly zero."""
+    return ((outputs - targets).abs() * torch.linspace(1, 0.7, O, dtype=outputs.dtype)).sum(-1)
 
 
 class SometimesLost:
@@ -80,47 +90,61 @@ class SometimesLost:
         return torch.where(outputs[-1, ..., 0] > self.clean + 1e-4, math.nan, losses)
 
 
-def estimate(how, loss="mse", **options):
+def estimate(how, loss="mse", *, cell="RNN", **options):
     """Return all results of `estimate_grad_` as one vector."""
     torch.manual_seed(2)
-    rnn = nn.RNN(I, H, dtype=torch.float64, **options)
+    rnn = CELLS[cell][0](I, H, dtype=torch.float64, **options)
     head = nn.Linear(H * (1 + rnn.bidirectional), O, dtype=torch.float64)
     inputs, targets = data()
-    hx = torch.zeros(len(rnn.all_weights), B, H, dtype=torch.float64).requires_grad_(how.method != "wp")
+    states = 1 + isinstance(rnn, nn.LSTM)
+    shape = len(rnn.all_weights), B, H
+    firsts = [torch.zeros(shape, dtype=torch.float64).requires_grad_(how.method != "wp") for _ in range(states)]
+    hx = firsts[0] if states == 1 else tuple(firsts)
     seen = anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how, hx=hx)
     grads = [leaf.grad for leaf in leaves(rnn, head)]
     moved = [] if seen.moved is None else [seen.moved]
     half = torch.nan_to_num(seen.split_half)
-    return flat([*grads, hx.grad, seen.loss, seen.outputs, seen.h_n, *moved, half, seen.skipped])
+    grads += [first.grad for first in firsts]
+    return flat([*grads, seen.loss, seen.outputs, *states_of(seen.h_n), *moved, half, seen.skipped])
 
 
-def updates(shard):
+def updates_of(cell, shard):
     """Make one update by every method, network and way of calling; return name to vector."""
     vectors = {}
-    for method in METHODS:
+    networks = NETWORKS if cell == "RNN" else {"bidirectional": NETWORKS["bidirectional"]}
+    for method in METHODS_OF[cell]:
         how = Perturbation(method, rollouts=P, sigma=1e-3, shard_rollouts=shard, warmup=2)
-        for name, network in NETWORKS.items():
-            vectors[f"backward {method} {name}"] = backward(how, **network)
-            vectors[f"estimate {method} {name}"] = estimate(how, **network)
+        for name, network in networks.items():
+            vectors[f"backward {method} {name}"] = backward(how, cell=cell, **network)
+            vectors[f"estimate {method} {name}"] = estimate(how, cell=cell, **network)
             if method != "wp":
-                vectors[f"dropout {method} {name}"] = estimate(how, dropout=0.5, **{"num_layers": 2, **network})
-        vectors[f"callable {method}"] = estimate(how, absolute, num_layers=2)
-        vectors[f"lost rollouts {method}"] = estimate(dataclasses.replace(how, warmup=0), SometimesLost())
-        vectors[f"packed {method}"] = backward(how, packed=True, num_layers=2, bidirectional=True, dropout=0.5)
-        vectors[f"float32 {method}"] = backward(how, dtype=torch.float32)
+                dropout = {"dropout": 0.5, "num_layers": 2, **network}
+                vectors[f"dropout {method} {name}"] = estimate(how, cell=cell, **dropout)
+        vectors[f"callable {method}"] = estimate(how, absolute, cell=cell, num_layers=2)
+        vectors[f"lost rollouts {method}"] = estimate(dataclasses.replace(how, warmup=0), SometimesLost(), cell=cell)
+        deep = {"num_layers": 2, "bidirectional": True, "dropout": 0.5}
+        vectors[f"packed {method}"] = backward(how, cell=cell, packed=True, **deep)
+        vectors[f"float32 {method}"] = backward(how, cell=cell, dtype=torch.float32)
         tight = dataclasses.replace(how, max_memory=TIGHT + (0 if method in STATELESS else LEARNT))
-        vectors[f"segments {method}"] = torch.cat((backward(tight, num_layers=2), estimate(tight, num_layers=2)))
+        segments = backward(tight, cell=cell, num_layers=2), estimate(tight, cell=cell, num_layers=2)
+        vectors[f"segments {method}"] = torch.cat(segments)
     many = Perturbation("np", rollouts=P, sigma=1e-3, shard_rollouts=shard, readout="perturbed", noise="gaussian")
-    vectors["perturbed readout"] = estimate(many)
+    vectors["perturbed readout"] = estimate(many, cell=cell)
     few = Perturbation("anp-ls", rollouts=2, shard_rollouts=shard)
-    vectors["fewer rollouts than processes"] = estimate(few)
+    vectors["fewer rollouts than processes"] = estimate(few, cell=cell)
     return vectors
 
 
-def train(shard, rank):
+def updates(shard):
+    """Make the updates of all cells."""
+    return {f"{cell} {name}": vector for cell in CELLS for name, vector in updates_of(cell, shard).items()}
+
+
+def train(shard, rank, cell):
     """Train some steps from this process's own seed; return the weights."""
     torch.manual_seed(4)
-    rnn, head = anpgpu.RNN(I, H, perturbation=Perturbation(rollouts=P, shard_rollouts=shard)), nn.Linear(H, O)
+    how = Perturbation(rollouts=P, shard_rollouts=shard)
+    rnn, head = CELLS[cell][1](I, H, perturbation=how), nn.Linear(H, O)
     optimiser = torch.optim.SGD(leaves(rnn, head), lr=0.1)
     inputs, targets = data(torch.float32)
     torch.manual_seed(10 + rank)
@@ -218,21 +242,21 @@ def errors(rank):
 class Tagger(nn.Module):
     """A model for DistributedDataParallel."""
 
-    def __init__(self, how, kind=anpgpu.RNN):
+    def __init__(self, how, cell="RNN"):
         super().__init__()
-        self.rnn = kind(I, H, dtype=torch.float64, perturbation=how)
+        self.rnn = CELLS[cell][1](I, H, dtype=torch.float64, perturbation=how)
         self.head = nn.Linear(H, O, dtype=torch.float64)
 
     def forward(self, inputs):
         return self.head(self.rnn(inputs.to(self.head.weight.dtype))[0])
 
 
-def samples_sharded(rank, count, wrap=DistributedDataParallel):
-    """Return the gradients where every process has its own samples. Seeds and inputs are equal in all processes."""
+def samples_sharded(rank, count, cell, wrap=DistributedDataParallel):
+    """Return the gradients by method where every process has its own samples, but the same seed and inputs."""
     gradients = {}
     for method in (*STATELESS, "bptt"):
         torch.manual_seed(6)
-        model = Tagger(Perturbation(method, rollouts=P, ridge=1.0))
+        model = Tagger(Perturbation(method, rollouts=P, ridge=1.0), cell)
         wrapped = wrap(model)
         torch.manual_seed(7)
         targets = torch.full((T, 2, O), 1.0 + rank % count, dtype=torch.float64)
@@ -241,10 +265,10 @@ def samples_sharded(rank, count, wrap=DistributedDataParallel):
     return gradients
 
 
-def feedback_matrices(rank, kind):
+def feedback_matrices(rank, cell):
     """Return a module's B after three updates of DistributedDataParallel; every process has samples of its own."""
     torch.manual_seed(6)
-    model = Tagger(Perturbation("anp-feedback", rollouts=P, warmup=2), kind)
+    model = Tagger(Perturbation("anp-feedback", rollouts=P, warmup=2), cell)
     wrapped = DistributedDataParallel(model)
     optimiser = torch.optim.SGD(model.parameters(), 0.1)
     generator = torch.Generator().manual_seed(rank)
@@ -261,11 +285,11 @@ def everything(rank, count):
     """All cases of this file."""
     return {
         "updates": updates(True),
-        "train": train(True, rank),
+        "train": {cell: train(True, rank, cell) for cell in CELLS},
         "generators": generators(True),
         "errors": errors(rank),
-        "ddp": samples_sharded(rank, count),
-        "feedback": {name: feedback_matrices(rank, getattr(anpgpu, name)) for name in ("RNN", "GRU", "LSTM")},
+        "ddp": {cell: samples_sharded(rank, count, cell) for cell in CELLS},
+        "feedback": {cell: feedback_matrices(rank, cell) for cell in CELLS},
         "example": {share: example("ddp").train(share, 3, batch=12) for share in ("samples", "rollouts")},
     }
 

@@ -7,7 +7,7 @@ import sys
 import distributed_cases as cases
 import pytest
 import torch
-from distributed_cases import EXAMPLES, METHODS, STATELESS
+from distributed_cases import CELLS, EXAMPLES, METHODS_OF, STATELESS
 from tolerances import TOLERANCES, assert_close, relative_error
 from torch import nn
 
@@ -15,6 +15,7 @@ import anpgpu
 from anpgpu import Perturbation
 from anpgpu.runtime.processes import Share
 
+each_cell = pytest.mark.parametrize("cell", CELLS)
 COUNTS = [pytest.param(2, id="2 processes"), pytest.param(3, id="3 processes", marks=pytest.mark.slow)]
 
 
@@ -37,7 +38,8 @@ def test_shared_rollouts_make_the_update_of_one_process(reports, alone):
         assert error <= TOLERANCES["float32_long" if "float32" in name else "float64"].bound, f"{name}: {error:.2g}"
     assert alone.keys() == reports[0]["updates"].keys()
     # The last number counts the lost rollouts of all processes; some were lost.
-    assert all(float(alone[f"lost rollouts {method}"][-1]) > 0 for method in METHODS)
+    for cell, methods in METHODS_OF.items():
+        assert all(float(alone[f"{cell} lost rollouts {method}"][-1]) > 0 for method in methods)
 
 
 def test_all_processes_have_the_same_gradients_bitwise(reports):
@@ -45,13 +47,14 @@ def test_all_processes_have_the_same_gradients_bitwise(reports):
         assert all(torch.equal(other["updates"][name], expected) for name, expected in reports[0]["updates"].items())
 
 
-def test_processes_seeded_differently_train_as_the_first_would_alone(reports):
+@each_cell
+def test_processes_seeded_differently_train_as_the_first_would_alone(reports, cell):
     # All processes use the first one's seed of an update.
-    expected = cases.train(False, 0)
+    expected = cases.train(False, 0, cell)
     for report in reports:
-        assert_close(report["train"], expected, "float32_long")
-        assert torch.equal(report["train"], reports[0]["train"])
-    assert relative_error(cases.train(False, 1), expected) > TOLERANCES["float32_long"].bound
+        assert_close(report["train"][cell], expected, "float32_long")
+        assert torch.equal(report["train"][cell], reports[0]["train"][cell])
+    assert relative_error(cases.train(False, 1, cell), expected) > TOLERANCES["float32_long"].bound
 
 
 def test_sharing_draws_one_number_too(reports):
@@ -77,29 +80,30 @@ def test_mistakes_are_errors_in_every_process(reports, case, words):
         assert words.replace("N", str(len(reports))) in report["errors"][case]
 
 
-def unwrapped(monkeypatch, rank, count):
+def unwrapped(monkeypatch, rank, count, cell):
     """The gradients of one process before they are averaged."""
     with monkeypatch.context() as patch:
         patch.setattr("anpgpu.runtime.settings.process_rank", lambda: rank)
-        return cases.samples_sharded(rank, count, wrap=lambda model: model)
+        return cases.samples_sharded(rank, count, cell, wrap=lambda model: model)
 
 
-def test_data_parallel_averages_the_estimates_of_all_processes(monkeypatch, reports):
+@each_cell
+def test_data_parallel_averages_the_estimates_of_all_processes(monkeypatch, reports, cell):
     count = len(reports)
-    of_ranks = [unwrapped(monkeypatch, rank, count) for rank in range(count)]
+    of_ranks = [unwrapped(monkeypatch, rank, count, cell) for rank in range(count)]
     for method in (*STATELESS, "bptt"):
         mean = torch.stack([gradients[method] for gradients in of_ranks]).mean(0)
         for report in reports:
-            assert_close(report["ddp"][method], mean, "float64")
+            assert_close(report["ddp"][cell][method], mean, "float64")
 
 
-def test_processes_with_the_same_seed_draw_other_noise(monkeypatch):
+@each_cell
+def test_processes_with_the_same_seed_draw_other_noise(monkeypatch, cell):
     # Two ranks with the same seed, samples, targets and weights differ only by the rank in the noise's counter.
+    first, second = (unwrapped(monkeypatch, rank, 1, cell) for rank in (0, 1))
     for method in STATELESS:
-        first, second = (unwrapped(monkeypatch, rank, 1)[method] for rank in (0, 1))
-        assert relative_error(first, second) > 0.01
-    same = [unwrapped(monkeypatch, rank, 1)["bptt"] for rank in (0, 1)]
-    assert torch.equal(*same)
+        assert relative_error(first[method], second[method]) > 0.01
+    assert torch.equal(first["bptt"], second["bptt"])
 
 
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])

@@ -7,11 +7,12 @@ import time
 
 import pytest
 import torch
-from distributed_cases import EXAMPLES, METHODS, example
+from distributed_cases import EXAMPLES, METHODS_OF, example
 
 import anpgpu
 
 UPDATES, EVERY = 4, 1
+CASES = [(method, cell) for cell, methods in METHODS_OF.items() for method in methods]
 resume = example("resume")
 
 
@@ -42,8 +43,8 @@ def train_in_new_process(source, *arguments):
 
 
 CONTINUE = f"""
-for path, method in zip(arguments[::2], arguments[1::2]):
-    resume.train(Path(path), {UPDATES}, {EVERY}, method)
+for path, method, cell in zip(arguments[::3], arguments[1::3], arguments[2::3]):
+    resume.train(Path(path), {UPDATES}, {EVERY}, method, cell)
 """
 
 KILLED_WHILE_SAVING = f"""
@@ -66,7 +67,7 @@ resume.train(Path(arguments[0]), {UPDATES}, {EVERY}, arguments[1])
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """By method: the checkpoint of training at one go, and of training that was stopped half way and then resumed."""
+    """By method and cell: the checkpoints of training at one go, and of training that was stopped and then resumed."""
     folder = tmp_path_factory.mktemp("checkpoints")
     save = resume.save
 
@@ -75,34 +76,34 @@ def checkpoints(tmp_path_factory):
         if state["update"] == UPDATES // 2:
             raise StoppedError
 
-    whole, stopped = ({name: folder / f"{kind}-{name}.pt" for name in METHODS} for kind in ("whole", "stopped"))
-    for method in METHODS:
-        resume.train(whole[method], UPDATES, EVERY, method)
+    whole, stopped = ({case: folder / f"{kind}-{'-'.join(case)}.pt" for case in CASES} for kind in ("whole", "stopped"))
+    for case in CASES:
+        resume.train(whole[case], UPDATES, EVERY, *case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "save", stopping)
-        for method in METHODS:
+        for case in CASES:
             with pytest.raises(StoppedError):
-                resume.train(stopped[method], UPDATES, EVERY, method)
-    half = torch.load(stopped["anp"])
+                resume.train(stopped[case], UPDATES, EVERY, *case)
+    half = torch.load(stopped["anp", "RNN"])
     killed = folder / "killed.pt"
     run = train_in_new_process(KILLED_WHILE_SAVING, killed, "anp")
     assert run.returncode == -9, run.stderr
     assert killed.with_name("killed.pt.part").exists()
     assert torch.load(killed)["update"] == 2 * EVERY
-    again = [argument for method in METHODS for argument in (stopped[method], method)]
-    run = train_in_new_process(CONTINUE, *again, killed, "anp")
+    again = [argument for case in CASES for argument in (stopped[case], *case)]
+    run = train_in_new_process(CONTINUE, *again, killed, "anp", "RNN")
     assert run.returncode == 0, run.stderr
-    pairs = {method: (torch.load(whole[method]), torch.load(stopped[method])) for method in METHODS}
-    return {**pairs, "killed": (pairs["anp"][0], torch.load(killed)), "half": half}
+    pairs = {case: (torch.load(whole[case]), torch.load(stopped[case])) for case in CASES}
+    return {**pairs, "killed": (pairs["anp", "RNN"][0], torch.load(killed)), "half": half}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_resumed_in_a_new_process_it_is_bitwise_the_same(checkpoints, method):
-    whole, resumed = checkpoints[method]
+@pytest.mark.parametrize(("method", "cell"), CASES)
+def test_resumed_in_a_new_process_it_is_bitwise_the_same(checkpoints, method, cell):
+    whole, resumed = checkpoints[method, cell]
     assert same(resumed, whole)
     # The second half of the training changes the checkpoint.
-    assert not same(checkpoints["half"]["model"], checkpoints["anp"][0]["model"])
-    assert not torch.equal(checkpoints["half"]["rng"], checkpoints["anp"][0]["rng"])
+    assert not same(checkpoints["half"]["model"], checkpoints["anp", "RNN"][0]["model"])
+    assert not torch.equal(checkpoints["half"]["rng"], checkpoints["anp", "RNN"][0]["rng"])
 
 
 def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(checkpoints):
@@ -111,7 +112,7 @@ def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(checkpoints):
 
 
 def test_a_checkpoint_holds_all_that_an_update_depends_on(checkpoints):
-    whole = checkpoints["anp"][0]
+    whole = checkpoints["anp", "RNN"][0]
     assert whole.keys() >= {"noise_stream", "rng", "update", "model", "optimiser", "schedule"}
     matrices = [value for name, value in whole["model"].items() if name.endswith("matrix")]
     assert matrices
