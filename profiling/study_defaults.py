@@ -304,7 +304,9 @@ def plot(rows: list[dict], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    hidden = max(row["hidden"] for row in rows if row["hidden"] <= 256)
+    # The largest network that all tasks were studied with.
+    tasks_of = {row["hidden"]: {other["task"] for other in rows if other["hidden"] == row["hidden"]} for row in rows}
+    hidden = max(tasks_of, key=lambda size: (len(tasks_of[size]), size))
     rows = [row for row in rows if row["hidden"] == hidden]
     tasks_seen = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = plt.subplots(

@@ -5,7 +5,6 @@ Functions also hold the labels of rows, so that they give whole tables. Numbers 
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -270,38 +269,6 @@ def digits_pixels(result: dict) -> Rows:
     ]
 
 
-SETTINGS = {
-    "np 1": "`np`, discount 1",
-    "anp 0": "`anp`, discount 0, as published",
-    "anp 0.9": "`anp`, discount .9",
-    "anp 1": "`anp`, discount 1",
-    "anp-ls 1 ridge 0.1": "`anp-ls`, ridge .1",
-    "anp-ls 1 ridge 0.01": "`anp-ls`, ridge .01: the default",
-    "anp-ls 1 ridge 1": "`anp-ls`, ridge 1",
-}
-RATIOS = ((0, 0.1), (0.1, 0.3), (0.3, 0.8), (0.8, 1.5), (1.5, 3))
-COSTS = ((0.1, 0.3), (1.5, 3))
-
-
-def defaults(result: dict) -> Rows:
-    """Cosine with BPTT's gradient by setting and P / H, and processor time over that of anp at discount .9."""
-    rows = result["rows"]
-    ratios = sorted({row["rollouts"] / row["hidden"] for row in rows})
-    by_task = _cosines(rows)
-    table = []
-    for setting, words in SETTINGS.items():
-        inside = {
-            ratio: _cosines([row for row in rows if row["rollouts"] / row["hidden"] == ratio])[setting]
-            for ratio in ratios
-        }
-        cosines = [fmean(fmean(inside[r].values()) for r in ratios if low < r <= high) for low, high in RATIOS]
-        costs = [fmean(_cost(rows, setting, r) for r in ratios if low < r <= high) for low, high in COSTS]
-        means = by_task[setting].values()
-        figures = [decimals(value) for value in (fmean(means), min(means), *cosines)]
-        table.append([words, *figures, *(f"{cost:.1f}" for cost in costs)])
-    return table
-
-
 def variance(result: dict) -> Rows:
     """Cosine of one estimate with BPTT's gradient, by method of variance reduction, at 64 rollouts."""
     tricks = ("plain", "baseline", "antithetic", "half units", "readout", "+-")
@@ -392,23 +359,6 @@ def _methods(study: dict) -> Iterator[tuple[str, dict[str, dict]]]:
         yield task, {row["name"]: row for row in results["methods"]}
 
 
-def _cosines(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """Return the mean cosine by setting and task."""
-    cosines: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        cosines[row["setting"]][row["task"]].append(row["cosine"])
-    return {setting: {task: fmean(values) for task, values in tasks.items()} for setting, tasks in cosines.items()}
-
-
-def _cost(rows: Sequence[dict], setting: str, ratio: float) -> float:
-    """Return a setting's processor time over that of "anp 0.9", at one P / H."""
-    mine, plain = (
-        math.fsum(row["seconds"] for row in rows if row["setting"] == name and row["rollouts"] / row["hidden"] == ratio)
-        for name in (setting, "anp 0.9")
-    )
-    return mine / plain
-
-
 TABLES: dict[str, Callable[..., Rows]] = {
     table.__name__: table
     for table in (
@@ -416,7 +366,6 @@ TABLES: dict[str, Callable[..., Rows]] = {
         compiled,
         decorrelation_fixed,
         decorrelation_trained,
-        defaults,
         diagnosed,
         digits_pixels,
         long_cpu,

@@ -1,8 +1,9 @@
-"""The published tables of learned feedback, from the result file of `profiling/study_feedback.py`."""
+"""The published tables of learned feedback, and of the study of the defaults, from their result files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import fmean
 
 from docs_tables import ABSENT, Rows, decimals, percent, significant, without_zero
 
@@ -153,9 +154,64 @@ def feedback_gated_closed(result: dict) -> Rows:
     return [[row["cell"], *(loss(row[name]) for name in (*names, *few))] for row in result["results"]["gated, closed"]]
 
 
+SETTINGS = {
+    "known part": "known part, without rollouts",
+    "np 1": "`np`, discount 1",
+    "anp 0": "`anp`, discount 0, as published",
+    "anp 0.9": "`anp`, discount .9",
+    "anp 1": "`anp`, discount 1",
+    "anp-ls 1 ridge 0.1": "`anp-ls`, ridge .1",
+    "anp-ls 1 ridge 0.01": "`anp-ls`, ridge .01: the default",
+    "anp-ls 1 ridge 1": "`anp-ls`, ridge 1",
+    "anp-feedback 1 ridge 0.01": "`anp-feedback`, after 60 updates",
+    "anp-feedback 1 ridge 0.01, first update": "`anp-feedback`, first update",
+}
+RATIOS = ((0, 0.04), (0.04, 0.1), (0.1, 0.3), (0.3, 0.8), (0.8, 1.5), (1.5, 3))
+COSTS = ((0.04, 0.1), (0.3, 0.8), (1.5, 3))
+
+
+def defaults(result: dict) -> Rows:
+    """Cosine with BPTT's gradient by setting and P / H, and processor time over BPTT's; means over tasks."""
+
+    def by_task(rows: list[dict], figure: str = "cosine") -> list[float]:
+        values: dict[str, list[float]] = {}
+        for row in rows:
+            values.setdefault(row["task"], []).append(row[figure])
+        return [fmean(mine) for mine in values.values()]
+
+    def inside(rows: list[dict], low: float, high: float) -> list[dict]:
+        return [row for row in rows if low < row["rollouts"] / row["hidden"] <= high]
+
+    table = []
+    for setting, words in SETTINGS.items():
+        mine = [row for row in result["rows"] if row["setting"] == setting]
+        means = by_task(mine)
+        cosines = [fmean(by_task(inside(mine, low, high))) for low, high in RATIOS]
+        costs = [fmean(by_task(inside(mine, low, high), "cost")) for low, high in COSTS]
+        figures = [cosine(value) for value in (fmean(means), min(means), *cosines)]
+        table.append([words, *figures, *(without_zero(significant(cost, 2)) for cost in costs)])
+    return table
+
+
+def curves(result: dict) -> Rows:
+    """Final losses of the curves, their range over seeds, and processor time."""
+    return [
+        [
+            row["method"],
+            f"{row['lr']:g}",
+            *(loss(row[name]) for name in ("test loss", "lowest", "highest")),
+            significant(row["seconds"], 2),
+            significant(row["seconds over BPTT's"], 2),
+        ]
+        for row in result["results"]
+    ]
+
+
 TABLES: dict[str, Callable[..., Rows]] = {
     table.__name__: table
     for table in (
+        curves,
+        defaults,
         feedback_closed,
         feedback_cosine,
         feedback_gated,
