@@ -24,12 +24,12 @@ STATELESS = ("anp", "np", "anp-ls", "wp")
 METHODS = (*STATELESS, "anp-feedback")
 CELLS = {"RNN": (nn.RNN, anpgpu.RNN), "GRU": (nn.GRU, anpgpu.GRU), "LSTM": (nn.LSTM, anpgpu.LSTM)}
 """torch's module and ours."""
-METHODS_OF = {"RNN": METHODS, "GRU": STATELESS, "LSTM": STATELESS}
 NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
 TIGHT = runtime_memory.FIXED_BYTES + 30_000
 """A `max_memory`, in bytes, under which time is cut into segments."""
 
-LEARNT = 2 * 8 * ESTIMATORS["anp-feedback"].state_floats(P, H)
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+LEARNT = {cell: 2 * 8 * ESTIMATORS["anp-feedback"].state_floats(P, H, gates) for cell, gates in GATES.items()}
 """Bytes of what two layers learn, however the work is divided."""
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -112,7 +112,7 @@ def updates_of(cell, shard):
     """Make one update by every method, network and way of calling; return name to vector."""
     vectors = {}
     networks = NETWORKS if cell == "RNN" else {"bidirectional": NETWORKS["bidirectional"]}
-    for method in METHODS_OF[cell]:
+    for method in METHODS:
         how = Perturbation(method, rollouts=P, sigma=1e-3, shard_rollouts=shard, warmup=2)
         for name, network in networks.items():
             vectors[f"backward {method} {name}"] = backward(how, cell=cell, **network)
@@ -125,7 +125,7 @@ def updates_of(cell, shard):
         deep = {"num_layers": 2, "bidirectional": True, "dropout": 0.5}
         vectors[f"packed {method}"] = backward(how, cell=cell, packed=True, **deep)
         vectors[f"float32 {method}"] = backward(how, cell=cell, dtype=torch.float32)
-        tight = dataclasses.replace(how, max_memory=TIGHT + (0 if method in STATELESS else LEARNT))
+        tight = dataclasses.replace(how, max_memory=TIGHT + (0 if method in STATELESS else LEARNT[cell]))
         segments = backward(tight, cell=cell, num_layers=2), estimate(tight, cell=cell, num_layers=2)
         vectors[f"segments {method}"] = torch.cat(segments)
     many = Perturbation("np", rollouts=P, sigma=1e-3, shard_rollouts=shard, readout="perturbed", noise="gaussian")

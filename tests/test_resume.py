@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
-from distributed_cases import EXAMPLES, METHODS_OF, example
+from distributed_cases import CELLS, EXAMPLES, METHODS, example
 
 import anpgpu
 
 UPDATES, EVERY = 4, 1
-CASES = [(method, cell) for cell, methods in METHODS_OF.items() for method in methods]
+CASES = [(method, cell) for cell in CELLS for method in METHODS]
 resume = example("resume")
 
 
