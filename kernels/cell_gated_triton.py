@@ -7,11 +7,13 @@ Slopes 2 p (1 - p) and 1 - n^2 come from a, which keeps those of saturated gates
 `cell_gated.py`. `GATED_CELLS` says what each takes; kernels take a device function as their constexpr CELL. Each has
 the arguments
 
-    first .. fourth deviations of the gates' pre-activations in PyTorch's order, (rows, units), float32; a cell of three
-                    gates reads no fourth
+    products        what PRODUCT takes
     held            what the cell carries in float32, of the step before, (rows, units): delta_c where it has a c, else
                     delta_h
     clean           `CleanStep`
+    PRODUCT         device function: PRODUCT(products, number, FAST) is the deviation of the pre-activation of a gate,
+                    (rows, units), float32, by its number in PyTorch's order. Each is asked for once, late: one that is
+                    made on demand then shares its registers with the others
     FAST            the GPU's approximate functions serve
     WIDE            deviations may be large: where |d| > 0.5 an exact difference is taken, which needs a. Elsewhere the
                     quotient serves for all of them: see `cell_triton.tanh_deviation`
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from .cell_gated import GRU_CLEAN, LSTM_CLEAN
 from .cell_triton import ABOVE_ONE, QUOTIENT_UP_TO, accurate_tanh, fast_reciprocal, fast_tanh, shared_reciprocal
-from .place_triton import gather_rows
+from .place_triton import gather_rows, spread
 
 
 class CleanStep(NamedTuple):
@@ -41,19 +43,22 @@ class CleanStep(NamedTuple):
     """`Rows` of a tensor (time, batch, n hidden), which holds n values of every unit."""
     step: Any
     sample: Any
-    """Sample of each row, (rows, 1), or a scalar."""
+    """Sample of each row, (rows, 1), or of as many rows as share one, (samples, 1), or a scalar."""
     unit: Any
     """(1, units)."""
     inside: Any
     """Whether a unit exists, (1, units)."""
     units: Any
-    """H."""
+    """Distance of a unit's values: H, or H padded."""
+    row: Any
+    """One number for each row, (rows,) or (rows, 1)."""
 
 
 @triton.jit
 def _value(clean, number: tl.constexpr):
     """Return a clean value of each unit: (1, units), or (rows, units) if the tile spans samples."""
-    return gather_rows(clean.rows, clean.step, clean.sample, clean.unit + number * clean.units, clean.inside)
+    value = gather_rows(clean.rows, clean.step, clean.sample, clean.unit + number * clean.units, clean.inside)
+    return spread(value, clean.row)
 
 
 @triton.jit
@@ -100,33 +105,37 @@ def _tanh_difference(d, value, slope, clean, AT: tl.constexpr, FAST: tl.constexp
 
 
 @triton.jit
-def gru_deviation(first, second, third, fourth, held, clean, FAST: tl.constexpr, WIDE: tl.constexpr):
+def gru_deviation(products, held, clean, PRODUCT: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr):
     """Return delta_h of a GRU, twice: dn + z (delta_h' - dn) + dz ((h' - n) + (delta_h' - dn))."""
-    reset, update, q, away = _value(clean, 0), _value(clean, 2), _value(clean, 6), _value(clean, 7)
-    delta_reset = _gate_difference(first, reset, _value(clean, 1), clean, 8, FAST, WIDE)
-    moved = reset * third + delta_reset * (q + third)
+    reset = _value(clean, 0)
+    delta_reset = _gate_difference(PRODUCT(products, 0, FAST), reset, _value(clean, 1), clean, 8, FAST, WIDE)
+    delta_q = PRODUCT(products, 2, FAST)
+    moved = reset * delta_q + delta_reset * (_value(clean, 6) + delta_q)
     delta_n = _tanh_difference(moved, _value(clean, 4), _value(clean, 5), clean, 10, FAST, WIDE)
     apart = held - delta_n
-    delta_update = _gate_difference(second, update, _value(clean, 3), clean, 9, FAST, WIDE)
-    delta_h = delta_n + update * apart + delta_update * (away + apart)
+    update = _value(clean, 2)
+    delta_update = _gate_difference(PRODUCT(products, 1, FAST), update, _value(clean, 3), clean, 9, FAST, WIDE)
+    delta_h = delta_n + update * apart + delta_update * (_value(clean, 7) + apart)
     return delta_h, delta_h
 
 
 @triton.jit
-def lstm_deviation(first, second, third, fourth, held, clean, FAST: tl.constexpr, WIDE: tl.constexpr):
+def lstm_deviation(products, held, clean, PRODUCT: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr):
     """Return delta_h and delta_c of an LSTM.
 
     delta_c = f delta_c' + df (c' + delta_c') + i dg + di (g + dg), and delta_h = o dt + do (tanh c + dt).
     """
-    enter, keep, leave, value = _value(clean, 0), _value(clean, 2), _value(clean, 4), _value(clean, 6)
-    delta_keep = _gate_difference(second, keep, _value(clean, 3), clean, 12, FAST, WIDE)
+    keep = _value(clean, 2)
+    delta_keep = _gate_difference(PRODUCT(products, 1, FAST), keep, _value(clean, 3), clean, 12, FAST, WIDE)
     delta_c = keep * held + delta_keep * (_value(clean, 10) + held)
-    delta_value = _tanh_difference(third, value, _value(clean, 7), clean, 14, FAST, WIDE)
-    delta_enter = _gate_difference(first, enter, _value(clean, 1), clean, 11, FAST, WIDE)
+    value = _value(clean, 6)
+    delta_value = _tanh_difference(PRODUCT(products, 2, FAST), value, _value(clean, 7), clean, 14, FAST, WIDE)
+    enter = _value(clean, 0)
+    delta_enter = _gate_difference(PRODUCT(products, 0, FAST), enter, _value(clean, 1), clean, 11, FAST, WIDE)
     delta_c += enter * delta_value + delta_enter * (value + delta_value)
-    read = _value(clean, 8)
+    read, leave = _value(clean, 8), _value(clean, 4)
     delta_read = _tanh_difference(delta_c, read, _value(clean, 9), clean, 15, FAST, WIDE)
-    delta_leave = _gate_difference(fourth, leave, _value(clean, 5), clean, 13, FAST, WIDE)
+    delta_leave = _gate_difference(PRODUCT(products, 3, FAST), leave, _value(clean, 5), clean, 13, FAST, WIDE)
     return leave * delta_read + delta_leave * (read + delta_read), delta_c
 
 

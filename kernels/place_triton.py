@@ -193,7 +193,20 @@ def tile_of_program(program, rows, rollouts, BLOCK_ROWS: tl.constexpr, ONE_SAMPL
 def gather_rows(rows, step, sample, unit, inside):
     """Return some units of `Rows` at one step as float32, zero outside: (1, units), or (rows, units) of the samples."""
     offset = tl.cast(step, tl.int64) * rows.step_stride + sample * rows.sample_stride
-    return tl.load(rows.ptr + (offset + unit.to(tl.int64) * rows.unit_stride), inside, 0.0).to(tl.float32)
+    # Added to the pointer first: what is left is constant where the units are.
+    row_ptr = rows.ptr + offset
+    return tl.load(row_ptr + unit.to(tl.int64) * rows.unit_stride, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def spread(values, row):
+    """Return values of some samples, (samples, units), for each of their rows, (rows, units); `row` has one of each."""
+    SAMPLES: tl.constexpr = values.shape[0]
+    EACH: tl.constexpr = row.shape[0] // SAMPLES
+    if SAMPLES > 1 and EACH > 1:
+        values = tl.broadcast_to(values[:, None, :], (SAMPLES, EACH, values.shape[1]))
+        values = tl.reshape(values, (SAMPLES * EACH, values.shape[2]))
+    return values
 
 
 @triton.jit

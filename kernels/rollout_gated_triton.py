@@ -74,6 +74,12 @@ def _gate_products(
     return first, second, third, fourth
 
 
+@triton.jit
+def _product(products, NUMBER: tl.constexpr, FAST: tl.constexpr):
+    """Return the product of one gate, which has been made with the others'."""
+    return products[NUMBER]
+
+
 @triton.jit(do_not_specialize=["step", "slot", "rows", "rollouts", "counters_low", "counters_high"])
 def gated_step_kernel(
     clean,  # Rows: the cell's clean values, (time, batch, n hidden)
@@ -128,8 +134,8 @@ def gated_step_kernel(
         first, second, third, fourth = first * scale, second * scale, third * scale, fourth * scale
     carried_ptr = states.carried + row.to(tl.int64) * inner + unit
     held = tl.load(carried_ptr, exists & inside, 0.0)
-    step_of_run = CleanStep(clean, step, sample, unit, inside, sizes.units)
-    delta_h, delta_c = CELL(first, second, third, fourth, held, step_of_run, FAST, WIDE)
+    step_of_run = CleanStep(clean, step, sample, unit, inside, sizes.units, row)
+    delta_h, delta_c = CELL((first, second, third, fourth), held, step_of_run, _product, FAST, WIDE)
     c0, c1, c2, c3 = unpack_counters(counters_low, counters_high)
     c1, c2, c3 = c1 + tl.cast(step, tl.uint32), c2 + place.rollout.to(tl.uint32), c3 + sample.to(tl.uint32)
     delta_h += noise_tile(tl.load(seed_ptr), pin(c0, delta_h), c1, c2, c3, unit.to(tl.uint32), scale, NOISE, FAST)

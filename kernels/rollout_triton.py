@@ -1,9 +1,9 @@
 """Perturbed rollouts in Triton, in two forms behind one function; `tiles.py` chooses.
 
 Contract and equations: `rollout.py`. Resident: `rollout_resident_triton.py`. Stepwise: `rollout_stepwise_triton.py`,
-one launch per time step; gated cells have this form alone, `rollout_gated_triton.py`. All only launch: no host
-synchronisation, and every result depends on device memory alone, so a call can be captured in a CUDA graph (which makes
-the stepwise form's launches cheap where steps are short).
+one launch per time step. Of gated cells: `rollout_gated_resident_triton.py`, `rollout_gated_triton.py`. All only
+launch: no host synchronisation, and every result depends on device memory alone, so a call can be captured in a CUDA
+graph (which makes the stepwise form's launches cheap where steps are short).
 
 Operands are rounded to `options.precision`; everything else is float32. The state after the last step and a stored
 delta_a are bfloat16 with 16-bit operands; the last state of a gated cell is float32.
@@ -19,12 +19,14 @@ from .loss import Loss
 from .loss_triton import LossArguments, loss_arguments
 from .noise import Counters
 from .rollout import Rollout, RolloutOptions
+from .rollout_gated_resident_triton import run_gated_resident
 from .rollout_gated_triton import run_gated
 from .rollout_resident_triton import run_resident
 from .rollout_stepwise_triton import run_stepwise
 from .tiles import delta_a_stride, rollout_launch, takes_plain_difference
 
 FORMS = {"resident": run_resident, "stepwise": run_stepwise}
+GATED_FORMS = {"resident": run_gated_resident, "stepwise": run_gated}
 
 
 def rollout(
@@ -85,8 +87,8 @@ def rollout_in_form(
         return results._replace(delta_h=results.delta_h.copy_(start).to(preact.dtype))
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(preact):
-        run = run_gated if options.cell.noise_in_state else FORMS[launch.form]
-        run(launch, preact, hidden, weight_hh, arguments, seed, options, counters, delta_h0, results)
+        forms = GATED_FORMS if options.cell.noise_in_state else FORMS
+        forms[launch.form](launch, preact, hidden, weight_hh, arguments, seed, options, counters, delta_h0, results)
     delta_a = None if results.delta_a is None else results.delta_a[..., : units * options.cell.states]
     return results._replace(delta_a=delta_a, delta_h=results.delta_h.to(preact.dtype))
 

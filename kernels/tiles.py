@@ -19,6 +19,7 @@ SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 OPERAND_BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
 
 RESIDENT_MAX_UNITS = 256
+RESIDENT_MAX_GATED_UNITS = 128
 RESIDENT_MAX_OUTPUTS = 64
 RESIDENT_MAX_UNITS_IEEE = 64
 """Beyond, products without a matrix unit hold too much in registers."""
@@ -182,33 +183,36 @@ def rollout_launch(
         rollouts: P.
         precision: operand type, "bf16", "fp16", "tf32" or "fp32".
         arch: compute capability, 10 major + minor.
-        gates: of the cell; with more than one there is the stepwise form alone.
+        gates: of the cell; with more than one losses of the outputs are stepwise.
         wide: whether a cell with gates takes the exact difference where deviations are large.
         form: "auto", or "resident" or "stepwise" to force one.
 
     Raises:
         ValueError: the forced form cannot hold these shapes; the message says why.
     """
-    resident = _resident_launch(
-        units=units,
-        outputs=outputs if has_readout else 0,
-        batch=batch,
-        rollouts=rollouts,
-        precision=precision,
-        arch=arch,
-    )
-    obstacle = _resident_obstacle(
-        resident, units=units, outputs=outputs, has_readout=has_readout, returns_outputs=returns_outputs, arch=arch
-    )
     if gates > 1:
-        obstacle = f"cells of {gates} gates run stepwise"
+        resident = _gated_resident_launch(units, rollouts, precision, gates, wide)
+        obstacle = _gated_obstacle(resident, units, outputs, gates, arch)
+        drawback = obstacle or _gated_drawback(resident, precision, arch, gates, wide)
+    else:
+        resident = _resident_launch(
+            units=units,
+            outputs=outputs if has_readout else 0,
+            batch=batch,
+            rollouts=rollouts,
+            precision=precision,
+            arch=arch,
+        )
+        obstacle = _resident_obstacle(
+            resident, units=units, outputs=outputs, has_readout=has_readout, returns_outputs=returns_outputs, arch=arch
+        )
+        drawback = obstacle or _resident_drawback(units, precision, arch)
     if form == "resident":
         if obstacle:
             raise ValueError(f"the resident form cannot run these rollouts: {obstacle}")
         return replace(resident, reason="asked for")
     if form not in {"auto", "stepwise"}:
         raise ValueError(f"form {form!r} is none of 'auto', 'resident', 'stepwise'")
-    drawback = obstacle or _resident_drawback(units, precision, arch)
     if form == "auto" and not drawback:
         return resident
     stepwise = _stepwise_launch(outputs, rollouts, precision, arch, gates, wide)
@@ -256,6 +260,52 @@ def _resident_launch(
         samples=samples,
         reason=f"W_hh fits in shared memory ({weights} bytes)",
     )
+
+
+def _gated_resident_launch(units: int, rollouts: int, precision: str, gates: int, wide: bool) -> RolloutLaunch:
+    """Return the tile of a gated cell's resident form, whether or not it fits."""
+    size = OPERAND_BYTES[precision]
+    block_rows, block_units = 64, max(16, next_power_of_two(units))
+    weights = gates * block_units * block_units * size
+    return RolloutLaunch(
+        form="resident",
+        block_rows=block_rows,
+        block_units=block_units,
+        block_inner=0,
+        block_outputs=0,
+        # More elements of a thread than eight warps leave it would spill.
+        warps=8 if gates * block_units > 192 or wide else 4,
+        stages=1,
+        shared_bytes=weights + block_rows * block_units * size + 1024,
+        samples=max(1, block_rows // next_power_of_two(rollouts)),
+        reason=f"the {gates} gates of W_hh fit in shared memory ({weights} bytes)",
+    )
+
+
+def _gated_obstacle(launch: RolloutLaunch, units: int, outputs: int, gates: int, arch: int) -> str:
+    """Return why the resident form of a gated cell cannot run, or an empty string."""
+    if outputs:
+        return f"losses of the outputs of a cell of {gates} gates run stepwise"
+    if units > RESIDENT_MAX_GATED_UNITS:
+        return f"{units} units of {gates} gates are more than {RESIDENT_MAX_GATED_UNITS}"
+    if arch // 10 in {10, 11}:
+        # Triton 3.6 makes an empty kernel of four gates of 128 units.
+        return f"the compiler does not serve {gates} resident gates on compute capability {arch}"
+    limit = shared_limit(arch)
+    if launch.shared_bytes > limit:
+        return f"it needs {launch.shared_bytes} bytes of shared memory, compute capability {arch} has {limit}"
+    return ""
+
+
+def _gated_drawback(launch: RolloutLaunch, precision: str, arch: int, gates: int, wide: bool) -> str:
+    """Return why the stepwise form of a gated cell is expected to be faster, or an empty string."""
+    if arch // 10 != 9:
+        return f"tiles of {gates} resident gates are made for compute capability 90, not {arch}"
+    if OPERAND_BYTES[precision] != 2:
+        return f"operands of {OPERAND_BYTES[precision]} bytes leave no registers for {gates} gates"
+    if wide and launch.block_units > 64:
+        return f"exact differences of {gates} gates of {launch.block_units} units spill registers"
+    return ""
 
 
 def fused_launch(launch: RolloutLaunch, *, rollouts: int, precision: str, arch: int) -> RolloutLaunch:

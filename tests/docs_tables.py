@@ -327,10 +327,13 @@ def decorrelation_trained(result: dict) -> Rows:
 
 
 COMPILED = {
-    "resident-128-bf16-loss": ("128", "loss"),
-    "resident-128-bf16-loss-stored": ("128", "loss, δa stored"),
-    "resident-256-bf16-loss": ("256", "loss"),
-    "resident-256-bf16-loss-stored": ("256", "loss, δa stored"),
+    "resident-128-bf16-loss": ("RNN", "128", "loss"),
+    "resident-128-bf16-loss-stored": ("RNN", "128", "loss, δa stored"),
+    "resident-256-bf16-loss": ("RNN", "256", "loss"),
+    "resident-256-bf16-loss-stored": ("RNN", "256", "loss, δa stored"),
+    "gru-resident-128-bf16": ("GRU", "128", "loss, δh stored"),
+    "lstm-resident-128-bf16": ("LSTM", "128", "loss, δh and δc stored"),
+    "lstm-resident-100-bf16": ("LSTM", "100", "loss, δh and δc stored"),
 }
 
 

@@ -367,6 +367,20 @@ MUTATIONS = {
         ("test_rollout_gated_interpreter.py",),
         leg="interpreter",
     ),
+    "gated: a resident LSTM carries h in place of c": Mutation(
+        "kernels/rollout_gated_resident_triton.py",
+        "held = delta_c if MEMORY else delta_h",
+        "held = delta_h",
+        ("test_rollout_gated_interpreter.py",),
+        leg="interpreter",
+    ),
+    "gated: resident tiles of several samples all read the first": Mutation(
+        "kernels/rollout_gated_resident_triton.py",
+        "tl.minimum(place.first_sample + tl.arange(0, SAMPLES)[:, None], batch - 1)",
+        "place.first_sample",
+        ("test_rollout_gated_interpreter.py",),
+        leg="interpreter",
+    ),
     "gated: what a loss sees of c is left out": Mutation(
         "kernels/rollout_gated_triton.py",
         "grad[..., units:] if grad.shape[-1] > units else None",

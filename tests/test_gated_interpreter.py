@@ -125,7 +125,8 @@ def test_auto_keeps_to_the_cpu_and_the_kernels_run_when_asked_for(cell, monkeypa
     import anpgpu.kernels.rollout_triton as kernels
 
     launched, run = [], kernels.run_gated
-    monkeypatch.setattr(kernels, "run_gated", lambda *arguments: launched.append(1) or run(*arguments))
+    counted = {"stepwise": lambda *arguments: launched.append(1) or run(*arguments)}
+    monkeypatch.setattr(kernels, "GATED_FORMS", counted)
     module, *rest = build(MODULES[cell][0], 3)
     for backend in ("auto", "triton"):
         module.perturbation = Perturbation("np", rollouts=3, backend=backend)

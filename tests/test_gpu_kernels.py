@@ -160,6 +160,25 @@ def test_rollout(shape, loss, nonlinearity, precision):
                 )
 
 
+@pytest.mark.parametrize("form", ["resident", "stepwise"])
+@pytest.mark.parametrize("shape", [(3, 2, 70, 128), (4, 3, 20, 100), (4, 5, 64, 64), (3, 20, 3, 128)], ids=str)
+@pytest.mark.parametrize("nonlinearity", ["gru", "lstm"])
+def test_forms_of_gated_cells(nonlinearity, shape, form):
+    """Tiles of one sample and of several; units that fill a tile, and not."""
+    from anpgpu.kernels.rollout_triton import rollout_in_form
+
+    for precision, noise in (("bf16", "rademacher"), ("fp16", "gaussian")):
+        arguments, options = setting(*shape, nonlinearity=nonlinearity, precision=precision, noise=noise)
+        start = 1e-3 * randn(shape[1], shape[2], arguments[1].shape[-1], dtype=torch.float64).float()
+        narrow = to(arguments, dtype=torch.float32)
+        fast = rollout_in_form(form, *narrow, options, COUNTERS[1], start)
+        named = {"options": options, "counters": COUNTERS[1], "delta_h0": start.double()}
+        oracle = implementation("rollout", "cupy")(*to(narrow, dtype=torch.float64), **named)
+        for name in ("delta_loss", "delta_a", "delta_h"):
+            actual, expected = getattr(fast, name), getattr(oracle, name)
+            assert relative_error(actual, expected) <= max(PRECISIONS["bf16"], torch.finfo(actual.dtype).eps), name
+
+
 @pytest.mark.parametrize("units", [64, 128, 256])
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_rollout_whose_neighbouring_units_share_a_reciprocal(units, precision):

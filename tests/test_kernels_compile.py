@@ -121,7 +121,15 @@ def test_the_products_of_all_gates_stay_in_registers(rows, case):
     """What does not fit lies on the stack behind the products, once in a step and not in their loop."""
     row = rows[f"sm_90:{case}"]
     assert "HGMMA" in row["matrix_in_loop"]
-    assert all(row["local_in_loop"] == 0 for name, row in rows.items() if ":gru" in name or ":lstm" in name)
+    assert all(row["local_in_loop"] == 0 for name, row in rows.items() if ":gru-5" in name or ":lstm-5" in name)
+
+
+@pytest.mark.parametrize("units", [64, 128])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_all_steps_of_all_gates_stay_in_registers(rows, cell, units):
+    row = rows[f"sm_90:{cell}-resident-{units}-bf16"]
+    assert "HGMMA" in row["matrix_in_loop"]
+    assert (row["local_in_loop"], row["stack"]) == (0, 0)
 
 
 def test_a_shared_reciprocal_overwrites_none_of_its_operands(tmp_path, monkeypatch):
@@ -223,10 +231,19 @@ def test_launchers_hand_kernels_arguments_that_compile(compiled, units, expected
     assert expected <= set(compiled)
 
 
-@pytest.mark.parametrize(("cell", "kind"), [(GRU, "squared"), (LSTM, "linear")], ids=["gru", "lstm"])
-def test_launchers_of_gated_cells_hand_kernels_arguments_that_compile(compiled, cell, kind):
+@pytest.mark.parametrize(
+    ("cell", "kind", "units", "expected"),
+    [
+        (GRU, "squared", 40, {"gated_step_kernel", "measure_kernel"}),
+        (LSTM, "linear", 200, {"gated_step_kernel", "sum_partials_kernel"}),
+        (LSTM, "linear", 40, {"gated_resident_kernel"}),
+        (GRU, "linear", 128, {"gated_resident_kernel"}),
+    ],
+    ids=["gru-outputs", "lstm-wide", "lstm", "gru"],
+)
+def test_launchers_of_gated_cells_hand_kernels_arguments_that_compile(compiled, cell, kind, units, expected):
     """The LSTM's linear loss has a part for c."""
-    time, batch, rollouts, units = 2, 2, 64, 40
+    time, batch, rollouts = 2, 2, 64
     preact, weight = torch.randn(time, batch, 5 * units), torch.randn(cell.gates * units, units)
     states, share = torch.randn(time, batch, cell.states * units), torch.rand(time, batch)
     loss = LinearLoss(states) if kind == "linear" else SquaredLoss(None, states, share)
@@ -234,5 +251,5 @@ def test_launchers_of_gated_cells_hand_kernels_arguments_that_compile(compiled, 
     options = RolloutOptions(rollouts, 1e-3, cell=cell, precision="bf16")
     named = {"weight_by": "activity", "options": options, "delta_h0": start}
     adjoint_triton.rollout_adjoint(preact, states, weight, loss, torch.tensor(1), **named)
-    behind = {"linear": "sum_partials_kernel", "squared": "measure_kernel"}[kind]
-    assert {"gated_step_kernel", behind} <= set(compiled)
+    rollouts_of = {"gated_step_kernel", "gated_resident_kernel", "sum_partials_kernel", "measure_kernel"}
+    assert expected == rollouts_of & set(compiled)

@@ -1,11 +1,12 @@
 """The Triton rollouts of gated cells in Triton's interpreter: float32 against the torch reference in float64."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from test_cell_gated import BIASES, STEPS, Clean
-from test_rollout_interpreter import LOSSES, OFFSET, SEED, SIZES, _poisoned_memory, narrow, oracle, problem, run
+from test_rollout_interpreter import FORMS, LOSSES, OFFSET, SEED, SIZES, _poisoned_memory, narrow, oracle, problem, run
 from tolerances import TOLERANCES, assert_close as assert_close_to, relative_error
 
 from anpgpu.kernels import adjoint as adjoint_reference
@@ -24,6 +25,8 @@ rollout_gated_triton = pytest.importorskip("anpgpu.kernels.rollout_gated_triton"
 rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton", reason="needs Triton")
 
 pytestmark = pytest.mark.interpreter
+RESIDENT_LOSSES = ("linear", "none")
+SERVED = [*(("stepwise", kind) for kind in LOSSES), *(("resident", kind) for kind in RESIDENT_LOSSES)]
 poisoned_memory = _poisoned_memory
 
 
@@ -66,12 +69,29 @@ def assert_close(actual, expected, bound=TOLERANCES["float32"].bound):
             assert error <= bound, f"{name}, part {part}: {error:.3g}"
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(("form", "kind"), SERVED)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("cell", STEPS)
-def test_equals_the_reference(cell, sizes, kind):
+def test_equals_the_reference(cell, sizes, form, kind):
     arguments, options = gated(cell, sizes, kind), options_of(cell, sizes)
-    assert_close(run("auto", arguments, options), oracle(arguments, options))
+    assert_close(run(form, arguments, options), oracle(arguments, options))
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("sizes", [(2, 5, 16, 1, 20), (3, 2, 32, 1, 70), (2, 3, 20, 1, 64)], ids=str)
+@pytest.mark.parametrize("cell", STEPS)
+def test_resident_tiles(cell, sizes, noise):
+    """A last tile of missing samples, of missing rollouts, and none; units that fill the tile, and not."""
+    for store, start in ((True, False), (False, True)):
+        arguments = gated(cell, sizes, start=start)
+        options = options_of(cell, sizes, noise=noise, store_delta_a=store)
+        assert_close(run("resident", arguments, options), oracle(arguments, options))
+
+
+@pytest.mark.parametrize("cell", STEPS)
+def test_the_forms_are_equal_to_rounding(cell):
+    arguments, options = gated(cell, SIZES[2]), options_of(cell, SIZES[2])
+    assert_close(run("resident", arguments, options), run("stepwise", arguments, options))
 
 
 @pytest.mark.parametrize("kind", ["squared", "cross_entropy", "outputs"])
@@ -83,22 +103,24 @@ def test_hidden_state_as_output(cell, kind):
 
 
 @pytest.mark.parametrize("cell", STEPS)
-def test_a_linear_loss_of_h_alone(cell):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_linear_loss_of_h_alone(cell, form):
     sizes = (4, 2, 17, 5, 3)
     preact, hidden, weight, loss, start = gated(cell, sizes)
     arguments = preact, hidden, weight, LinearLoss(loss.grad[..., :17]), start
     options = options_of(cell, sizes)
-    assert_close(run("auto", arguments, options), oracle(arguments, options))
+    assert_close(run(form, arguments, options), oracle(arguments, options))
 
 
 @pytest.mark.parametrize("saturated", [False, True])
 @pytest.mark.parametrize(("sigma", "noise"), [(1e-6, "gaussian"), (0.3, "rademacher"), (3.0, "gaussian")])
 @pytest.mark.parametrize("cell", STEPS)
-def test_any_sigma(cell, sigma, noise, saturated):
+@pytest.mark.parametrize("form", FORMS)
+def test_any_sigma(cell, sigma, noise, saturated, form):
     sizes = (4, 2, 9, 4, 5)
     arguments = gated(cell, sizes, sigma=sigma, saturated=saturated)
     options = options_of(cell, sizes, sigma, noise=noise)
-    assert_close(run("auto", arguments, options), oracle(arguments, options), 1e-5)
+    assert_close(run(form, arguments, options), oracle(arguments, options), 1e-5)
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -110,20 +132,27 @@ def test_deviations_are_the_difference_of_two_runs(cell, bias):
         assert relative_error(moved.delta_a, clean.perturbed(sigma)) < 1e-5
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("tf32", "linear"), ("fp16", "linear"), ("fp16", "squared")])
+@pytest.mark.parametrize(
+    ("form", "precision", "kind"),
+    [
+        *((form, precision, "linear") for form in FORMS for precision in ("tf32", "fp16")),
+        ("stepwise", "fp16", "squared"),
+    ],
+)
 @pytest.mark.parametrize("sigma", [1e-6, 1e-3])
 @pytest.mark.parametrize("cell", STEPS)
-def test_other_branches(cell, kind, sigma, precision):
+def test_other_branches(cell, form, kind, sigma, precision):
     """The scaled branch and the one without the exact difference, whose operands the interpreter does not round."""
     sizes = (3, 2, 9, 4, 5)
     arguments = gated(cell, sizes, kind, sigma=sigma, saturated=True)
     options = options_of(cell, sizes, sigma, precision=precision, store_delta_a=False)
     bound = TOLERANCES["bf16_adjoint"].bound if precision == "fp16" else TOLERANCES["float32_long"].bound
-    assert_close(run("auto", arguments, options), oracle(arguments, options), bound)
+    assert_close(run(form, arguments, options), oracle(arguments, options), bound)
 
 
 @pytest.mark.parametrize("cell", STEPS)
-def test_saturated_units_and_large_deviations_stay_finite(cell):
+@pytest.mark.parametrize("form", FORMS)
+def test_saturated_units_and_large_deviations_stay_finite(cell, form):
     sizes = (3, 1, 6, 2, 3)
     preact, hidden, weight, loss, start = gated(cell, sizes)
     gates = preact.view(3, 1, 5, 6)[:, :, : CELLS[cell].forms.gates]
@@ -131,16 +160,16 @@ def test_saturated_units_and_large_deviations_stay_finite(cell):
     for precision in ("fp32", "tf32"):
         options = options_of(cell, sizes, 1e-3, precision=precision)
         wild = (preact, hidden, weight, loss, torch.full_like(start, 1e4))
-        assert all(part.isfinite().all() for part in run("auto", wild, options) if part is not None)
+        assert all(part.isfinite().all() for part in run(form, wild, options) if part is not None)
 
 
-@pytest.mark.parametrize("kind", LOSSES[:4])
+@pytest.mark.parametrize(("form", "kind"), [*(("stepwise", kind) for kind in LOSSES[:4]), ("resident", "linear")])
 @pytest.mark.parametrize("cell", STEPS)
-def test_strides(cell, kind):
+def test_strides(cell, form, kind):
     """Transposed and offset tensors; torch rounds the cell's clean values by their place in memory."""
     sizes = (3, 2, 17, 4, 3)
     arguments, options = gated(cell, sizes, kind), options_of(cell, sizes)
-    expected = run("auto", arguments, options)
+    expected = run(form, arguments, options)
 
     def scattered(value):
         if isinstance(value, torch.Tensor):
@@ -151,25 +180,23 @@ def test_strides(cell, kind):
         return value._replace(**parts)
 
     preact, hidden, weight, loss, start = map(narrow, arguments)
-    actual = rollout_triton.rollout(
-        *(scattered(value) for value in (preact, hidden, weight, loss)), SEED,
-        options=options, counters=OFFSET, delta_h0=scattered(start),
-    )  # fmt: skip
+    tensors = (scattered(value) for value in (preact, hidden, weight, loss))
+    actual = rollout_triton.rollout_in_form(form, *tensors, SEED, options, OFFSET, scattered(start))
     assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("cell", STEPS)
-def test_time_can_be_cut(cell):
+@pytest.mark.parametrize("form", FORMS)
+def test_time_can_be_cut(cell, form):
     sizes = (4, 2, 9, 4, 5)
     preact, hidden, weight, loss, start = map(narrow, gated(cell, sizes))
     options = options_of(cell, sizes)
-    whole = rollout_triton.rollout(preact, hidden, weight, loss, SEED, options=options, delta_h0=start)
+    cut = partial(rollout_triton.rollout_in_form, form)
+    whole = cut(preact, hidden, weight, loss, SEED, options, Counters(), start)
     parts, state = [], start
     for steps in (slice(0, 1), slice(1, 4)):
-        part = rollout_triton.rollout(
-            preact[steps], hidden[steps], weight, loss_of_steps(loss, steps), SEED,
-            options=options, counters=Counters(time=steps.start), delta_h0=state,
-        )  # fmt: skip
+        counters, of_steps = Counters(time=steps.start), loss_of_steps(loss, steps)
+        part = cut(preact[steps], hidden[steps], weight, of_steps, SEED, options, counters, state)
         parts.append(part)
         state = part.delta_h
     joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("delta_loss", "delta_a")]
@@ -195,13 +222,14 @@ def test_tile_sizes_change_rounding_at_most(cell, monkeypatch):
 
 
 @pytest.mark.parametrize("cell", STEPS)
-def test_a_rollout_that_is_not_finite_stays_alone(cell):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rollout_that_is_not_finite_stays_alone(cell, form):
     sizes = (3, 2, 9, 4, 5)
     preact, hidden, weight, loss, start = gated(cell, sizes)
     for unit in (0, start.shape[-1] - 1):
         lost = start.clone()
         lost[1, 2, unit] = float("nan")
-        delta_loss = run("auto", (preact, hidden, weight, loss, lost), options_of(cell, sizes)).delta_loss
+        delta_loss = run(form, (preact, hidden, weight, loss, lost), options_of(cell, sizes)).delta_loss
         bad = torch.zeros_like(delta_loss, dtype=torch.bool)
         bad[:, 1, 2] = True
         assert torch.equal(delta_loss.isnan(), bad)
@@ -238,8 +266,8 @@ def test_empty(cell, sizes):
 def test_what_triton_does_not_serve():
     sizes = (2, 1, 3, 2, 4)
     options = options_of("gru", sizes)
-    with pytest.raises(ValueError, match="resident form cannot run these rollouts: cells of 3 gates run stepwise"):
-        run("resident", gated("gru", sizes), options)
+    with pytest.raises(ValueError, match="these rollouts: losses of the outputs of a cell of 3 gates run stepwise"):
+        run("resident", gated("gru", sizes, "squared"), options)
     peephole = options.cell._replace(name="peephole", triton="peephole_deviation")
     with pytest.raises(ValueError, match=r"no gated cell 'peephole_deviation', only \['gru_deviation', 'lstm_dev"):
         run("auto", gated("gru", sizes), options._replace(cell=peephole))
@@ -248,7 +276,7 @@ def test_what_triton_does_not_serve():
 @triton.jit
 def _differences_kernel(result_ptr, change_ptr, rows, COUNT: tl.constexpr, GATE: tl.constexpr):
     lane = tl.arange(0, COUNT)[None, :]
-    clean = cell_gated_triton.CleanStep(rows, 0, 0, lane, lane < COUNT, COUNT)
+    clean = cell_gated_triton.CleanStep(rows, 0, 0, lane, lane < COUNT, COUNT, lane)
     squashed, slope = cell_gated_triton._value(clean, 0), cell_gated_triton._value(clean, 1)
     change = tl.load(change_ptr + lane)
     if GATE:

@@ -54,7 +54,11 @@ def test_small_networks_are_resident_on_hopper(units):
         ({"returns_outputs": True, "units": 65, "outputs": 65}, "65 outputs"),
         ({"units": 256, "precision": "tf32"}, "shared memory"),
         ({"units": 256, "arch": 89}, "shared memory"),
-        ({"gates": 3}, "cells of 3 gates"),
+        ({"gates": 3, "outputs": 10, "has_readout": True}, "losses of the outputs of a cell of 3 gates"),
+        ({"gates": 4, "units": 129}, "129 units of 4 gates are more than 128"),
+        ({"gates": 4, "precision": "tf32"}, "shared memory"),
+        ({"gates": 3, "arch": 89}, "shared memory"),
+        ({"gates": 4, "arch": 100}, "does not serve 4 resident gates on compute capability 100"),
     ],
 )
 def test_what_cannot_be_resident_goes_stepwise_and_says_why(changes, reason):
@@ -63,6 +67,32 @@ def test_what_cannot_be_resident_goes_stepwise_and_says_why(changes, reason):
     assert reason in chosen.reason
     with pytest.raises(ValueError, match=reason):
         launch(**changes, form="resident")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"arch": 80}, "made for compute capability 90, not 80"),
+        ({"precision": "tf32", "units": 64}, "operands of 4 bytes"),
+        ({"wide": True}, "exact differences of 3 gates of 128 units"),
+    ],
+)
+def test_what_a_gated_cell_could_run_resident_but_slowly(changes, reason):
+    named = {"gates": 3, **changes}
+    assert reason in launch(**named).reason
+    assert launch(**named).form == "stepwise"
+    assert launch(**named, form="resident").form == "resident"
+
+
+@pytest.mark.parametrize("gates", [3, 4])
+@pytest.mark.parametrize("units", [1, 17, 64, 100, 128])
+def test_small_gated_cells_are_resident_on_hopper(units, gates):
+    """By hand: 16-bit W_hh of every gate, padded, and 64 rows of states."""
+    chosen = launch(units=units, gates=gates, rollouts=48)
+    block = max(16, next_power_of_two(units))
+    assert (chosen.form, chosen.block_rows, chosen.block_units, chosen.samples) == ("resident", 64, block, 1)
+    assert chosen.shared_bytes == 2 * (gates * block * block + 64 * block) + 1024
+    assert launch(units=units, gates=gates, rollouts=5).samples == 8
 
 
 def test_a_form_can_be_asked_for():
@@ -97,7 +127,7 @@ def test_a_gated_cell_has_units_for_whose_gates_there_are_registers(changes, uni
 )
 def test_every_shape_has_a_launch_that_fits(**named):
     chosen = rollout_launch(**named)
-    assert chosen.form == "stepwise" or named["gates"] == 1
+    assert chosen.form == "stepwise" or named["gates"] == 1 or not named["outputs"]
     assert chosen.shared_bytes <= shared_limit(named["arch"])
     assert chosen.reason
     for size in (chosen.block_rows, chosen.block_units):
