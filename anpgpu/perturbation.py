@@ -21,12 +21,12 @@ class Perturbation:
     """How gradients are estimated from perturbed rollouts; `profiling/study_defaults.py` chose the defaults.
 
     Attributes:
-        method: "anp-ls" (least-squares activity-based node perturbation), "anp-feedback" (the same against a learned
-            feedback matrix, for few rollouts), "anp" (activity-based node perturbation), "np" (node
-            perturbation), "wp" (weight perturbation) or "bptt" (exact, by autograd: the baseline). For
-            comparison, only in `estimate_grad_`: "published-anp", "published-np", "published-wp", the rules as
-            published. They need rollouts=1 and noise="gaussian", credit each step with its own loss and perturb the
-            readout; they ignore `discount` and `readout`.
+        method: "anp-feedback" (least-squares activity-based node perturbation against a learned feedback matrix, which
+            the module keeps from update to update), "anp-ls" (the same without one: every update stands alone), "anp"
+            (activity-based node perturbation), "np" (node perturbation), "wp" (weight perturbation) or "bptt" (exact,
+            by autograd: the baseline). For comparison, only in `estimate_grad_`: "published-anp", "published-np",
+            "published-wp", the rules as published. They need rollouts=1 and noise="gaussian", credit each step with
+            its own loss and perturb the readout; they ignore `discount` and `readout`.
         rollouts: perturbed rollouts per sample, at least 1. More rollouts, less variance.
         sigma: standard deviation of the injected noise. Rollouts carry deviations, so small values lose no precision.
         noise: "rademacher" (+-sigma) or "gaussian".
@@ -56,7 +56,8 @@ class Perturbation:
         prior: the prior mean of "anp-feedback", for ablations: "learned"; "known", what is known without feedback:
             dL/dh_t of the step's own loss, in an RNN times phi'(a_t), in a GRU with what passes the update gate; or
             "none", which is "anp-ls".
-        warmup: estimates by which "anp-feedback" learns its feedback matrix before a module's first update.
+        warmup: estimates by which "anp-feedback" learns its feedback matrix before a module's first update, which takes
+            that many times as long, and as many more calls of a callable loss.
         follow_weights: whether the feedback matrix of "anp-feedback" makes the recurrent weights' own steps.
 
     Raises:
@@ -64,7 +65,7 @@ class Perturbation:
         TypeError: a value is of the wrong type.
     """
 
-    method: str = "anp-ls"
+    method: str = "anp-feedback"
     rollouts: int = 32
     sigma: float = 1e-3
     noise: str = "rademacher"

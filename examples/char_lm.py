@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = Options()
     parser.add_argument("--text", type=Path, help="a UTF-8 file (default: Python's reference)")
-    parser.add_argument("--method", default="anp-ls", help="of the perturbed training")
+    parser.add_argument("--method", default="anp-feedback", help="of the perturbed training")
     parser.add_argument("--rollouts", type=int, default=16)
     parser.add_argument("--updates", type=int, default=known.updates)
     parser.add_argument("--hidden", type=int, default=known.hidden)
