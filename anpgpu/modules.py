@@ -220,7 +220,7 @@ class Perturbed(nn.RNNBase):
         elif torch.distributed.is_available() and torch.distributed.is_initialized():
             raise RuntimeError(
                 f"method={method!r} cannot tell, when it is compiled, with which processes it shares its feedback "
-                "matrix: do not compile it where there is a process group"
+                "matrix: use method='anp-ls', or do not compile it where there is a process group"
             )
         return self._estimator_state.handle
 

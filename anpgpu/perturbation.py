@@ -21,8 +21,8 @@ class Perturbation:
     """How gradients are estimated from perturbed rollouts; `profiling/study_defaults.py` chose the defaults.
 
     Attributes:
-        method: "anp-feedback" (least-squares activity-based node perturbation against a learned feedback matrix, which
-            the module keeps from update to update), "anp-ls" (the same without one: every update stands alone), "anp"
+        method: "anp-ls" (least-squares activity-based node perturbation), "anp-feedback" (the same against a learned
+            feedback matrix, which the module keeps from update to update: few rollouts are enough), "anp"
             (activity-based node perturbation), "np" (node perturbation), "wp" (weight perturbation) or "bptt" (exact,
             by autograd: the baseline). For comparison, only in `estimate_grad_`: "published-anp", "published-np",
             "published-wp", the rules as published. They need rollouts=1 and noise="gaussian", credit each step with
@@ -65,7 +65,7 @@ class Perturbation:
         TypeError: a value is of the wrong type.
     """
 
-    method: str = "anp-feedback"
+    method: str = "anp-ls"
     rollouts: int = 32
     sigma: float = 1e-3
     noise: str = "rademacher"

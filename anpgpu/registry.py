@@ -91,11 +91,6 @@ class Estimator:
     rollouts; 1 if the halves are not told apart."""
 
     @classmethod
-    def parts_for(cls, *, split_half: bool) -> int:
-        """Return the number of parts of an update; see `parts`."""
-        return cls.parts if split_half or not cls.halves_on_demand else 1
-
-    @classmethod
     def check(cls, perturbation: Any) -> None:
         """Raise ValueError where the knobs of a `Perturbation` do not go with this estimator."""
         if perturbation.baseline and perturbation.shard_rollouts and not cls.whole_samples:

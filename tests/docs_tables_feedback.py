@@ -161,9 +161,9 @@ SETTINGS = {
     "anp 0.9": "`anp`, discount .9",
     "anp 1": "`anp`, discount 1",
     "anp-ls 1 ridge 0.1": "`anp-ls`, ridge .1",
-    "anp-ls 1 ridge 0.01": "`anp-ls`, ridge .01",
+    "anp-ls 1 ridge 0.01": "`anp-ls`, ridge .01: the default",
     "anp-ls 1 ridge 1": "`anp-ls`, ridge 1",
-    "anp-feedback 1 ridge 0.01": "`anp-feedback`, after 60 updates: the default",
+    "anp-feedback 1 ridge 0.01": "`anp-feedback`, after 60 updates",
     "anp-feedback 1 ridge 0.01, first update": "`anp-feedback`, first update",
 }
 RATIOS = ((0, 0.04), (0.04, 0.1), (0.1, 0.3), (0.3, 0.8), (0.8, 1.5), (1.5, 3))

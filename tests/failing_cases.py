@@ -36,7 +36,7 @@ def knobs(method="np", **options):
 
 def cut(method):
     """Bytes that cut time into segments, even where few rollouts run."""
-    return memory.FIXED_BYTES + {"np": 8_000, "anp": 12_000, "anp-feedback": 30_000 + LEARNT}.get(method, 30_000)
+    return memory.FIXED_BYTES + {"np": 8_000, "anp": 12_000, "anp-feedback": 30_000 + LEARNT["RNN"]}.get(method, 30_000)
 
 
 class Failing:

@@ -331,6 +331,7 @@ FIELDS = {
     "discount": ([0, 0.5, 1], lambda value: is_real(value) and 0 <= value <= 1),
     "ridge": ([0, 0.1, 10], lambda value: is_real(value) and 0 <= value < math.inf),
     "baseline": ([False, True], lambda value: type(value) is bool),
+    "split_half": ([False, True], lambda value: type(value) is bool),
     "shard_rollouts": ([False, True], lambda value: type(value) is bool),
     "prior": (["learned", "known", "none"], lambda value: value in {"learned", "known", "none"}),
     "warmup": ([0, 1, 100], lambda value: type(value) is int and value >= 0),

@@ -40,6 +40,7 @@ def perturbations(draw, methods=METHODS):
         rank=draw(st.sampled_from([1, None, 2])),
         readout=draw(st.sampled_from(["exact", "perturbed"])),
         max_memory=draw(st.sampled_from([None, None, 2**26])),
+        split_half=draw(st.booleans()),
         prior=draw(st.sampled_from(["learned", "learned", "known", "none"])),
         warmup=draw(st.sampled_from([0, 2])),
         follow_weights=draw(st.booleans()),

@@ -58,13 +58,13 @@ BUGS = {
         "estimators/feedback.py",
         "self.matrix = state.feedback + (weight_hh - state.weight) if",
         "self.matrix = state.feedback - (weight_hh - state.weight) if",
-        "test_feedback_state.py::test_the_matrix_makes_the_weights_own_steps",
+        "test_feedback_state.py::test_the_matrix_makes_the_weights_own_steps[RNN]",
     ),
     "weights that are loaded are a step": Bug(
         "estimators/kept.py",
         "if not same:",
         "if same is None:",
-        "test_feedback_state.py::test_weights_that_are_loaded_are_no_step",
+        "test_feedback_state.py::test_weights_that_are_loaded_are_no_step[RNN]",
     ),
     "noise shared across rollouts": Bug(
         "kernels/noise.py",

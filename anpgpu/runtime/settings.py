@@ -139,7 +139,7 @@ def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
         discount=float(perturbation.discount),
         ridge=float(perturbation.ridge),
         baseline=perturbation.baseline,
-        parts=estimator.parts_for(split_half=perturbation.split_half),
+        parts=estimator.parts if perturbation.split_half or not estimator.halves_on_demand else 1,
         rank=perturbation.rank,
         options=options,
         backend=choose_backend(perturbation.backend, weight.device, dtype, cell.forms),
