@@ -1,27 +1,35 @@
 """What would an ANP update take on GPUs that are not at hand? An estimate from a cost model, not a measurement.
 
-    python profiling/model.py [--hidden 128,512] [--case T,B,P] [--check RESULTS.json] [--output FILE]
+    python profiling/model.py [--hidden 128,512] [--case T,B,P] [--check RESULTS] [--output FILE]
 
-Per (rollout, unit, step), on one multiprocessor and in clocks:
+On an H200 an update waits more than it computes, so the model counts waits:
 
-    tensor    2 H / (bf16 operations per clock)
-    special   special functions of the compiled loop (tests/compiled.json), over 16 per clock
-    issue     instructions of the same loop, over 128 lanes per clock
-    memory    2 bytes of delta_a written by the rollouts and 2 read by the reduction, over the memory's speed
+    rollouts   T x waves of programs x the time of a wave: of a resident tile a constant, of a stepwise one
+               epilogue + H x product (`TILES`)
+    losses     stepwise: a launch and one read of the state, every step
+    adjoint    one read of delta_a
+    clean run  of cuDNN, every step; up to 256 units as one launch, above with launches that grow as H^2
+    weights    the products over T B samples in float32
+    rest       a constant, and passes over what there is of each of T B P
+    host       eager calls only: a constant and a time for each step of the stepwise form, or, where the device is
+               slower, that constant lead before it
 
-A tile's time is its elements times the clocks of the slowest unit; tiles run over the multiprocessors in waves. At best
-all units overlap. At worst the products overlap with nothing, since Triton does not overlap the matrix unit with the
-epilogue of the same warps. The reduction, the clean run's steps and the gaps between launches are added. With n GPUs
-each has P / n rollouts of every sample and the whole clean run; gradients are summed by one all-reduce.
+With n GPUs each has P / n rollouts of every sample and the whole clean run; gradients are summed by one all-reduce. On
+another GPU than the H200 rollouts take the H200's time, times the ratio of what the slowest unit would need there and
+here: products, special functions, instructions issued or stores (`bounds`, of data sheets and tests/compiled.json).
 
-Sources: vendors' data sheets for the units; the shares of them that large products and copies reach were measured on
-one H200; the times of a clean step and of a gap are assumed.
+Sources. profiling/results/kernels-h200-2026-11-26.txt and peers-h200-2026-11-26.txt: commit 4b6f516 on one H200, and
+prototypes of the kernels. Fitted to them: two numbers for each stepwise tile and one for each resident tile, to 9 and 3
+measured times; and to 16 updates in a CUDA graph and the same 16 eager, the nine numbers of `Rest` and `Host` that are
+called fitted there. For all of these an estimate is off by at most `BAND` either way (tests/test_model.py). How far
+beyond them is not known.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +39,12 @@ from report import table, write
 from anpgpu.kernels.tiles import RolloutLaunch, rollout_launch
 
 DISCLAIMER = (
-    "A model, not a measurement. profiling/model.py --check RESULTS.json compares it with a result file of "
-    "profiling/compare.py made on a GPU; there is none yet."
+    "A model, not a measurement. Fitted to one H200 at commit 4b6f516 and to prototypes of kernels; other GPUs are "
+    "scaled from it by their data sheets. profiling/model.py --check RESULTS compares it with a measurement."
 )
 COMPILED = Path(__file__).resolve().parent.parent / "tests" / "compiled.json"
+BAND = 1.3
+"""An estimate's lower and upper end are the estimate over and times this."""
 
 
 class Gpu(NamedTuple):
@@ -65,19 +75,77 @@ GPUS = {
 }
 """SXM modules; the A100 with 80 GB; the 4090 behind PCIe 4."""
 
+MEASURED = "H200"
 MATRIX_REACHED = 0.79
-COPY_REACHED = 0.90
-"""Shares of the data sheet that a product of 8192^3 on random data and a copy reached on one H200."""
+"""Share of the data sheet that a product of 8192^3 on random data reached on one H200."""
 
 SPECIAL_PER_CLOCK = 16
 LANES = 128
 GAUSSIAN = {"issued": 15, "special": 2}
 """What Gaussian noise adds per element: the difference of the two kinds' rows in the compile table, sm_90."""
 
-CLEAN_STEP_S = 4e-6
-LAUNCH_GAP_S = 1.5e-6
 ALL_REDUCE_S = 20e-6
-"""Assumed: one step of the clean run, the gap between two launches of a CUDA graph, an all-reduce of nothing."""
+"""Assumed: an all-reduce of nothing."""
+
+
+class Tile(NamedTuple):
+    """A kind of program of the rollouts on Hopper, with 16-bit operands: how long a wave of them takes for one step."""
+
+    programs: int
+    """On a multiprocessor at a time, by registers and shared memory."""
+    epilogue: float
+    """Microseconds, fitted: what does not grow with the product's inner size."""
+    product: float = 0.0
+    """Microseconds for each unit of the product's inner size, fitted; resident: part of `epilogue`."""
+
+
+TILES = {
+    ("resident", 64, 64, 4, None): Tile(4, 3.1),
+    ("resident", 64, 128, 4, None): Tile(2, 3.0),
+    ("resident", 128, 128, 8, None): Tile(1, 4.0),
+    ("resident", 64, 256, 4, None): Tile(1, 4.8),
+    ("resident", 128, 256, 8, None): Tile(1, 8.0),
+    ("stepwise", 128, 128, 8, None): Tile(1, 7.3, 0.0061),
+    ("stepwise", 128, 256, 8, None): Tile(1, 10.0, 0.0124),
+}
+"""By form, rows, units, warps and bound on registers, with delta_a stored, Rademacher noise and tanh."""
+
+
+class Rest(NamedTuple):
+    """Seconds of what is not the rollouts, on the H200."""
+
+    constant: float = 250e-6
+    """Fitted: kernels whose time depends on no size."""
+    value: float = 0.18e-9
+    """Fitted: for each of T B P, passes over loss differences and returns."""
+    weight: float = 0.18e-9
+    """Fitted: of the weight gradients for each of T B H; their products are long and few programs share them."""
+    clean_unit: float = 7e-9
+    """Fitted: of a clean step in one launch, for each unit."""
+    clean_step: float = 5.5e-6
+    """Fitted: of a clean step with launches of its own, where H is small."""
+    clean_square: float = 5.4e-6
+    """Fitted: of a clean step with launches of its own, for each (H / 1024)^2."""
+    measure: float = 3e-6
+    """Measured: of the loss of one step, where it has no state to read."""
+    read: float = 0.67
+    """Measured: share of the data sheet at which the adjoint and the losses read."""
+
+
+class Host(NamedTuple):
+    """Seconds of the host in an eager update at commit 4b6f516; in a CUDA graph there are none."""
+
+    update: float = 3.4e-3
+    """Fitted: of an update."""
+    step: float = 58e-6
+    """Fitted: of a step of the stepwise form, its clean step included."""
+    lead: float = 1.5e-3
+    """Fitted: before the device has work, where that is what takes long."""
+
+
+REST, HOST = Rest(), Host()
+PERSISTENT_UNITS = 256
+"""Hidden units up to which cuDNN makes the clean run in one launch."""
 
 DELTA_A_BYTES = 2
 HIDDEN = (128, 256, 512, 1024, 2048)
@@ -86,32 +154,43 @@ MANY = 8
 
 
 class Bounds(NamedTuple):
-    """Seconds that each unit alone would need for the rollouts of an update, and the seconds added to them."""
+    """Seconds that each unit of a GPU alone would need for the rollouts of an update."""
 
     tensor: float
     special: float
     issue: float
     store: float
-    added: float
-    """The reduction, the clean run, launch gaps and the all-reduce."""
 
     @property
     def binds(self) -> str:
         """Name of the slowest unit."""
-        return max(("tensor", "special", "issue", "store"), key=lambda name: getattr(self, name))
+        return max(self._fields, key=lambda name: getattr(self, name))
+
+
+class Estimate(NamedTuple):
+    """Seconds of the parts of an update in a CUDA graph, and of the host around it."""
+
+    rollouts: float
+    losses: float
+    adjoint: float
+    clean: float
+    weights: float
+    rest: float
+    host: float
+    """Of an eager update."""
 
     @property
-    def low(self) -> float:
-        """Everything overlaps."""
-        return max(self.tensor, self.special, self.issue, self.store) + self.added
+    def graph(self) -> float:
+        """The update in a CUDA graph."""
+        return sum(self[:-1])
 
     @property
-    def high(self) -> float:
-        """The products overlap with nothing."""
-        return self.tensor + max(self.special, self.issue, self.store) + self.added
+    def eager(self) -> float:
+        """The eager update: the host's time, or the device's after a lead."""
+        return max(self.host, HOST.lead + self.graph)
 
 
-def launch_of(gpu: Gpu, case: Case) -> RolloutLaunch:
+def launch_of(case: Case, arch: int) -> RolloutLaunch:
     """Return the launch that the kernels would choose for a linear loss."""
     return rollout_launch(
         units=case.hidden,
@@ -121,8 +200,37 @@ def launch_of(gpu: Gpu, case: Case) -> RolloutLaunch:
         batch=case.batch,
         rollouts=case.rollouts,
         precision="bf16",
-        arch=gpu.arch,
+        arch=arch,
     )
+
+
+def wave_of(launch: RolloutLaunch) -> Tile:
+    """Return what is known of a launch's tile.
+
+    Raises:
+        ValueError: it was not measured.
+    """
+    key = (launch.form, launch.block_rows, launch.block_units, launch.warps, launch.registers)
+    if key not in TILES:
+        raise ValueError(f"no tile {key} was measured, only {', '.join(map(str, TILES))}")
+    return TILES[key]
+
+
+def tiles_of(launch: RolloutLaunch, case: Case) -> int:
+    """Return the number of a launch's programs."""
+    across = -(-case.hidden // launch.block_units)
+    if launch.samples:
+        # For each of its samples, a tile holds a power of two of rollouts.
+        per_sample = launch.block_rows // launch.samples
+        return -(-case.batch // launch.samples) * -(-case.rollouts // per_sample) * across
+    return -(-case.rows // launch.block_rows) * across
+
+
+def rollout_time(launch: RolloutLaunch, case: Case) -> float:
+    """Return the seconds of an update's rollouts on the H200."""
+    tile = wave_of(launch)
+    waves = -(-tiles_of(launch, case) // (GPUS[MEASURED].multiprocessors * tile.programs))
+    return case.time * waves * 1e-6 * (tile.epilogue + tile.product * case.hidden)
 
 
 def in_loop(rows: dict[str, dict[str, float]], gpu: Gpu, launch: RolloutLaunch, units: int, column: str) -> float:
@@ -142,55 +250,69 @@ def in_loop(rows: dict[str, dict[str, float]], gpu: Gpu, launch: RolloutLaunch, 
     return step + -(-units // launch.block_inner) * found("step-512-bf16")
 
 
-def bounds(
-    gpu: Gpu, case: Case, rows: dict[str, dict[str, float]], *, noise: str = "rademacher", gpus: int = 1
-) -> Bounds:
-    """Return the model of one update on GPUs that share its rollouts.
-
-    Args:
-        gpu: the kind of GPU.
-        case: the whole update.
-        rows: the rows of tests/compiled.json.
-        noise: "rademacher" or "gaussian".
-        gpus: number of GPUs; each has P / gpus rollouts of every sample, rounded up.
-    """
-    case = case._replace(rollouts=-(-case.rollouts // gpus))
-    launch = launch_of(gpu, case)
-    across = -(-case.hidden // launch.block_units)
-    if launch.form == "resident" or launch.samples:
-        # For each of its samples, a tile holds a power of two of rollouts.
-        per_sample = max(1, launch.block_rows // max(launch.samples, 1))
-        tiles = -(-case.batch * -(-case.rollouts // per_sample) // max(launch.samples, 1)) * across
-    else:
-        tiles = -(-case.rows // launch.block_rows) * across
-    waves = -(-tiles // gpu.multiprocessors)
-    elements = case.time * waves * launch.block_rows * launch.block_units
+def bounds(gpu: Gpu, case: Case, rows: dict[str, dict[str, float]], noise: str = "rademacher") -> Bounds:
+    """Return what each unit of a GPU would need; `rows`: those of tests/compiled.json."""
+    launch = launch_of(case, gpu.arch)
+    elements = case.time * tiles_of(launch, case) * launch.block_rows * launch.block_units / gpu.multiprocessors
     clock = gpu.gigahertz * 1e9
     taken = {
         column: in_loop(rows, gpu, launch, case.hidden, column) + (more if noise == "gaussian" else 0)
         for column, more in GAUSSIAN.items()
     }
-    moved = DELTA_A_BYTES * case.rollout_steps * case.hidden / (gpu.memory * COPY_REACHED)
     inner = launch.block_units if launch.form == "resident" else case.hidden
-    added = moved + case.time * CLEAN_STEP_S
-    if launch.form == "stepwise":
-        added += case.time * LAUNCH_GAP_S
-    if gpus > 1:
-        weights = 4 * (case.hidden**2 + case.hidden * (case.inputs + 1))
-        added += ALL_REDUCE_S + 2 * (gpus - 1) / gpus * weights / gpu.link
     return Bounds(
         tensor=elements * 2 * inner / (gpu.matrix * MATRIX_REACHED) / clock,
         special=elements * taken["special"] / SPECIAL_PER_CLOCK / clock,
         issue=elements * taken["issued"] / LANES / clock,
-        store=moved,
-        added=added,
+        store=DELTA_A_BYTES * case.rollout_steps * case.hidden / (gpu.memory * REST.read),
     )
+
+
+def estimate(gpu: Gpu, case: Case, launch: RolloutLaunch, *, slower: float = 1.0, gpus: int = 1) -> Estimate:
+    """Return the model of one update.
+
+    Args:
+        gpu: the kind of GPU.
+        case: an update's sizes; `rollouts`: those of one GPU.
+        launch: of the rollouts on the H200.
+        slower: time of rollouts over the H200's.
+        gpus: number of GPUs that sum their gradients.
+    """
+    stepwise = launch.form == "stepwise"
+    read = DELTA_A_BYTES * case.rows * case.hidden / (gpu.memory * REST.read)
+    clean = REST.clean_step + REST.clean_square * (case.hidden / 1024) ** 2
+    if case.hidden <= PERSISTENT_UNITS:
+        clean = REST.clean_unit * case.hidden
+    rest = REST.constant + REST.value * case.rollout_steps
+    if gpus > 1:
+        weights = 4 * (case.hidden**2 + case.hidden * (case.inputs + 1))
+        rest += ALL_REDUCE_S + 2 * (gpus - 1) / gpus * weights / gpu.link
+    return Estimate(
+        rollouts=slower * rollout_time(launch, case),
+        losses=case.time * (REST.measure + read) if stepwise else 0.0,
+        adjoint=case.time * read,
+        clean=case.time * clean,
+        weights=REST.weight * case.time * case.batch * case.hidden,
+        rest=rest,
+        host=HOST.update + (HOST.step * case.time if stepwise else 0.0),
+    )
+
+
+def estimated(
+    name: str, case: Case, rows: dict[str, dict[str, float]], *, noise: str = "rademacher", gpus: int = 1
+) -> Estimate:
+    """Return the model of one update on GPUs of a name that share its rollouts, with today's tiles."""
+    case = case._replace(rollouts=-(-case.rollouts // gpus))
+    gpu, known = GPUS[name], GPUS[MEASURED]
+    needs = [bounds(*which, rows, kind) for which, kind in (((gpu, case), noise), ((known, case), "rademacher"))]
+    slower = max(needs[0]) / max(needs[1])
+    return estimate(gpu, case, launch_of(case, known.arch), slower=slower, gpus=gpus)
 
 
 def row_of(name: str, case: Case, rows: dict[str, dict[str, float]], noise: str) -> dict[str, object]:
     """Return one row of the tables."""
     gpu = GPUS[name]
-    single, many = (bounds(gpu, case, rows, noise=noise, gpus=count) for count in (1, MANY))
+    single, many = (estimated(name, case, rows, noise=noise, gpus=count) for count in (1, MANY))
     reached = gpu.flops * MATRIX_REACHED
     return {
         "GPU": name,
@@ -198,33 +320,73 @@ def row_of(name: str, case: Case, rows: dict[str, dict[str, float]], noise: str)
         "B": case.batch,
         "P": case.rollouts,
         "H": case.hidden,
-        "form": launch_of(gpu, case).form,
-        "binds": single.binds,
-        **{f"{unit} ms": 1e3 * getattr(single, unit) for unit in ("tensor", "special", "issue", "store", "added")},
-        "ms, low": 1e3 * single.low,
-        "ms, high": 1e3 * single.high,
-        "rollout-steps/s, low": case.rollout_steps / single.high,
-        "rollout-steps/s, high": case.rollout_steps / single.low,
-        "of matmul, low": case.flops / single.high / reached,
-        "of matmul, high": case.flops / single.low / reached,
-        f"{MANY} GPUs ms, low": 1e3 * many.low,
-        f"{MANY} GPUs ms, high": 1e3 * many.high,
-        "speed-up, low": single.low / many.low,
-        "speed-up, high": single.high / many.high,
+        "form": launch_of(case, gpu.arch).form,
+        "slowest unit": bounds(gpu, case, rows, noise).binds,
+        **{f"{part} ms": 1e3 * getattr(single, part) for part in Estimate._fields[:-1]},
+        **{f"ms, {end}": 1e3 * single.graph * by for end, by in BANDS.items()},
+        **{f"eager ms, {end}": 1e3 * single.eager * by for end, by in BANDS.items()},
+        "rollout-steps/s": case.rollout_steps / single.graph,
+        "of matmul": case.flops / single.graph / reached,
+        **{f"{MANY} GPUs ms, {end}": 1e3 * many.graph * by for end, by in BANDS.items()},
+        "speed-up": single.graph / many.graph,
     }
 
 
+BANDS = {"low": 1 / BAND, "high": BAND}
+
+
 def text_of(rows: list[dict[str, object]]) -> str:
-    """Return rows as three tables: units, one GPU, several."""
+    """Return rows as three tables: parts, one GPU, several."""
     shape = ("GPU", "T", "B", "P", "H")
     names = list(rows[0])[len(shape) :]
-    split = names.index("added ms") + 1, names.index(f"{MANY} GPUs ms, low")
+    split = names.index("rest ms") + 1, names.index(f"{MANY} GPUs ms, low")
     parts = (names[: split[0]], names[split[0] : split[1]], names[split[1] :])
     return "\n\n".join(table([{name: row[name] for name in (*shape, *columns)} for row in rows]) for columns in parts)
 
 
+UPDATES = {
+    "ours": "eager",
+    "ours anp": "eager",
+    "update": "eager",
+    "update anp": "eager",
+    "ours, CUDA graph": "graph",
+    "ours anp graph": "graph",
+    "update, CUDA graph": "graph",
+    "update anp graph": "graph",
+}
+"""How results call an update of ANP, and what the model calls it."""
+
+
+def first_launch(case: Case) -> RolloutLaunch:
+    """Return the launch of commit 4b6f516 on the H200 with 16-bit operands, for one sample a tile."""
+    wide = case.hidden > 256 or case.rows >= 132 * 128
+    units = 256 if case.hidden > 256 else max(64, 1 << (case.hidden - 1).bit_length())
+    rows = 128 if wide else 64
+    form = "stepwise" if case.hidden > 256 else "resident"
+    return RolloutLaunch(form, rows, units, 64, 0, rows // 16, 3, 0, 1, "commit 4b6f516")
+
+
+def read_record(path: Path) -> dict[str, object]:
+    """Return a result file as JSON, or what is in the text of one in lines of kind=op and kind=peer."""
+    if path.suffix == ".json":
+        record = json.loads(path.read_text())
+        assert isinstance(record, dict)
+        return record
+    text = path.read_text()
+    found = re.findall(
+        r"^kind=(?:op|peer) (op|peer)=(.+) T=(\d+) B=(\d+) P=(\d+) H=(\d+) ms=([\d.]+)", text, re.MULTILINE
+    )
+    results = [
+        {kind: name, **dict(zip("TBPH", map(int, sizes), strict=True)), "ms": float(ms)}
+        for kind, name, *sizes, ms in found
+    ]
+    gpu, _, rest = text.partition(" | ")
+    commit = re.search(r"commit (\w+)", rest.splitlines()[0])
+    return {"machine": {"gpu": {"name": gpu}, "commit": commit and commit[1]}, "results": results}
+
+
 def check(record: dict[str, object], rows: dict[str, dict[str, float]]) -> list[dict[str, object]]:
-    """Return the model beside the updates of a result of `compare.py` or `time_ops.py`.
+    """Return the model beside the updates of a result of `compare.py`, `time_ops.py` or a file of 2026-11-26.
 
     Raises:
         ValueError: the result was not measured on a GPU of the model, or holds no update.
@@ -241,21 +403,23 @@ def check(record: dict[str, object], rows: dict[str, dict[str, float]]) -> list[
     assert isinstance(results, list)
     compared = []
     for row in results:
-        kind = row.get("peer") or row.get("op")
-        if kind not in {"ours", "ours, CUDA graph", "update", "update, CUDA graph"}:
+        kind = str(row.get("peer") or row.get("op"))
+        if kind not in UPDATES:
             continue
-        modelled = bounds(GPUS[names[0]], Case(*(row[size] for size in "TBPH")), rows)
-        measured = row["ms"] / 1e3
+        case = Case(*(row[size] for size in "TBPH"))
+        modelled = estimated(names[0], case, rows)
+        if machine.get("commit") == "4b6f516":
+            modelled = estimate(GPUS[names[0]], case, first_launch(case))
+        milliseconds = 1e3 * getattr(modelled, UPDATES[kind])
         compared.append(
             {
                 "GPU": names[0],
                 **{size: row[size] for size in "TBPH"},
                 "measured": kind,
                 "ms": row["ms"],
-                "model low": 1e3 * modelled.low,
-                "model high": 1e3 * modelled.high,
-                "measured / low": measured / modelled.low,
-                "within": "yes" if modelled.low <= measured <= modelled.high else "NO",
+                "model": milliseconds,
+                "measured / model": row["ms"] / milliseconds,
+                "within": "yes" if 1 / BAND <= row["ms"] / milliseconds <= BAND else "NO",
             }
         )
     if not compared:
@@ -274,7 +438,7 @@ def main() -> None:
     rows = json.loads(COMPILED.read_text())["rows"]
     if arguments.check is not None:
         try:
-            compared = check(json.loads(arguments.check.read_text()), rows)
+            compared = check(read_record(arguments.check), rows)
         except ValueError as problem:
             parser.error(str(problem))
         print(table(compared))

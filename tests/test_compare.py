@@ -236,65 +236,6 @@ def test_dense_members_estimate_the_gradient(script):
     assert np.linalg.norm(estimate - exact) < 0.35 * np.linalg.norm(exact)
 
 
-def test_model_by_hand(script):
-    model, cases = script("model"), script("cases")
-    rows = {
-        "sm_90:resident-256-bf16-loss-stored": {"issued": 12.0, "special": 1.5},
-        "sm_90:step-512-bf16": {"issued": 1.0, "special": 0.0},
-    }
-    bounds = model.bounds(model.GPUS["H200"], cases.Case(100, 128, 128, 512), rows)
-    # 16,384 rows of 512 units in tiles of 128 x 256: 256 tiles, two waves on 132 multiprocessors; 100 steps.
-    clocks = 100 * 2 * 128 * 256 / 1.83e9
-    assert bounds.tensor == pytest.approx(clocks * 1024 / (4096 * 0.79))
-    assert bounds.special == pytest.approx(clocks * 1.5 / 16)
-    # Eight blocks of 64 units in the product, and the resident kernel's step as the epilogue.
-    assert bounds.issue == pytest.approx(clocks * (12 + 8 * 1.0) / 128)
-    assert bounds.store == pytest.approx(2 * 100 * 16384 * 512 / (4.8e12 * 0.9))
-    assert bounds.added == pytest.approx(bounds.store + 100 * (4e-6 + 1.5e-6))
-    assert bounds.binds == "tensor"
-    assert bounds.low == pytest.approx(bounds.tensor + bounds.added)
-    assert bounds.high == pytest.approx(bounds.tensor + max(bounds.special, bounds.issue, bounds.store) + bounds.added)
-
-
-def test_model_of_several_gpus_shares_rollouts_but_not_the_clean_run(script):
-    model, cases = script("model"), script("cases")
-    rows = json.loads((ROOT / "tests" / "compiled.json").read_text())["rows"]
-    case = cases.Case(100, 128, 128, 2048)
-    single, eight = (model.bounds(model.GPUS["H200"], case, rows, gpus=count) for count in (1, 8))
-    clean = 100 * (4e-6 + 1.5e-6)
-    gradients = 4 * (2048**2 + 2048 * 11)
-    reduced = 20e-6 + 2 * 7 / 8 * gradients / 450e9
-    assert eight.store == pytest.approx(single.store / 8)
-    assert eight.added == pytest.approx(single.store / 8 + clean + reduced)
-    assert 1 < single.low / eight.low < 8
-
-
-def test_model_has_a_row_for_every_gpu_and_says_what_it_is(run):
-    printed = run("model")
-    assert printed.startswith("A model, not a measurement. ")
-    assert all(name in printed for name in ("A100", "H100", "H200", "B200", "4090", "8 GPUs"))
-
-
-def test_model_is_checked_against_a_measurement(script):
-    model = script("model")
-    rows = json.loads((ROOT / "tests" / "compiled.json").read_text())["rows"]
-    row = {"T": 100, "B": 128, "P": 128, "H": 512, "peer": "ours", "ms": 2.3}
-    other = {**row, "peer": "eager torch", "ms": 9.0}
-    record = {"machine": {"gpu": {"name": "NVIDIA H200"}}, "results": [row, other]}
-    (comparison,) = model.check(record, rows)
-    assert comparison["GPU"] == "H200"
-    assert comparison["measured / low"] == pytest.approx(2.3 / comparison["model low"])
-    assert comparison["within"] == "yes"
-    (slow,) = model.check({**record, "results": [{**row, "ms": 23.0}]}, rows)
-    assert slow["within"] == "NO"
-    with pytest.raises(ValueError, match="measured on a CPU"):
-        model.check({"machine": {"gpu": None}, "results": [row]}, rows)
-    with pytest.raises(ValueError, match=r"'NVIDIA T4': the model has A100"):
-        model.check({"machine": {"gpu": {"name": "NVIDIA T4"}}, "results": [row]}, rows)
-    with pytest.raises(ValueError, match="no update of ours"):
-        model.check({**record, "results": [other]}, rows)
-
-
 def test_roofline_names_the_unit_that_binds(script):
     roofline, cases, report = script("roofline"), script("cases"), script("report")
     case = cases.Case(time=10, batch=2, rollouts=8, hidden=16)
