@@ -9,7 +9,7 @@ import torch
 from rivals_cells import Linearised, State, linearised, structure
 from torch import Tensor, nn
 
-__all__ = ["LossOf", "Outcome", "Rival", "Truncated", "Whole", "add_gradients", "errors_of"]
+__all__ = ["LossOf", "Outcome", "Rival", "Truncated", "Whole", "add_gradients", "errors_of", "finish"]
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
 """The mean loss of outputs (T, B, O) and targets."""
@@ -95,11 +95,11 @@ class Truncated:
             earlier = torch.einsum("tbmh,tbmnh->tbnh", adjoint, steps.direct[here])
             earlier[:, :, 0] += torch.einsum("tbkh,khj->tbj", recurrent, steps.recurrent)
             adjoint = earlier[1:]
-        _finish(self.rnn, steps, by_input, by_state)
+        finish(self.rnn, steps, by_input, by_state)
         return Outcome(loss, steps.last)
 
 
-def _finish(rnn: nn.RNNBase, steps: Linearised, by_input: Tensor, by_state: Tensor) -> None:
+def finish(rnn: nn.RNNBase, steps: Linearised, by_input: Tensor, by_state: Tensor) -> None:
     """Add the gradients that follow from those of the gates' two sides, (T, B, K, H)."""
     by_input, by_state = by_input.flatten(2), by_state.flatten(2)
     gradients = {

@@ -52,13 +52,6 @@ class Linearised(NamedTuple):
         """Return d state / d h', (B, M, H, H), without the direct part."""
         return torch.einsum("bmkh,khj->bmhj", self.by_state[step], self.recurrent)
 
-    def within(self, step: int) -> Tensor:
-        """Return d state_m / d state'_n within each unit, (B, M, M, H)."""
-        own = torch.einsum("bmkh,kh->bmh", self.by_state[step], self.recurrent.diagonal(dim1=1, dim2=2))
-        within = self.direct[step].clone()
-        within[:, :, 0] += own
-        return within
-
 
 def structure(rnn: nn.RNNBase) -> str:
     """Return the name of a network's cell.

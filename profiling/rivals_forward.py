@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from rivals_backward import LossOf, Outcome, add_gradients, errors_of
+from rivals_backward import LossOf, Outcome, add_gradients, errors_of, finish
 from rivals_cells import Linearised, State, linearised, structure
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ not, and without a leak RFLO is "bptt-1". This is the leak of the sketched-RTRL 
 
 
 class Forward(ABC):
-    """A rival that carries something from step to step, and from a window to the one that continues it."""
+    """A rival for one network that carries something from a window to the one that continues it."""
 
     cells: tuple[str, ...] = ("rnn", "gru", "lstm")
 
@@ -34,9 +34,25 @@ class Forward(ABC):
         if cell not in self.cells:
             raise ValueError(f"{type(self).__name__} is for {', '.join(self.cells)}, not for {cell}: {self.instead}")
         self.rnn, self.readout = rnn, readout
-        self.carried: Carried | None = None
 
     instead = "use another rival"
+
+    @abstractmethod
+    def grad_(self, inputs: Tensor, targets: Tensor, loss_of: LossOf, hx: State = None) -> Outcome:
+        """Add the gradients of a window to `.grad`; a state says that it continues the last window."""
+
+    def _add(self, gradient: Tensor, inputs: int) -> None:
+        """Add a gradient (K, H, F) over the features x, 1, h', 1."""
+        rows = gradient.flatten(0, 1)
+        w_ih, b_ih, w_hh, b_hh = rows.split((inputs, 1, rows.shape[1] - inputs - 2, 1), 1)
+        gradients = {"weight_ih_l0": w_ih, "weight_hh_l0": w_hh, "bias_ih_l0": b_ih[:, 0], "bias_hh_l0": b_hh[:, 0]}
+        add_gradients(self.rnn, gradients)
+
+
+class Stepwise(Forward):
+    """A rival whose sums must be made step by step."""
+
+    carried: Carried | None = None
 
     @abstractmethod
     def start(self, immediate: Tensor) -> Carried:
@@ -81,14 +97,8 @@ class Forward(ABC):
         self._add(gradient, steps.inputs.shape[2])
         return Outcome(loss, steps.last)
 
-    def _add(self, gradient: Tensor, inputs: int) -> None:
-        rows = gradient.flatten(0, 1)
-        w_ih, b_ih, w_hh, b_hh = rows.split((inputs, 1, rows.shape[1] - inputs - 2, 1), 1)
-        gradients = {"weight_ih_l0": w_ih, "weight_hh_l0": w_hh, "bias_ih_l0": b_ih[:, 0], "bias_hh_l0": b_hh[:, 0]}
-        add_gradients(self.rnn, gradients)
 
-
-class Influence(Forward):
+class Influence(Stepwise):
     """Real-time recurrent learning: the whole influence, (B, M, H, K, H, F). Exact; H^4 work a step, so for small H."""
 
     def start(self, immediate: Tensor) -> Carried:
@@ -110,28 +120,55 @@ class Influence(Forward):
 
 
 class Local(Forward):
-    """What each unit owes to its own parameters, (B, M, K, H, F), carried along some path within the unit."""
+    """What each unit owes to its own parameters, J (B, M, K, H, F), carried along some path within the unit.
+
+    Within a window weights stand still, so that sum_t dL/dh_t J_t is summed last step first, as what the unit's states
+    of step t still have to earn: credit_t = dL/dh_t + path_{t+1}^T credit_{t+1}. J itself is made only where another
+    window continues this one.
+    """
+
+    window: tuple[Linearised, Tensor, Tensor | None] | None = None
+    """Of the last window: its steps, their paths, and J before them."""
 
     @abstractmethod
-    def path(self, steps: Linearised, number: int) -> Tensor:
-        """Return the path from a unit's states to their next values, (B, M, M, H)."""
+    def paths(self, steps: Linearised) -> Tensor:
+        """Return the path from a unit's states to their next values of all steps, (T, B, M, M, H)."""
 
-    def start(self, immediate: Tensor) -> Carried:
-        return (torch.zeros_like(immediate),)
+    @torch.no_grad()
+    def grad_(self, inputs: Tensor, targets: Tensor, loss_of: LossOf, hx: State = None) -> Outcome:
+        traces = None if hx is None or self.window is None else self._traces(*self.window)
+        steps = linearised(self.rnn, inputs, hx)
+        with torch.enable_grad():
+            loss, errors = errors_of(self.readout, steps.hidden, targets, loss_of)
+        paths = self.paths(steps)
+        credit, owed = torch.zeros_like(paths[:, :, 0]), torch.zeros_like(paths[0, :, 0])
+        for number in reversed(range(len(errors))):
+            owed[:, 0] += errors[number]
+            credit[number] = owed
+            owed = (owed.unsqueeze(2) * paths[number]).sum(1)
+        sides = ((credit.unsqueeze(3) * side).sum(2) for side in (steps.by_input, steps.by_state))
+        finish(self.rnn, steps, *sides)
+        if traces is not None:
+            self._add(torch.einsum("bmh,bmkhf->khf", owed, traces), inputs.shape[2])
+        self.window = steps, paths, traces
+        return Outcome(loss, steps.last)
 
-    def step(
-        self, carried: tuple[Tensor, ...], steps: Linearised, number: int, immediate: Tensor
-    ) -> tuple[Tensor, ...]:
-        (traces,) = carried
-        # Elementwise: torch.einsum would copy the traces for products of matrices of one or two rows.
-        factors = self.path(steps, number)[:, :, :, None, :, None]
-        after = immediate.clone()
-        for state in range(traces.shape[1]):
-            after.addcmul_(factors[:, :, state], traces[:, None, state])
-        return (after,)
-
-    def credit(self, carried: Carried, error: Tensor) -> Tensor:
-        return torch.einsum("bh,bkhf->khf", error, carried[0][:, 0])
+    @staticmethod
+    def _traces(steps: Linearised, paths: Tensor, traces: Tensor | None) -> Tensor:
+        """Return J after a window from J before it."""
+        states, reach = paths.shape[2], torch.empty_like(paths)
+        # From a step's states to the last one's: the product of the paths between.
+        onward = torch.eye(states, dtype=paths.dtype, device=paths.device)[:, :, None].expand_as(paths[0])
+        for number in reversed(range(len(paths))):
+            reach[number] = onward
+            onward = torch.einsum("bmnh,bnlh->bmlh", onward, paths[number])
+        ones = torch.ones_like(steps.inputs[..., :1])
+        parts = []
+        for gates, seen in ((steps.by_input, steps.inputs), (steps.by_state, steps.before)):
+            reached = torch.einsum("tbmnh,tbnkh->tbmkh", reach, gates)
+            parts.append(torch.einsum("tbmkh,tbf->bmkhf", reached, torch.cat((seen, ones), -1)))
+        after = torch.cat(parts, -1)
+        return after if traces is None else after + torch.einsum("bmnh,bnkhf->bmkhf", onward, traces)
 
 
 class SnAp1(Local):
@@ -141,8 +178,10 @@ class SnAp1(Local):
     of an LSTM, both of the unit's states. Exact where every gate's W_hh is diagonal.
     """
 
-    def path(self, steps: Linearised, number: int) -> Tensor:
-        return steps.within(number)
+    def paths(self, steps: Linearised) -> Tensor:
+        within = steps.direct.clone()
+        within[:, :, :, 0] += (steps.by_state * steps.recurrent.diagonal(dim1=1, dim2=2)).sum(3)
+        return within
 
 
 class EProp(Local):
@@ -154,8 +193,8 @@ class EProp(Local):
     cells = ("gru", "lstm")
     instead = "its path is empty there, and e-prop is 'bptt-1'"
 
-    def path(self, steps: Linearised, number: int) -> Tensor:
-        return steps.direct[number]
+    def paths(self, steps: Linearised) -> Tensor:
+        return steps.direct
 
 
 class Rflo(Local):
@@ -164,11 +203,11 @@ class Rflo(Local):
     cells = ("rnn",)
     instead = "use 'e-prop', whose path is the cell's own"
 
-    def path(self, steps: Linearised, number: int) -> Tensor:
-        return torch.full_like(steps.direct[number], LEAK)
+    def paths(self, steps: Linearised) -> Tensor:
+        return torch.full_like(steps.direct, LEAK)
 
 
-class Uoro(Forward):
+class Uoro(Stepwise):
     """Unbiased online recurrent optimisation (Tallec and Ollivier 2018): the influence as one random product s q^T.
 
         s <- r0 A s + r1 v,   q <- q / r0 + (v^T I) / r1,   v of random signs,   E[s q^T] = J

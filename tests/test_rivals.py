@@ -257,8 +257,13 @@ def test_uoro_is_unbiased(cell):
     assert (size @ size) / seen[:, -1].std() * math.sqrt(calls) > 2 * Z_BOUND
 
 
-@pytest.mark.parametrize(("name", "cell"), [("rtrl", "rnn"), ("rtrl", "lstm"), ("snap-1", "gru"), ("rflo", "rnn")])
-def test_windows_of_one_step_carry_on_where_the_last_one_ended(name, cell):
+CONTINUING = [("rtrl", "rnn"), ("rtrl", "lstm"), *(("snap-1", cell) for cell in CELLS), ("rflo", "rnn")]
+CONTINUING += [("e-prop", "gru"), ("e-prop", "lstm")]
+
+
+@pytest.mark.parametrize("lengths", [(1,) * STEPS, (3, 1, 3)], ids=["one step", "some steps"])
+@pytest.mark.parametrize(("name", "cell"), CONTINUING)
+def test_windows_carry_on_where_the_last_one_ended(name, cell, lengths):
     rnn, readout = built(cell)
     inputs, targets = data()
     targets = torch.where(targets < 0, 0, targets)
@@ -266,9 +271,12 @@ def test_windows_of_one_step_carry_on_where_the_last_one_ended(name, cell):
     rival, state = RIVALS[name](rnn, readout), None
     for module in (rnn, readout):
         module.zero_grad()
-    for step in range(STEPS):
-        window = slice(step, step + 1)
-        _, state = rival.grad_(inputs[window], targets[window], cross_entropy, state)
+    for values, wanted in zip(inputs.split(lengths), targets.split(lengths), strict=True):
+
+        def share(outputs, targets):
+            return cross_entropy(outputs, targets) * len(outputs)
+
+        _, state = rival.grad_(values, wanted, share, state)
     # The mean over all steps is a T-th of the sum of the steps' means.
     parts = [parameter.grad / STEPS for module in (rnn, readout) for parameter in module.parameters()]
     assert_equal(parts, whole)
