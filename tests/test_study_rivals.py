@@ -1,6 +1,7 @@
 """The study of rivals is fair, counts what it spends, goes on where it was, and its tables follow from its lines."""
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import study_rivals_report as tables  # noqa: E402
 import study_rivals_runs as runs  # noqa: E402
 import study_tasks  # noqa: E402
 from study_grid import TUNING_SEED, key_of, tasks, training  # noqa: E402
-from study_rivals_plan import FULL, QUICK, Grid, Way, plan, ways  # noqa: E402
+from study_rivals_plan import CORE, FULL, QUICK, Grid, Way, left_out, plan, ways  # noqa: E402
 from study_rivals_runs import METHODS, Settings  # noqa: E402
 from study_tasks_neurogym import expected_reward  # noqa: E402
 
@@ -157,30 +158,46 @@ def test_a_reward_alone_teaches():
 
 
 def test_everybody_is_tuned_alike_and_online_tasks_have_equal_steps():
-    every = [entry.task for entry in FULL.entries]
-    planned = plan(FULL, every, METHODS, None, "cpu")
+    entries = {entry.task: entry for entry in FULL.entries}
+    planned = plan(FULL, list(entries), METHODS, None, "cpu")
     keys = [key_of(run.task, run.settings._replace(lr=0.0)) for run in planned if run.settings.seed != TUNING_SEED]
     assert len(keys) == len(set(keys))
     place = {key_of(*run[:2]): number for number, run in enumerate(planned)}
     for number, run in enumerate(planned):
         if run.settings.seed == TUNING_SEED:
             continue
-        assert len(run.candidates) == (0 if run.settings.window else len(FULL.rates))
+        rates = entries[run.task].rates or FULL.rates
+        assert [json.loads(candidate)[1]["lr"] for candidate in run.candidates] == list(rates if len(rates) > 1 else ())
         assert (run.settings.lr == 0) == bool(run.candidates)
         assert all(place[candidate] < number for candidate in run.candidates)
         if run.settings.window:
+            assert rates == (1e-3,)
             assert run.settings.window == (1 if run.settings.method in {"rtrl", "snap-1", "rflo", "uoro"} else 25)
             assert run.settings.updates * run.settings.window == 15_000
             assert (run.settings.clip, run.settings.falling) == (0.0, False)
-    seeds = [run.settings.seed for run in planned if run.settings.seed != TUNING_SEED]
-    assert seeds == sorted(seeds)
-    for task in every:
+    for task in entries:
         counts = {}
         for run in planned:
             if run.task == task and run.settings.seed != TUNING_SEED:
                 row = run.settings._replace(seed=0, lr=0.0)
                 counts[row] = counts.get(row, 0) + 1
         assert len(set(counts.values())) == 1
+
+
+def test_what_a_claim_stands_on_comes_first():
+    claims = {entry.task for entry in FULL.entries if entry.claim}
+    assert claims >= {"copying-40", "mnist-rows", "mnist-7x7", "mnist-14x14", "mackey-glass", "characters"}
+    planned = plan(FULL, [entry.task for entry in FULL.entries], METHODS, None, "cpu")
+    ranks = [
+        (run.settings.seed in range(3, TUNING_SEED), run.task not in claims, run.settings.method not in CORE)
+        for run in planned
+    ]
+    assert ranks == sorted(ranks)
+    assert set(ranks) == {(late, other, rival) for late in (0, 1) for other in (0, 1) for rival in (0, 1)}
+    assert planned[0].task == "copying-40"
+    # A task's learning rates and first seeds before the next task.
+    first = [run.task for run in planned[: ranks.index((False, False, True))]]
+    assert list(dict.fromkeys(first)) == [task for task, _ in itertools.groupby(first)]
 
 
 def test_methods_are_those_that_are_defined():
@@ -191,9 +208,21 @@ def test_methods_are_those_that_are_defined():
     assert [way for way in large if way.method == "bptt-1"] == [Way("bptt-1"), Way("bptt-1", "rmsprop")]
     gated = {way.method for way in ways(entries["characters"], "lstm")}
     assert not gated & {"rflo", "rtrl", "published-anp"}
-    assert gated >= {"bptt", "bptt-8", "bptt-1", "snap-1", "e-prop", "uoro", "np", "anp-ls"}
+    assert gated >= {"bptt", "bptt-8", "bptt-1", "snap-1", "e-prop", "np", "anp-ls"}
     # What needs a loss cannot learn from a reward.
     assert {way.method for way in ways(entries["perceptual-reward"], "rnn")} == {"np", "wp", "anp", "anp-ls"}
+
+
+def test_who_is_left_out_can_be_said():
+    entries = {entry.task: entry for entry in FULL.entries}
+    # Where the gradient of RTRL is that of BPTT it runs only if it costs little.
+    assert left_out(entries["copying-40"], "rnn") == ("rtrl",)
+    assert left_out(entries["copying-10"], "rnn") == left_out(entries["lorenz"], "rnn") == ()
+    assert set(left_out(entries["mnist-rows"], "rnn")) == {"rtrl", "uoro", "wp", "published-anp"}
+    assert set(left_out(entries["characters"], "gru")) == {"rtrl", "uoro", "wp"}
+    for entry in entries.values():
+        for cell in entry.cells:
+            assert not {way.method for way in ways(entry, cell)} & set(left_out(entry, cell))
 
 
 def test_the_quick_grid_is_a_smaller_one():

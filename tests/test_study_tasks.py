@@ -58,6 +58,14 @@ def test_permuted_images_are_the_same_pixels_in_one_order(digits):
     assert torch.equal(plain.test.inputs[order], permuted.test.inputs)
 
 
+def test_test_images_of_many_steps_are_fewer(digits, monkeypatch):
+    monkeypatch.setattr(study_tasks, "MOST_STEPS_SEEN", 640)
+    by_pixel, by_row = (study_tasks.images("x", digits, side=8, rows=rows) for rows in (False, True))
+    assert by_pixel.test.inputs.shape == (64, 10, 1)
+    assert by_row.test.inputs.shape == (8, 80, 8)
+    assert by_pixel.test.targets.tolist() == digits["test_labels"][:10].tolist()
+
+
 def test_an_epoch_shows_every_training_image_once_and_no_other(digits):
     task = study_tasks.images("rows", digits, side=8, rows=True)
     batches = list(itertools.islice(task.batches(0, 50), 27))
