@@ -9,9 +9,10 @@ The loss counts at decision steps, fixation is not asked for, and a batch's shor
 trial is right if its last decision step is. By reward alone, training sees one number a trial, the mean probability
 of the right choice over its decision steps: the expected reward of choosing at random by the network's softmax.
 
-neurogym 2.3.1 wants numpy 2.2 and matplotlib 3.10: install it into an environment of its own, or without its
-requirements, `pip install --no-deps neurogym==2.3.1 'gymnasium==0.29.*' farama-notifications cloudpickle loguru
-natsort tomlkit pydantic-settings pydantic python-dotenv`.
+How trials are read and scored is in examples/neurogym_task.py. neurogym is the extra `neurogym`, which pins numpy and
+matplotlib: install it into an environment of its own, or without its requirements, `pip install --no-deps
+neurogym==2.3.1 'gymnasium==0.29.*' farama-notifications cloudpickle loguru natsort tomlkit pydantic-settings pydantic
+pydantic-core python-dotenv typing-inspection annotated-types`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import warnings
 from collections.abc import Callable, Iterator
 
-import numpy as np
-import torch
 from study_grid import tasks
 from study_tasks import Benchmark, benchmark
-from torch import Tensor
+
+# isort: split
+# Of examples/, which study_grid makes importable.
+from neurogym_task import ABSENT, decided, expected_reward, padded, trials_of
 
 __all__ = ["ABSENT", "ENVIRONMENTS", "by_name", "decided", "expected_reward", "padded"]
 
@@ -39,51 +40,7 @@ ENVIRONMENTS = {
 REWARDED = ("perceptual-reward",)
 """Tasks of which training sees the reward alone."""
 
-ABSENT = "neurogym is not installed: the first lines of profiling/study_tasks_neurogym.py say how"
-
 CHOICES = 2
-
-
-def decided(outputs: Tensor, targets: Tensor) -> float:
-    """Return the share of trials whose last decision step is right; outputs (T, B, O), targets (T, B)."""
-    counted = targets != tasks.IGNORED
-    last = len(targets) - 1 - counted.flip(0).int().argmax(0)
-    everyone = torch.arange(targets.shape[1], device=targets.device)
-    return float((outputs[last, everyone].argmax(-1) == targets[last, everyone]).float().mean())
-
-
-def expected_reward(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return minus the expected reward of each trial, (B, P), from outputs (T, B, P, O) and targets (T, B, 1)."""
-    counted = (targets != tasks.IGNORED).to(outputs.dtype)
-    right = torch.where(targets == tasks.IGNORED, 0, targets).unsqueeze(-1).expand(*outputs.shape[:-1], 1)
-    probability = outputs.softmax(-1).gather(-1, right).squeeze(-1)
-    return -(probability * counted).sum(0) / counted.sum(0)
-
-
-def padded(trials: list[tuple[np.ndarray, np.ndarray]]) -> tasks.Batch:
-    """Return trials, observations (T, I) with actions (T,), as one batch; action 0, fixation, has no loss."""
-    longest = max(len(actions) for _, actions in trials)
-    inputs = torch.zeros(longest, len(trials), trials[0][0].shape[1])
-    targets = torch.full((longest, len(trials)), tasks.IGNORED)
-    for number, (observations, actions) in enumerate(trials):
-        asked = torch.from_numpy(np.asarray(actions)).long()
-        inputs[: len(asked), number] = torch.from_numpy(np.asarray(observations)).float()
-        targets[: len(asked), number] = torch.where(asked > 0, asked, tasks.IGNORED)
-    return tasks.Batch(inputs, targets)
-
-
-def trials_of(environment: str, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Return endless trials of an environment."""
-    with warnings.catch_warnings():
-        # gymnasium finds fault with neurogym's metadata.
-        warnings.simplefilter("ignore")
-        import neurogym
-
-        made = neurogym.make(environment).unwrapped
-    made.seed(seed)
-    while True:
-        made.new_trial()
-        yield made.ob, made.gt
 
 
 def decision(name: str, _window: int = 0) -> Benchmark:

@@ -1,13 +1,17 @@
 """Every example runs as a script, with small settings, and writes its plot."""
 
 import csv
+import importlib.machinery
+import importlib.util
 import itertools
 import math
 import re
 import runpy
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -107,6 +111,143 @@ def test_a_broken_constraint_is_seen(name, monkeypatch):
     parametrize.register_parametrization(rnn, "weight_hh_l0", Broken())
     with torch.no_grad():
         assert not constraint.check(rnn)[0]
+
+
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def images(path):
+    """Write 40 + 20 images of 28 x 28; each digit lights a row of its own."""
+    labels = np.arange(60) % 10
+    shown = np.zeros((60, 28, 28), np.uint8)
+    shown[np.arange(60), 2 * labels + 4] = 255
+    values = (shown[:40], labels[:40], shown[40:], labels[40:])
+    np.savez(path, **dict(zip(ARRAYS, values, strict=True)))
+
+
+MNIST = ["--mnist", "digits.npz", "--epochs", "1", "--batch", "20", "--hidden", "4", "--rollouts", "2", "--seeds", "2"]
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "shape"), [(None, "mnist", "28 steps of 28"), (7, "mnist_7x7", "49 steps of 1")]
+)
+def test_mnist_runs_by_rows_and_by_pixels(side, name, shape, run, tmp_path):
+    images(tmp_path / "digits.npz")
+    printed = run("mnist", *MNIST, *(["--side", str(side)] if side else []))
+    assert f"{shape}, H = 4, 40 images" in printed
+    assert [line.split()[0] for line in printed.splitlines() if line.startswith(("anp-feedback ", "bptt "))] == [
+        *("anp-feedback", "bptt") * 2,
+        *("anp-feedback", "bptt"),
+    ]
+    assert (tmp_path / "results" / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def mnist(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    return runpy.run_path(str(EXAMPLES / "mnist.py"))
+
+
+def test_mnists_images_are_scaled_and_averaged(mnist, tmp_path):
+    images(tmp_path / "digits.npz")
+    rows, pixels = (mnist["load"](tmp_path / "digits.npz", side) for side in (None, 14))
+    assert (rows.train_inputs.shape, rows.test_inputs.shape) == ((40, 28, 28), (20, 28, 28))
+    assert float(rows.train_inputs.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(rows.train_inputs.std()) == pytest.approx(1, rel=1e-5)
+    assert rows.test_labels.tolist() == [*range(10)] * 2
+    assert pixels.train_inputs.shape == (40, 196, 1)
+    # The first row of two pixels by two that is lit belongs to digit 0, half of it dark.
+    dark, lit = float(rows.train_inputs.min()), float(rows.train_inputs.max())
+    assert float(pixels.train_inputs[0, 2 * 14, 0]) == pytest.approx((dark + lit) / 2)
+    assert float(pixels.train_inputs[0, 3 * 14, 0]) == pytest.approx(dark)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "arguments", "message"),
+    [
+        (None, [], "there is no file 'digits.npz': --mnist wants an .npz of numpy arrays train_images"),
+        ({"test_labels"}, [], "'digits.npz' has no array test_labels; it has train_images"),
+        ((), ["--side", "9"], "--side must divide the 28 x 28 pixels of an image, got 9"),
+    ],
+)
+def test_mnist_says_what_is_wrong_with_its_file(lacking, arguments, message, run, tmp_path):
+    if lacking is not None:
+        images(tmp_path / "digits.npz")
+        with np.load(tmp_path / "digits.npz") as file:
+            kept = {name: file[name] for name in ARRAYS if name not in lacking}
+        np.savez(tmp_path / "digits.npz", **kept)
+    with pytest.raises(SystemExit) as stopped:
+        run("mnist", *MNIST, *arguments)
+    assert message in str(stopped.value)
+
+
+def test_mnist_has_no_default_file(run, capsys):
+    with pytest.raises(SystemExit):
+        run("mnist")
+    assert "--mnist" in capsys.readouterr().err
+
+
+class Choice:
+    """Stands for an environment of neurogym: the second input says whether action 1 or 2 is right at the end."""
+
+    def __init__(self):
+        self.unwrapped = self
+
+    def seed(self, seed):
+        self.generator = np.random.default_rng(seed)
+
+    def new_trial(self):
+        steps, right = self.generator.integers(4, 7), self.generator.integers(1, 3)
+        self.ob = np.ones((steps, 2))
+        self.ob[:, 1] = 2 * right - 3
+        self.gt = np.zeros(steps, int)
+        self.gt[-2:] = right
+
+
+@pytest.fixture
+def neurogym(monkeypatch):
+    """Put a module in the place of neurogym; return the names of the environments that were made."""
+    made = []
+    module = types.ModuleType("neurogym")
+    module.__spec__ = importlib.machinery.ModuleSpec("neurogym", None)
+    module.make = lambda name: made.append(name) or Choice()
+    monkeypatch.setitem(sys.modules, "neurogym", module)
+    return made
+
+
+@pytest.mark.parametrize("reward", [False, True])
+def test_a_decision_is_learned_under_dales_law(reward, run, neurogym, tmp_path):
+    arguments = ["--reward", "--rollouts", "16"] if reward else ["--rollouts", "4"]
+    printed = run("neurogym_task", "--updates", "60", "--hidden", "16", "--lr", "1e-2", *arguments)
+    assert set(neurogym) == {"PerceptualDecisionMaking-v0"}
+    rows = dict(line.split(": ") for line in printed.splitlines() if " right, " in line)
+    assert list(rows) == (["anp-ls"] if reward else ["anp-feedback", "bptt"])
+    for row in rows.values():
+        # Half of the trials are right by chance; of 500, at most 60 % with probability 1 - 4e-6.
+        assert float(row.split("%")[0]) > 90
+        assert row.endswith("of 500 new trials right, 0 weights break Dale's law")
+    name = "neurogym_reward.png" if reward else "neurogym.png"
+    assert (tmp_path / "results" / name).stat().st_size > 1000
+
+
+def test_weights_that_break_dales_law_are_counted(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    example = runpy.run_path(str(EXAMPLES / "neurogym_task.py"))
+    rnn, _ = example["network"](2, 3, 8)
+    assert example["wrong_signs"](rnn) == 0
+    signs = rnn.parametrizations.weight_hh_l0[0].sign
+    excited = rnn.weight_hh_l0.detach() - 0.5 * torch.eye(8)
+    assert torch.equal((excited > 0).all(0), signs > 0)
+    signs[0] = -1
+    rnn.parametrizations.weight_hh_l0[0].forward = lambda weight: weight.abs()
+    assert example["wrong_signs"](rnn) == 8 * int((signs < 0).sum())
+
+
+def test_without_neurogym_the_example_says_how_to_install_it(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        run("neurogym_task")
+    assert "pip install 'anpgpu[neurogym]'" in str(stopped.value)
 
 
 def test_weather_has_no_default_file(run, capsys):

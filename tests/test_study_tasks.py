@@ -209,4 +209,4 @@ def test_neurogyms_trials_repeat_with_the_seed(name):
 def test_without_neurogym_there_are_none_of_its_tasks(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert study_tasks_neurogym.by_name() == {}
-    assert "say how" in study_tasks_neurogym.ABSENT
+    assert "pip install 'anpgpu[neurogym]'" in study_tasks_neurogym.ABSENT
