@@ -37,6 +37,13 @@ ABSENT = (
     "wants numpy 2.2 and matplotlib 3.10"
 )
 
+SIZES = {
+    False: {"updates": 600, "batch": 16, "hidden": 64, "rollouts": 4, "lr": 3e-3},
+    # In small batches even the exact gradient of the reward settles on one side.
+    True: {"updates": 300, "batch": 64, "hidden": 32, "rollouts": 32, "lr": 1e-2},
+}
+"""Defaults, with a loss and by reward alone."""
+
 TESTED = 500
 """Trials of a test."""
 
@@ -163,19 +170,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="PerceptualDecisionMaking-v0", help="an environment of neurogym with trials")
     parser.add_argument("--reward", action="store_true", help="train by reward alone, which BPTT cannot use")
-    parser.add_argument("--updates", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--rollouts", type=int, help="of each trial (default: 4, by reward alone as many as units)")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    for name, value in SIZES[False].items():
+        text = f"(default: {value}, by reward alone {SIZES[True][name]})"
+        parser.add_argument(f"--{name}", type=type(value), help=text)
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args()
     if importlib.util.find_spec("neurogym") is None:
         sys.exit(ABSENT)
-    options.rollouts = options.rollouts or (options.hidden if options.reward else 4)
+    for name, value in SIZES[options.reward].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     curves = {}
-    for method in ["anp-ls"] if options.reward else ["anp-feedback", "bptt"]:
+    for method in ["np"] if options.reward else ["anp-feedback", "bptt"]:
         trials = trials_of(options.task, 0)
         batches = (padded([next(trials) for _ in range(options.batch)]) for _ in iter(int, 1))
         fresh = trials_of(options.task, 1)

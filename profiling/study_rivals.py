@@ -167,9 +167,8 @@ def main() -> None:
     if not options.report:
         study(options, grid)
     if not options.hours:
-        study_rivals_report.report(
-            options.output, list(Finished(options.output / "runs.jsonl", key_of_line).runs.values())
-        )
+        finished = Finished(options.output / "runs.jsonl", key_of_line)
+        study_rivals_report.report(options.output, list(finished.runs.values()), grid)
 
 
 if __name__ == "__main__":

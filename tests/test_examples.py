@@ -221,7 +221,7 @@ def test_a_decision_is_learned_under_dales_law(reward, run, neurogym, tmp_path):
     printed = run("neurogym_task", "--updates", "60", "--hidden", "16", "--lr", "1e-2", *arguments)
     assert set(neurogym) == {"PerceptualDecisionMaking-v0"}
     rows = dict(line.split(": ") for line in printed.splitlines() if " right, " in line)
-    assert list(rows) == (["anp-ls"] if reward else ["anp-feedback", "bptt"])
+    assert list(rows) == (["np"] if reward else ["anp-feedback", "bptt"])
     for row in rows.values():
         # Half of the trials are right by chance; of 500, at most 60 % with probability 1 - 4e-6.
         assert float(row.split("%")[0]) > 90

@@ -22,7 +22,7 @@ import study_rivals_report as tables  # noqa: E402
 import study_rivals_runs as runs  # noqa: E402
 import study_tasks  # noqa: E402
 from study_grid import TUNING_SEED, key_of, tasks, training  # noqa: E402
-from study_rivals_plan import CORE, FULL, QUICK, Grid, Way, left_out, plan, ways  # noqa: E402
+from study_rivals_plan import CORE, FULL, QUICK, Entry, Grid, Way, left_out, plan, ways  # noqa: E402
 from study_rivals_runs import METHODS, Settings  # noqa: E402
 from study_tasks_neurogym import expected_reward  # noqa: E402
 
@@ -160,7 +160,7 @@ def test_a_reward_alone_teaches():
 def test_everybody_is_tuned_alike_and_online_tasks_have_equal_steps():
     entries = {entry.task: entry for entry in FULL.entries}
     planned = plan(FULL, list(entries), METHODS, None, "cpu")
-    keys = [key_of(run.task, run.settings._replace(lr=0.0)) for run in planned if run.settings.seed != TUNING_SEED]
+    keys = [(*run[:2], run.candidates) for run in planned]
     assert len(keys) == len(set(keys))
     place = {key_of(*run[:2]): number for number, run in enumerate(planned)}
     for number, run in enumerate(planned):
@@ -179,7 +179,7 @@ def test_everybody_is_tuned_alike_and_online_tasks_have_equal_steps():
         counts = {}
         for run in planned:
             if run.task == task and run.settings.seed != TUNING_SEED:
-                row = run.settings._replace(seed=0, lr=0.0)
+                row = run.settings._replace(seed=0, lr=0.0), run.candidates
                 counts[row] = counts.get(row, 0) + 1
         assert len(set(counts.values())) == 1
 
@@ -198,6 +198,33 @@ def test_what_a_claim_stands_on_comes_first():
     # A task's learning rates and first seeds before the next task.
     first = [run.task for run in planned[: ranks.index((False, False, True))]]
     assert list(dict.fromkeys(first)) == [task for task, _ in itertools.groupby(first)]
+
+
+def test_learned_feedback_also_has_the_learning_rate_of_bptt():
+    planned = plan(FULL, ["copying-40", "mnist-rows", "perceptual-reward"], METHODS, 1, "cpu")
+    mine = [run for run in planned if run.settings.method == "anp-feedback" and run.settings.seed == 0]
+    (own, exact), (single,) = ([run for run in mine if run.task == task] for task in ("copying-40", "mnist-rows"))
+    assert own.settings == exact.settings
+    assert {json.loads(candidate)[1]["method"] for candidate in own.candidates} == {"anp-feedback"}
+    assert {json.loads(candidate)[1]["method"] for candidate in exact.candidates} == {"bptt"}
+    # Where there is one rate it is everybody's.
+    assert single.settings.lr == 1e-3
+    tuning = [run for run in planned if run.settings.seed == TUNING_SEED and run.settings.method == "bptt"]
+    assert len(tuning) == len(FULL.rates)
+    alone = plan(FULL, ["copying-40"], ["anp-feedback"], 1, "cpu")
+    assert [run.candidates for run in alone if run.settings.seed == 0] == [own.candidates]
+
+
+def test_rows_of_two_learning_rates_are_two():
+    lines = [line_of("bptt", 0, [0.5]), line_of("np", 0, [0.6], lr=1e-2), line_of("np", 1, [0.7], lr=1e-3)]
+    assert [(row.name, row.losses) for row in tables.rows_of(lines)] == [
+        *(("bptt", (0.5,)), ("np at 0.001", (0.7,)), ("np at 0.01", (0.6,)))
+    ]
+    (group,) = tables.groups_of(lines)
+    rows = [row._replace(name=row.name.replace("np", "anp-feedback")) for row in tables.rows_of(lines)]
+    claims = tables.claims_of(group._replace(task="copying-40"), [*rows[:1], rows[2]])
+    assert [(claim.rates, claim.feedback) for claim in claims] == [((1e-3, 1e-2), 0.6)]
+    assert tables.lacking(grid_of().entries[0], "rnn", rows)["anp-feedback"] == "1 of 3"
 
 
 def test_methods_are_those_that_are_defined():
@@ -292,6 +319,58 @@ def test_a_task_counts_where_bptt_solves_it():
     without = [line_of("np", 0, [0.9])]
     assert "BPTT has not run" in tables.sentence(without, tables.rows_of(without))
     assert tables.against(tables.rows_of(without)) == {}
+
+
+def grid_of(**changes):
+    fields = {"task": "copying-2", "steps": 240, "batch": 8, "hidden": 128, "seeds": 3, **changes}
+    return Grid((Entry(**fields, without=("uoro",)),), (1e-3, 3e-3), 0.25)
+
+
+def test_what_is_missing_of_a_table_is_said():
+    lines = [*(line_of("bptt", seed, [0.5]) for seed in range(3)), line_of("snap-1", 0, [0.7])]
+    ((group, mine),) = tables.groups_of(lines).items()
+    rows = tables.rows_of(mine)
+    short = tables.lacking(grid_of().entries[0], "rnn", rows)
+    assert (short["snap-1"], short["bptt-1, RMSprop"], short["anp-feedback"]) == ("1 of 3", "0 of 3", "0 of 3")
+    assert not {"bptt", "uoro", "rtrl", "e-prop"} & set(short)
+    said = tables.planned(group, grid_of(), rows)
+    assert said.startswith("Learning rates: 0.001, 0.003. Not made yet, seeds: bptt-8 0 of 3, bptt-1 0 of 3, ")
+    assert "snap-1 1 of 3" in said
+    assert said.endswith("Left out for their time: rtrl, uoro.")
+    assert tables.planned(group, grid_of(seeds=1, rates=(5e-3,)), rows).startswith("Learning rates: 0.005. Not made")
+    assert tables.planned(group, grid_of(steps=9), rows) == "The plan no longer has runs of these sizes."
+    result = tables.summarised(lines, Grid((*grid_of().entries, *grid_of(cells=("gru",)).entries), (1e-3,), 0.25))
+    assert result["unmade"] == ["copying-2, gru, orthogonal start"]
+    assert result["groups"][0]["lacking"] == short
+    assert result["groups"][0]["rows"][0]["loss"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("task", "losses", "accuracies", "figure", "bound", "holds"),
+    [
+        ("copying-40", (0.2, 0.2599), (None, None), "loss, nats", 0.26, True),
+        ("copying-40", (0.2, 0.2601), (None, None), "loss, nats", 0.26, False),
+        ("characters", (2.0 * math.log(2), 2.059 * math.log(2)), (None, None), "bits per character", 2.06, True),
+        ("characters", (2.0 * math.log(2), 2.061 * math.log(2)), (None, None), "bits per character", 2.06, False),
+        ("mnist-rows", (0.1, 0.1), (0.97, 0.961), "right", 0.96, True),
+        ("mnist-rows", (0.1, 0.1), (0.97, 0.959), "right", 0.96, False),
+        ("mnist-7x7", (0.1, 0.1), (0.9, 0.881), "right", 0.88, True),
+        ("context-decision", (0.1, 0.1), (0.9, 0.879), "right", 0.88, False),
+    ],
+)
+def test_claims_have_the_bounds_that_were_promised(task, losses, accuracies, figure, bound, holds):
+    # A third seed that only one of the two has does not count.
+    lines = [line_of("bptt", seed, [losses[0]], accuracy=accuracies[0]) for seed in (0, 1)]
+    lines += [line_of("anp-feedback", seed, [losses[1]], accuracy=accuracies[1]) for seed in (1, 0)]
+    lines += [line_of("anp-feedback", 2, [9.0], accuracy=0.0)]
+    for line in lines:
+        line["task"] = task
+    ((group, mine),) = tables.groups_of(lines).items()
+    (claim,) = tables.claims_of(group, tables.rows_of(mine))
+    assert (claim.task, claim.figure, claim.seeds, claim.holds) == (task, figure, 2, holds)
+    assert claim.bound == pytest.approx(bound)
+    assert tables.claims_of(group, tables.rows_of(mine)[:1]) == []
+    assert tables.claims_of(group._replace(task="copying-2"), tables.rows_of(mine)) == []
 
 
 def test_a_run_that_broke_off_shows_as_such():
