@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,8 @@ def estimate_grad_(
         with shared_update(values.device) if shared else nullcontext():
             _compute_parametrized(rnn, readout)
             problem = canonical(rnn, readout, inputs, targets, loss, hx, lengths, targets_per, step_weight)
-            work = problem if estimator.exact else _job(rnn, problem, perturbation, generator)
+            wanted = (_wants(values), any(map(_wants, states)))
+            work = problem if estimator.exact else _job(rnn, problem, perturbation, generator, wanted)
             # BPTT runs under the caller's autocast, as torch's own backward pass would.
             with nullcontext() if estimator.exact else torch.autocast(problem.inputs.device.type, enabled=False):
                 try:
@@ -101,26 +103,27 @@ def estimate_grad_(
         moved = None if estimator.exact else result.moved
         if moved is not None and moved.device.type == "cpu":
             _warn_unmoved(problem, perturbation, moved)
-        _add_gradients(rnn, readout, inputs, states, problem, result)
-        outputs = result.outputs
-        if problem.lengths is not None:
-            outputs = torch.where(valid_steps(len(outputs), problem.lengths, outputs.device).unsqueeze(-1), outputs, 0)
-        h_n = _states(result.h_n, problem)
-        return Estimate(
+        outputs, final = result.outputs, result.h_n
+        report = Estimate(
             loss=result.loss,
-            outputs=problem.layout.restore(outputs),
-            h_n=h_n[0] if len(h_n) == 1 else h_n,
+            outputs=None,
+            h_n=None,
             skipped=result.skipped,
             split_half=result.split_half,
             ridge_grown=result.ridge_grown,
             moved=moved,
             prior=result.prior,
         )
+        _add_gradients(rnn, readout, inputs, states, problem, result)
+        if problem.lengths is not None:
+            outputs = torch.where(valid_steps(len(outputs), problem.lengths, outputs.device).unsqueeze(-1), outputs, 0)
+        h_n = _states(final, problem)
+        return report._replace(outputs=problem.layout.restore(outputs), h_n=h_n[0] if len(h_n) == 1 else h_n)
 
 
 def _check_leaf(name: str, tensor: object, perturbation: Perturbation, estimator: type[Estimator]) -> None:
     """Raise where a tensor requires a gradient that `estimate_grad_` cannot give it."""
-    if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+    if not isinstance(tensor, Tensor) or not _wants(tensor):
         return
     if not tensor.is_leaf:
         raise ValueError(
@@ -161,8 +164,19 @@ def _states(states: Tensor, problem: Problem) -> tuple[Tensor, ...]:
     return states.chunk(problem.network.cell.forms.states, -1)
 
 
-def _job(rnn: nn.RNNBase, problem: Problem, perturbation: Perturbation, generator: torch.Generator | None) -> Job:
-    """Return the job of an estimator that runs rollouts, and draw its seed."""
+def _wants(tensor: object) -> bool:
+    """Return whether it is a tensor that requires a gradient."""
+    return isinstance(tensor, Tensor) and tensor.requires_grad
+
+
+def _job(
+    rnn: nn.RNNBase,
+    problem: Problem,
+    perturbation: Perturbation,
+    generator: torch.Generator | None,
+    wanted: tuple[bool, bool],
+) -> Job:
+    """Return the job of an estimator that runs rollouts, and draw its seed; `wanted`: of inputs, of first states."""
     settings = resolve(perturbation, CELLS[cell_name(rnn)], rnn.all_weights[0][1])
     if settings.estimator.keeps_state:
         kept = kept_of(rnn)
@@ -176,7 +190,8 @@ def _job(rnn: nn.RNNBase, problem: Problem, perturbation: Perturbation, generato
         settings,
         new_seed(device, generator),
         default_memory(device) if limit is None else limit,
-        perturb_readout=perturbation.readout == "perturbed" or problem.loss.black_box,
+        perturbation.readout == "perturbed" or problem.loss.black_box,
+        *wanted,
     )
 
 
@@ -205,17 +220,40 @@ def _add_gradients(
     for weights, sums in zip(rnn.all_weights, result.layers, strict=True):
         gradients += zip(weights, sums.totals(biases=rnn.bias), strict=True)
     if isinstance(readout, nn.Linear):
-        gradients += [(readout.weight, result.weight_o), (readout.bias, result.bias_o)]
+        gradients += [(readout.weight, result.taken("weight_o")), (readout.bias, result.taken("bias_o"))]
     if isinstance(inputs, PackedSequence):
         if inputs.data.requires_grad:
             gradients.append((inputs.data, packed_like(result.inputs, inputs)))
     elif inputs.requires_grad:
         gradients.append((inputs, problem.layout.restore(result.inputs)))
-    gradients += zip(states, _states(result.h_0, problem), strict=False)
+    if any(state is not None and state.requires_grad for state in states):
+        gradients += zip(states, _states(result.h_0, problem), strict=False)
     learning = [
         (tensor, gradient.to(tensor.dtype))
         for tensor, gradient in gradients
         if tensor is not None and gradient is not None and tensor.requires_grad
     ]
-    if learning:
-        torch.autograd.backward([tensor for tensor, _ in learning], [gradient for _, gradient in learning])
+    if not learning:
+        return
+    tensors = [tensor for tensor, _ in learning]
+    found = [gradient for _, gradient in learning]
+    # Autograd keeps a gradient that nobody else holds, and copies any other.
+    del gradients, learning
+    with torch.enable_grad():
+        end = _Handed.apply(found, *tensors)  # type: ignore[no-untyped-call]
+    end.backward(torch.empty_like(end))
+
+
+class _Handed(torch.autograd.Function):
+    """The end of a graph whose backward pass hands out the gradients of a list, and empties it."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = tuple(ctx.gradients)
+        ctx.gradients.clear()
+        return None, *gradients

@@ -17,18 +17,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import PLAIN_DIFFERENCE_ABOVE, quotient_rows
+from .cell import PLAIN_DIFFERENCE_ABOVE
+from .tiles import QUOTIENT_BLOCK
 
 QUOTIENT_UP_TO = tl.constexpr(PLAIN_DIFFERENCE_ABOVE)
 ABOVE_ONE = tl.constexpr(1 + 2.0**-23)
 EVERY_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 LEAST_SLOPE = 2.0**-60
-"""Of tanh, in `quotient_rows`: the product of two inverses must be finite in float32."""
+"""Of tanh, in quotient rows: the product of two inverses must be finite in float32."""
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def tanh_deviation(
 
     WIDE: `first` and `second` are a and h, and where |delta_a| > 0.5 the plain difference is taken; ACCURATE then takes
     the slope 1 - h^2 from a, which is exact for saturated units too. Otherwise they are None and h, or (the factor
-    being 1) the two tensors of `quotient_rows`, and the quotient form serves for every delta_a: it is never NaN and at
+    being 1) the two tensors of `_quotient_rows`, and the quotient form serves for every delta_a: it is never NaN and at
     most 2 in size, but where a large delta_a undoes the saturation of its unit its relative error grows to
     2^-11 / (1 + h tanh(delta_a)).
     """
@@ -133,12 +135,45 @@ def relu_deviation(
     return result
 
 
+@triton.jit(do_not_specialize=["elements", "most"])
+def _quotient_kernel(
+    inverse_ptr,  # (elements), contiguous, float32
+    ratio_ptr,  # (elements), contiguous, float32
+    preact_ptr,  # (elements), contiguous
+    hidden_ptr,  # (elements), contiguous
+    elements: tl.int64,
+    most,
+    BLOCK: tl.constexpr,
+):
+    """Write 1 / s, one unit in the last place above it, and h / s: a program owns BLOCK elements."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    preact = tl.load(preact_ptr + element, inside, 0.0).to(tl.float32)
+    # Below the least slope's, so that nothing is divided by zero.
+    tail = tl.maximum(tl.exp(-2 * tl.abs(preact)), 0.125 / most, propagate_nan=EVERY_NAN)
+    inverse = tl.minimum((1 + tail) * (1 + tail) / tail * 0.25, most, propagate_nan=EVERY_NAN)
+    hidden = tl.load(hidden_ptr + element, inside, 0.0).to(tl.float32)
+    # So that h = -th = +-1 does not give 0 / 0.
+    tl.store(inverse_ptr + element, inverse * ABOVE_ONE, inside)
+    tl.store(ratio_ptr + element, hidden * inverse, inside)
+
+
+def _quotient_rows(preact: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `cell.quotient_rows` does, 1 / s one unit in the last place above it, float32."""
+    preact, hidden = preact.contiguous(), hidden.contiguous()
+    inverse, ratio = (torch.empty_like(preact, dtype=torch.float32) for _ in range(2))
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(preact):
+        _quotient_kernel[(triton.cdiv(preact.numel(), QUOTIENT_BLOCK),)](
+            inverse, ratio, preact, hidden, preact.numel(), 1 / LEAST_SLOPE, BLOCK=QUOTIENT_BLOCK, num_warps=4
+        )
+    return inverse, ratio
+
+
 def _tanh_rows(preact: Tensor, hidden: Tensor, wide: bool, quotient: bool) -> tuple[Tensor | None, Tensor]:
     """Return the rows of `tanh_deviation`."""
     if quotient:
-        inverse, ratio = quotient_rows(preact.float(), hidden.float(), LEAST_SLOPE)
-        # One unit in the last place above 1, so that h = -th = +-1 does not give 0 / 0.
-        return inverse.mul_(1 + 2.0**-23), ratio
+        return _quotient_rows(preact, hidden)
     return (preact if wide else None), hidden
 
 
@@ -153,7 +188,7 @@ class CellForm(NamedTuple):
     deviation: Any
     """The device function, with the arguments above."""
     clean_rows: Callable[[Tensor, Tensor, bool, bool], tuple[Tensor | None, Tensor | None]]
-    """From a and h, (T, B, H), whether delta_a may be large (WIDE), and whether `quotient_rows` serve, where the cell
+    """From a and h, (T, B, H), whether delta_a may be large (WIDE), and whether quotient rows serve, where the cell
     has them: the device function's `first` and `second`, (T, B, H) each, or None."""
 
 

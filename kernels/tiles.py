@@ -42,6 +42,12 @@ UNIT_SUM_BLOCK = 256
 STORED_BYTES = 1 << 28
 """Activity, or partial sums, that `adjoint_triton.rollout_adjoint` keeps at a time."""
 
+MARK_COLUMNS, MARK_ROWS = 64, 32
+"""Rollouts of a program that looks for values that are not finite, and steps or units that it reads at a time."""
+
+QUOTIENT_BLOCK = 1024
+"""Elements of a program that makes tanh's quotient rows."""
+
 RETURNS_BLOCK = 128
 """(sample, rollout) pairs of a program that walks back through time."""
 

@@ -3,7 +3,7 @@
 The constexprs and the number of warps are those that the launchers choose.
 """
 
-from anpgpu.kernels import adjoint_triton, rollout_fused_triton, tiles
+from anpgpu.kernels import adjoint_triton, cell_triton, finite_triton, rollout_fused_triton, tiles
 from anpgpu.kernels.noise import UNITS_PER_GROUP
 
 WIDTHS = (64, 256, 512, 2048)
@@ -63,6 +63,17 @@ def cases():
     for has_carry in (False, True):
         sizes = {"HAS_CARRY": has_carry, "BLOCK": tiles.RETURNS_BLOCK}
         found[f"returns-{has_carry}"] = _case(adjoint_triton._returns_kernel, "ptr ptr ptr float int long", sizes, 4)
+    sizes = {"COLUMNS": tiles.MARK_COLUMNS, "ROWS": tiles.MARK_ROWS}
+    for activity in ("*bf16", "*fp32"):
+        found[f"mark-{activity[1:]}"] = _case(
+            finite_triton._mark_kernel,
+            "*i8 ptr activity *i8 int int int int long long",
+            {"FIRST": activity == "*bf16", **sizes},
+            4,
+            activity=activity,
+        )
+    sizes = {"BLOCK": tiles.QUOTIENT_BLOCK}
+    found["quotient_rows"] = _case(cell_triton._quotient_kernel, "ptr ptr ptr ptr long float", sizes, 4)
     sizes = {"BLOCK": tiles.SPLIT_SUM_BLOCK}
     found["add_partials"] = _case(rollout_fused_triton._add_partials_kernel, "ptr ptr int long", sizes, 4)
     return found

@@ -3,50 +3,26 @@
 `pytest tests/test_least_squares_launches.py -s` prints them.
 """
 
-import contextlib
 import sys
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from anpgpu.kernels import least_squares as reference
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.kernels.tiles import INTERPRETED
 
-jit = pytest.importorskip("triton.runtime.jit", reason="needs Triton")
+idle = pytest.importorskip("idle_driver", reason="needs Triton")
 least_squares_triton = pytest.importorskip("anpgpu.kernels.least_squares_triton", reason="needs Triton")
 noise_triton = pytest.importorskip("anpgpu.kernels.noise_triton", reason="needs Triton")
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels are not launched")
 
-FREE = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "lift_fresh", "device", "item"}
-"""Operations that start no kernel, beside views."""
-
-
-class Count(TorchDispatchMode):
-    """Counts operations that start a kernel on a GPU: a lower bound, since some start several."""
-
-    number = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        del types
-        name = function._schema.name.split("::")[1]
-        self.number += not (function.is_view or name in FREE)
-        return function(*arguments, **(named or {}))
-
 
 def counted(shape, method, noise="rademacher"):
     """Return how many operations of torch and how many launches of Triton a call makes."""
-    launches = []
-    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), Count() as operations:
-        patch.setattr(jit.JITFunction, "__getitem__", lambda kernel, grid: lambda *_, **__: launches.append(kernel))
-        # Tensors of the CPU that say they are on CUDA: torch without CUDA indexes no others.
-        patch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
-        patch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
-        patch.setitem(reference.BLOCK_BYTES, "cpu", reference.BLOCK_BYTES["cuda"])
+    with idle.idle_driver() as issued, issued:
         time, batch, rollouts, _ = shape
         arguments = (
             torch.empty(time, batch, rollouts),
@@ -63,7 +39,7 @@ def counted(shape, method, noise="rademacher"):
             options=RolloutOptions(rollouts, 1e-3, noise, precision="bf16"),
             counters=Counters(),
         )
-    return operations.number, len(launches)
+    return issued.operations.total(), issued.launches.total()
 
 
 def library(*arguments, **named):

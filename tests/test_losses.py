@@ -137,9 +137,8 @@ def test_the_difference_of_a_smoothed_loss_has_no_cancellation(size):
     loss = anpgpu.task.losses.CrossEntropy
     module = nn.CrossEntropyLoss(CLASS_WEIGHT, label_smoothing=0.3)
     outputs, readout, targets = draw(T, B, O), draw(O, H), (torch.arange(T * B).view(T, B) % O)
-    valid = torch.ones(T, B, dtype=torch.bool)
-    canonical = anpgpu.task.losses.Targets(targets, True)
-    measured = loss(canonical, valid, torch.full((B,), T - 1), loss.options_of(module))
+    canonical, steps = anpgpu.task.losses.Targets(targets, True), anpgpu.task.losses.Steps(T, B, None, targets.device)
+    measured = loss(canonical, steps, loss.options_of(module))
     whole, everyone = slice(0, T), slice(0, B)
     spec = measured.spec(readout.float(), outputs.float(), whole, everyone, False, None)
     delta_h = size * draw(T, B, 7, H)

@@ -65,8 +65,10 @@ def by_autograd(problem: Problem) -> FoundOfProblem:
         if side.bias_ih is not None:
             sums.bias_hh = torch.zeros_like(sums.bias_ih)
             sums.bias_ih[0], sums.bias_hh[0] = next(grads), next(grads)
-    result.weight_o = None if problem.weight_o is None else next(grads)
-    result.bias_o = None if problem.bias_o is None else next(grads)
+    if problem.weight_o is not None:
+        result.weight_o = next(grads)
+    if problem.bias_o is not None:
+        result.bias_o = next(grads)
     result.inputs, result.h_0 = next(grads), next(grads)
     result.loss, result.outputs, result.h_n = result.loss.detach(), outputs.detach(), run.h_n.detach()
     return result

@@ -9,6 +9,7 @@ step. Source: derived here.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -54,19 +55,21 @@ class Backward(NamedTuple):
     """Bytes."""
     lengths: Tensor | None
     lowest: int
-    """The lowest layer that needs a gradient; layers below it get zeros."""
+    """The lowest layer that needs a gradient, -1 where inputs or first states do; layers below it get zeros."""
     network: Network
     run: CleanRun
     seed: Tensor
     grad_outputs: Tensor
     """dL/d(outputs), (T, B, D * H)."""
-    grad_h_n: Tensor
-    """dL/d(final states), (layers * D, B, S)."""
+    grad_h_n: Tensor | None
+    """dL/d(final states), (layers * D, B, S); None is zero."""
 
     @property
     def found(self) -> Found:
         """A new `Found`, filled with zeros."""
-        return Found(self.network, self.run.layers[0][0].inputs, self.grad_h_n, self.settings.parts)
+        first = self.run.layers[0][0]
+        states = first.states.new_empty((self.network.directions * len(self.network.layers), *first.states.shape[1:]))
+        return Found(self.network, first.inputs, states, self.settings.parts)
 
 
 def layers_backward(backward: Backward) -> Found:
@@ -75,7 +78,9 @@ def layers_backward(backward: Backward) -> Found:
 
     def loss_of_layer(index: int, side: int, above: Tensor | None) -> LayerLoss:
         grad = _of_side(backward.grad_outputs if above is None else above, side, units, lengths)
-        return LayerLoss(linear_loss(_with_final(grad, backward.grad_h_n[index], lengths)))
+        if backward.grad_h_n is not None:
+            grad = _with_final(grad, backward.grad_h_n[index], lengths)
+        return LayerLoss(linear_loss(grad))
 
     result = backward.found
     _walk(result, backward, loss_of_layer)
@@ -95,7 +100,7 @@ def two_directions(job: Job) -> FoundOfProblem:
     whole, everyone = slice(0, len(problem.inputs)), slice(0, problem.inputs.shape[1])
     result.outputs, result.h_n = problem.read(run.outputs), run.h_n
     change = BlackBoxChange(problem, result.outputs, everyone) if loss.black_box else None
-    result.loss = (change.clean if change is not None else loss.values(result.outputs, whole, everyone)).sum()
+    result.loss = loss.total(result.outputs, whole, everyone) if change is None else change.clean.sum()
     if problem.weight_o is not None:
         gradient_o = (
             perturb_readout(problem, result.outputs, settings, job.seed, everyone, job.max_memory)
@@ -115,7 +120,8 @@ def two_directions(job: Job) -> FoundOfProblem:
         return LayerLoss(lambda *_: spec, measure, measure.gradient, problem.outputs_size)
 
     nothing = result.outputs.new_empty(0)
-    walk = Backward(settings, job.max_memory, problem.lengths, 0, problem.network, run, job.seed, nothing, nothing)
+    lowest = -1 if job.of_inputs or job.of_h_0 else 0
+    walk = Backward(settings, job.max_memory, problem.lengths, lowest, problem.network, run, job.seed, nothing, None)
     _walk(result, walk, loss_of_layer)
     return result
 
@@ -125,8 +131,8 @@ def _walk(result: Found, backward: Backward, loss_of_layer: Callable[[int, int, 
     network, run, settings, lengths = backward.network, backward.run, backward.settings, backward.lengths
     result.learners = [None] * (len(result.layers) if settings.estimator.keeps_state else 0)
     above: Tensor | None = None
-    for number in range(len(network.layers) - 1, backward.lowest - 1, -1):
-        d_inputs = torch.zeros_like(run.layers[number][0].inputs)
+    for number in range(len(network.layers) - 1, max(backward.lowest, 0) - 1, -1):
+        handed = []
         for side, weights in enumerate(network.layers[number]):
             index = number * network.directions + side
             activity, loss = run.layers[number][side], loss_of_layer(index, side, above)
@@ -139,7 +145,7 @@ def _walk(result: Found, backward: Backward, loss_of_layer: Callable[[int, int, 
                 outputs=loss.outputs,
                 at_once=loss.measure is not None,
             )
-            layer = _Layer(weights, activity, loss, index)
+            layer = _Layer(weights, activity, loss, index, number > backward.lowest)
             estimate = within_memory(
                 shape,
                 backward.max_memory,
@@ -148,19 +154,21 @@ def _walk(result: Found, backward: Backward, loss_of_layer: Callable[[int, int, 
                 alone=settings.share.alone,
             )
             result.layers[index] = estimate.layers[0]
-            result.h_0[index] = estimate.h_0[0]
-            result.skipped += estimate.skipped
-            result.ridge_grown += estimate.ridge_grown
+            if backward.lowest < 0:
+                result.h_0[index] = estimate.h_0[0]
+            result.count(estimate.skipped, estimate.made.get("ridge_grown"))
             if estimate.learners:
                 result.learners[index] = estimate.learners[0]
-            d_inputs += in_processing_order(estimate.inputs, bool(side), lengths)
-        mask = run.masks[number]
-        above = d_inputs if mask is None else d_inputs * mask
+            if layer.hands_down:
+                handed.append(in_processing_order(estimate.inputs, bool(side), lengths))
+        if handed:
+            mask, d_inputs = run.masks[number], functools.reduce(torch.add, handed)
+            above = d_inputs if mask is None else d_inputs * mask
     for learner in result.learners:
         # Only now: where a layer fails, none has learnt anything.
         if learner is not None:
             learner.commit()
-    if above is not None and not backward.lowest:
+    if above is not None and backward.lowest < 0:
         result.inputs = above
 
 
@@ -172,6 +180,8 @@ class _Layer(NamedTuple):
     loss: LayerLoss
     number: int
     """Layer field of the noise counters."""
+    hands_down: bool
+    """Whether the gradient of its inputs is wanted."""
 
 
 def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Found:
@@ -192,7 +202,7 @@ def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Fo
         sweep = Sweep(weights.weight_hh, backward.seed, settings, network.cell, chunk, division, learner)
         grad = layer.loss.of(slice(0, time), samples).grad
         # An incoming gradient with NaN or inf makes every loss difference so: these rollouts count, and NaN propagates.
-        trust = None if grad is None else ~torch.isfinite(grad).all(-1).all(0)
+        trust = None if grad is None else ~(torch.linalg.vector_norm(grad, math.inf, (0, 2)) < math.inf)
         measured = None
         if sweep.segmented:
             measured = _first_pass(sweep, layer, network, segments)
@@ -211,13 +221,14 @@ def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Fo
                 trust=trust,
                 gradient=None if layer.loss.gradient is None else functools.partial(layer.loss.gradient, steps),
             )
-            adjoint, result.inputs[steps, samples] = result.credit(0, parts, weights, run)
-            if not steps.start:
-                result.h_0[0, samples] = network.cell.first_state_gradient(adjoint[0], weights, run)
-        result.skipped += sweep.skipped
-        result.ridge_grown += sweep.ridge_grown
-    settings.share.sum_(*result.weights, result.inputs, result.h_0)
-    settings.share.sum_(result.skipped, result.ridge_grown)
+            start = backward.lowest < 0 and not steps.start
+            d_inputs, d_start = result.credit(0, parts, weights, run, inputs=layer.hands_down, start=start)
+            if d_inputs is not None:
+                result.place("inputs", d_inputs, steps, samples)
+            if d_start is not None:
+                result.place("h_0", d_start.unsqueeze(0), slice(0, 1), samples)
+        result.count(sweep.skipped, sweep.ridge_grown)
+    result.sum_(settings.share)
     return result
 
 

@@ -62,7 +62,7 @@ def _estimate(job: Job, masks: tuple[Tensor, ...], shape: Shape, division: Divis
         samples = slice(first, min(first + division.samples, own.stop))
         chunk = _ChunkOfSamples(job, result, division, segments, samples, masks)
         chunk.prepare()
-        for steps in one_after_another(reversed(segments), result.outputs.device):
+        for steps in one_after_another(reversed(segments), job.problem.inputs.device):
             chunk.credit(steps)
         chunk.count()
     result.sum_(job.settings.share)
@@ -83,7 +83,8 @@ class _ChunkOfSamples:
     ) -> None:
         self.job, self.problem, self.loss = job, job.problem, job.problem.loss
         self.result, self.segments, self.samples = result, segments, samples
-        self.outputs = result.outputs[:, samples]
+        self.outputs = job.problem.inputs.new_empty(0)
+        """Clean outputs, (T, b, O), once they are there."""
         self.clean = CheckpointedRun(
             self.problem.network,
             self.problem.inputs[:, samples],
@@ -130,22 +131,27 @@ class _ChunkOfSamples:
     def count(self) -> None:
         """Add the counts of skipped rollouts and of systems with a grown ridge."""
         for sweep in self.sweeps:
-            self.result.skipped += sweep.skipped
-            self.result.ridge_grown += sweep.ridge_grown
+            self.result.count(sweep.skipped, sweep.ridge_grown)
 
     def _spec(self, steps: slice) -> Loss:
         return self.loss.spec(self.problem.weight_o, self.outputs[steps], steps, self.samples, False, None)
 
     def _clean_pass(self) -> None:
         """Run the clean network and, if time is cut, the rollouts of a loss that kernels compute, next to it."""
-        last = self.loss.last_step[self.samples]
-        for steps in one_after_another(self.segments, self.outputs.device):
+        result, samples, time = self.result, self.samples, len(self.problem.inputs)
+        for steps in one_after_another(self.segments, self.problem.inputs.device):
             run = self.clean.segment(steps)
-            self.outputs[steps] = self.problem.read(run.outputs)
-            keep_final(self.result.h_n[:, self.samples], run, steps, last)
-            if self.loss.black_box:
+            outputs = self.problem.read(run.outputs)
+            total = None if self.loss.black_box else self.loss.total(outputs, steps, samples)
+            result.place("outputs", outputs, steps, samples)
+            self.outputs = result.made["outputs"][:, samples]
+            if self.problem.lengths is not None:
+                keep_final(result.h_n[:, samples], run, steps, self.loss.last_step[samples])
+            elif steps.stop == time:
+                result.place("h_n", run.h_n, slice(None), samples)
+            if total is None:
                 continue
-            self.result.loss += self.loss.values(self.outputs[steps], steps, self.samples).sum()
+            result.add("loss", total)
             if self.top.segmented:
                 for block in self.top.blocks:
                     self._advance(run, steps, block)
@@ -153,7 +159,7 @@ class _ChunkOfSamples:
     def _measure(self) -> None:
         """Have the caller measure the clean run and, where time is cut, the rollouts, a block at a time."""
         self.change = BlackBoxChange(self.problem, self.outputs, self.samples, self.job.settings)
-        self.result.loss += self.change.clean.sum()
+        self.result.add("loss", self.change.clean.sum())
         if not self.top.segmented:
             return
         blocks = []
@@ -178,12 +184,14 @@ class _ChunkOfSamples:
         """Credit a segment, last layer first; the loss of a lower layer is linear, from its output gradient."""
         result, cell = self.result, self.problem.network.cell
         run = self.clean.segment(steps)
-        self._credit_readout(run, steps)
-        above = self.outputs
+        spec = self._spec(steps)
+        self._credit_readout(run, steps, spec)
+        above: Tensor | None = self.outputs
         for number in range(len(self.sweeps) - 1, -1, -1):
             (layer,), (weights,) = run.layers[number], self.problem.network.layers[number]
             top = self.sweeps[number] is self.top
-            loss = self._spec(steps) if top else LinearLoss(above)
+            assert above is not None  # noqa: S101  (for the type checker; only the lowest layer hands nothing down)
+            loss = spec if top else LinearLoss(above)
             known = self.measured[steps] if top and self.measured is not None else None
             parts = self.sweeps[number].credit(
                 steps,
@@ -194,15 +202,18 @@ class _ChunkOfSamples:
                 measure=self.change.of if top and self.change is not None else None,
                 gradient=functools.partial(self._measured_gradient, steps) if top and self.change is not None else None,
             )
-            adjoint, above = result.credit(number, parts, weights, layer)
-            if number:
+            start = self.job.of_h_0 and not steps.start
+            hands_down = number > 0 or self.job.of_inputs
+            above, d_start = result.credit(number, parts, weights, layer, inputs=hands_down, start=start)
+            if number and above is not None:
                 # The layer below needs the sum over all processes' rollouts of this layer.
                 self.job.settings.share.complete_(above)
             mask = run.masks[number]
-            above = above if mask is None else above * mask
-            if steps.start == 0:
-                result.h_0[number, self.samples] = cell.first_state_gradient(adjoint[0], weights, layer)
-        result.inputs[steps, self.samples] = above
+            above = above if mask is None or above is None else above * mask
+            if d_start is not None:
+                result.place("h_0", d_start.unsqueeze(0), slice(number, number + 1), self.samples)
+        if above is not None:
+            result.place("inputs", above, steps, self.samples)
 
     def _measured_gradient(self, steps: slice) -> Tensor:
         """Return dL/dh of a segment from a black box's measured dL/do."""
@@ -210,12 +221,12 @@ class _ChunkOfSamples:
         gradient = self.change.output_gradient[steps]
         return gradient if self.problem.weight_o is None else gradient @ self.problem.weight_o
 
-    def _credit_readout(self, run: CleanRun, steps: slice) -> None:
+    def _credit_readout(self, run: CleanRun, steps: slice, spec: Loss) -> None:
         """Add the readout's gradient of a segment."""
         if self.problem.weight_o is None:
             return
         if self.gradient_o is not None:
             gradient = self.gradient_o[steps]
         else:
-            gradient = self.loss.output_gradient(self.outputs[steps], steps, self.samples)
+            gradient = self.loss.gradient_with(spec, self.outputs[steps], steps, self.samples)
         self.result.add_readout(gradient, run.outputs)

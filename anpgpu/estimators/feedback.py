@@ -206,7 +206,7 @@ class LearnedFeedback(Rule):
                 recursion=implementation("descend", backend) if BACKENDS[backend].own_recursion else None,
             )
         self.add_sums(estimate.unsqueeze(0))
-        self.ridge_grown += grown
+        self.add_grown(grown)
 
     def expect(self, learner: Learner, known: Known) -> None:
         """Take what a segment's steps need besides their rollouts."""

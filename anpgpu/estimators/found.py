@@ -52,19 +52,34 @@ class NonFiniteRolloutsError(RuntimeError):
     """No rollout of some sample stayed finite, so its gradient cannot be estimated."""
 
 
-def raise_if_lost(finite: Tensor, first_sample: int, sigma: float) -> None:
-    """Raise NonFiniteRolloutsError if a sample has no finite rollout; `finite` is (b, P) bool.
+def raise_if_lost(counts: Tensor, first_sample: int, sigma: float) -> None:
+    """Raise NonFiniteRolloutsError if a sample has no finite rollout; `counts` is their number, (b,).
 
-    On CUDA the estimate becomes NaN instead, because reading `finite` would make the host wait.
+    On CUDA the estimate becomes NaN instead, because reading `counts` would make the host wait.
     """
-    if finite.is_cuda:
+    if counts.is_cuda:
         return
-    lost = (~finite.any(1)).nonzero().flatten() + first_sample
+    lost = (counts == 0).nonzero().flatten() + first_sample
     if len(lost):
         raise NonFiniteRolloutsError(
             f"every rollout of sample {', '.join(map(str, lost[:8].tolist()))} is not finite ({len(lost)} such "
             f"samples, sigma={sigma!r}): look for NaN or inf in inputs and weights, or for a state that explodes"
         )
+
+
+class Made:
+    """A tensor that is made, filled with zeros, where somebody asks for it and nobody has filled it in."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, held: Any, owner: type) -> Any:
+        if self.name not in held.made:
+            held.made[self.name] = held.zeros(self.name)
+        return held.made[self.name]
+
+    def __set__(self, held: Any, tensor: Tensor) -> None:
+        held.made[self.name] = tensor
 
 
 class GradientSums:
@@ -73,13 +88,20 @@ class GradientSums:
     The first two parts come from the even and from the odd rollouts, a third from all rollouts together.
     """
 
+    weight_ih, weight_hh, bias_ih = Made(), Made(), Made()
+    bias_hh = Made()
+    """The same tensor as `bias_ih` unless the two biases have different gradients."""
+
     def __init__(self, weights: LayerWeights, parts: int = 2) -> None:
-        rows = weights.weight_hh.shape[0]
-        self.weight_ih = weights.weight_ih.new_zeros((parts, *weights.weight_ih.shape))
-        self.weight_hh = weights.weight_hh.new_zeros((parts, *weights.weight_hh.shape))
-        self.bias_ih = weights.weight_hh.new_zeros((parts, rows))
-        self.bias_hh = self.bias_ih
-        """The same tensor as `bias_ih` unless the two biases have different gradients."""
+        self.like, self.parts, self.made = weights, parts, dict[str, Tensor]()
+
+    def zeros(self, name: str) -> Tensor:
+        """Return the sums to which nothing has been added."""
+        if name == "bias_hh":
+            both: Tensor = self.bias_ih
+            return both
+        shape = self.like.weight_hh.shape[:1] if name == "bias_ih" else getattr(self.like, name).shape
+        return self.like.weight_hh.new_zeros((self.parts, *shape))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -90,20 +112,33 @@ class GradientSums:
     @within("weight_gradients")
     def add(self, gates: GateAdjoints, run: LayerRun) -> None:
         """Add sum_t A_t (x_t, 1)^T and sum_t R_t (h_{t-1}, 1)^T of some steps, A and R the fields of `gates`."""
-        for total, adjoint, presynaptic in (
-            (self.weight_ih, gates.inputs, run.inputs),
-            (self.weight_hh, gates.recurrent, run.states[:-1, :, : self.weight_hh.shape[2]]),
+        for name, adjoint, presynaptic in (
+            ("weight_ih", gates.inputs, run.inputs),
+            ("weight_hh", gates.recurrent, run.states[:-1, :, : self.like.weight_hh.shape[1]]),
         ):
             rows = adjoint.flatten(1, 2).transpose(1, 2)
-            total.baddbmm_(rows, presynaptic.flatten(0, 1).expand(len(rows), -1, -1))
+            columns = presynaptic.flatten(0, 1).expand(len(rows), -1, -1)
+            if name in self.made:
+                self.made[name].baddbmm_(rows, columns)
+            else:
+                self.made[name] = rows @ columns
+        biases = {"bias_ih": gates.inputs}
         if gates.recurrent is not gates.inputs:
-            self.bias_hh = self.bias_hh + gates.recurrent.sum((1, 2))
-        self.bias_ih += gates.inputs.sum((1, 2))
+            biases["bias_hh"] = gates.recurrent
+        for name, adjoint in biases.items():
+            total = adjoint.sum((1, 2))
+            self.made[name] = self.made[name].add_(total) if name in self.made else total
 
     def totals(self, *, biases: bool) -> tuple[Tensor, ...]:
-        """Return the gradients in the order of the layer's parameters."""
-        both = (self.bias_ih.sum(0), self.bias_hh.sum(0)) if biases else ()
-        return self.weight_ih.sum(0), self.weight_hh.sum(0), *both
+        """Return the gradients in the order of the layer's parameters, each in memory of its own."""
+        sums = (self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if biases else ()))
+        first, *rest = zip(*(total.unbind() for total in sums), strict=True)
+        if not rest:
+            return tuple(total.clone() for total in first)
+        totals = torch._foreach_add(first, rest[0])
+        for more in rest[1:]:
+            torch._foreach_add_(totals, more)
+        return tuple(totals)
 
 
 def split_half(sums: Sequence[GradientSums]) -> Tensor:
@@ -112,20 +147,32 @@ def split_half(sums: Sequence[GradientSums]) -> Tensor:
     It shows the estimate's variance, not its bias; NaN where a half is zero, as with one rollout, and where halves are
     not told apart.
     """
-    if len(sums[0].weight_hh) == 1:
-        return torch.full((), torch.nan, dtype=sums[0].weight_hh.dtype, device=sums[0].weight_hh.device)
-    dot, first, second = torch.stack([_products(tensor[:2]) for layer in sums for tensor in layer.tensors]).sum(0)
-    cosine: Tensor = dot / (first * second).sqrt()
-    return cosine.to(sums[0].weight_hh.dtype)
+    like = sums[0].like.weight_hh
+    if sums[0].parts == 1:
+        return like.new_full((), torch.nan)
+    halves = torch.cat([tensor[:2].flatten(1) for layer in sums for tensor in layer.tensors], 1)
+    # The squares of gradients of 1e20 or 1e-23 leave float32's range.
+    halves = halves.double()
+    products = halves @ halves.t()
+    cosine: Tensor = products[0, 1] / products.diagonal().prod().sqrt()
+    return cosine.to(like.dtype)
 
 
-def _products(halves: Tensor) -> Tensor:
-    """Return the product of two halves, (2, ...), and each half's square, (3,) float64.
+def placed(whole: Tensor | None, part: Tensor, where: tuple[slice | int, ...], shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of some shape with a part of it filled in.
 
-    The squares of gradients of 1e20 or 1e-23 leave float32's range.
+    Args:
+        whole: the tensor so far; None where nothing of it is there. The rest of it is zero.
+        part: of it; where it is all of it, it is the result.
+        where: its place.
+        shape: of the whole.
     """
-    left, right = halves.flatten(1).double().unbind()
-    return torch.stack([left @ right, left @ left, right @ right])
+    if whole is None:
+        if part.shape == shape:
+            return part
+        whole = part.new_zeros(shape)
+    whole[where] = part
+    return whole
 
 
 class Found:
@@ -138,22 +185,53 @@ class Found:
         parts: number of parts of the weights' gradients, see `GradientSums`.
     """
 
+    inputs, h_0 = Made(), Made()
+    """dL/d(inputs), (T, B, I), and dL/d(first states), (layers * D, B, S)."""
+    skipped, ridge_grown = Made(), Made()
+    """See `Estimate`."""
+
     def __init__(self, network: Network, inputs: Tensor, h_0: Tensor, parts: int = 2) -> None:
         self.cell: type[Cell] = network.cell
         self.layers = [GradientSums(weights, parts) for layer in network.layers for weights in layer]
-        self.inputs = torch.zeros_like(inputs)
-        self.h_0 = torch.zeros_like(h_0)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=inputs.device)
-        self.ridge_grown = torch.zeros_like(self.skipped)
+        number = inputs.new_empty((), dtype=torch.int64)
+        self.like: dict[str, Tensor | None] = {
+            "inputs": inputs, "h_0": h_0, "skipped": number, "ridge_grown": number
+        }  # fmt: skip
+        self.made: dict[str, Tensor] = {}
         self.learners: list[Any] = []
         """What each layer and direction has learnt, of an estimator that keeps a state; None where it did not run."""
+
+    def zeros(self, name: str) -> Tensor | None:
+        """Return what nobody has filled in, or None where there is no such thing."""
+        like = self.like[name]
+        return None if like is None else like.new_zeros(like.shape)
+
+    def place(self, name: str, part: Tensor, *where: slice | int) -> None:
+        """Fill in a part of the gradient "inputs" or "h_0", or, in `estimate_grad_`, of "outputs" or "h_n"."""
+        like = self.like[name]
+        assert like is not None  # noqa: S101  (for the type checker; each of these exists)
+        self.made[name] = placed(self.made.get(name), part, where, like.shape)
+
+    def count(self, skipped: Tensor, ridge_grown: Tensor | None) -> None:
+        """Add what the rollouts of some samples of a layer report, both as `Sweep` has it."""
+        for name, number in (("skipped", skipped), ("ridge_grown", ridge_grown)):
+            if number is not None:
+                self.made[name] = self.made[name] + number if name in self.made else number
+
+    def sum_(self, share: Share) -> None:
+        """Sum gradients and counts over the processes that share the rollouts."""
+        if share.alone:
+            return
+        share.sum_(*self.weights, self.inputs, self.h_0)
+        share.sum_(self.skipped, self.ridge_grown)
 
     @property
     def prior(self) -> Tensor:
         """How good the prior means were, see `Estimate`, (layers * D, 2); (0, 2) without a prior."""
-        nothing = self.h_0.new_full((2,), torch.nan)
-        reports = [nothing if learner is None else learner.report for learner in self.learners]
-        return torch.stack(reports) if reports else self.h_0.new_empty((0, 2))
+        if not self.learners:
+            return self.layers[0].like.weight_hh.new_empty((0, 2))
+        nothing = self.layers[0].like.weight_hh.new_full((2,), torch.nan)
+        return torch.stack([nothing if learner is None else learner.report for learner in self.learners])
 
     @property
     def split_half(self) -> Tensor:
@@ -165,42 +243,61 @@ class Found:
         """Every sum of the weights' gradients."""
         return [tensor for layer in self.layers for tensor in layer.tensors]
 
-    def credit(self, index: int, parts: Tensor, weights: LayerWeights, run: LayerRun) -> tuple[Tensor, Tensor]:
-        """Add the gradients of a layer's weights that follow from an adjoint; return the adjoint and dL/dx.
+    def credit(
+        self, index: int, parts: Tensor, weights: LayerWeights, run: LayerRun, *, inputs: bool, start: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Add the gradients of a layer's weights that follow from an adjoint; return those of what comes into it.
 
         Args:
             index: of the layer and direction in `layers`.
             parts: the adjoint in parts, (parts, L, b, S).
             weights: of the layer.
             run: its clean activity over these steps.
+            inputs: whether dL/dx is wanted.
+            start: whether the gradient of the state before these steps is wanted.
 
         Returns:
-            The adjoint, (L, b, S), and dL/dx, (L, b, I).
+            dL/dx, (L, b, I), and dL/d(state before the first step), (b, S); None where it is not wanted.
         """
         gates = self.cell.gate_adjoints(parts, weights, run)
         self.layers[index].add(gates, run)
-        adjoint = parts.sum(0)
-        total = adjoint if gates.inputs is parts else gates.inputs.sum(0)
-        return adjoint, total @ weights.weight_ih
+        first = self.cell.first_state_gradient(parts[:, 0].sum(0), weights, run) if start else None
+        return gates.inputs.sum(0) @ weights.weight_ih if inputs else None, first
 
 
 class FoundOfProblem(Found):
     """The result in `estimate_grad_`: also clean results, and the readout's gradient."""
 
+    outputs, h_n, loss = Made(), Made(), Made()
+    """Clean outputs, (T, B, O); clean final states, (layers * D, B, S); clean loss, 0-dim."""
+    weight_o, bias_o = Made(), Made()
+    """Gradients of the readout, (O, D * H) and (O,); None where there is none."""
+
     def __init__(self, problem: Problem, parts: int = 2) -> None:
         super().__init__(problem.network, problem.inputs, problem.h_0, parts)
         time, batch, _ = problem.inputs.shape
-        self.outputs = problem.inputs.new_zeros((time, batch, problem.outputs_size))
-        self.h_n = torch.zeros_like(problem.h_0)
-        self.loss = problem.inputs.new_zeros(())
+        outputs = problem.inputs.new_empty((1, 1, 1)).expand(time, batch, problem.outputs_size)
+        self.like |= {"outputs": outputs, "h_n": problem.h_0, "loss": problem.inputs.new_empty(())}
+        self.like |= {"weight_o": problem.weight_o, "bias_o": problem.bias_o}
         self.moved = None if problem.loss.moved is None else problem.loss.moved.zero_()
-        self.weight_o = None if problem.weight_o is None else torch.zeros_like(problem.weight_o)
-        self.bias_o = None if problem.bias_o is None else torch.zeros_like(problem.bias_o)
+
+    def taken(self, name: str) -> Tensor | None:
+        """Return what was found, which is then the caller's alone."""
+        found: Tensor | None = getattr(self, name)
+        del self.made[name]
+        return found
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add to "loss", "weight_o" or "bias_o"."""
+        self.made[name] = self.made[name].add_(value) if name in self.made else value
 
     def sum_(self, share: Share) -> None:
         """Sum the results of the processes that share the rollouts."""
-        share.sum_(*self.weights, self.inputs, self.h_0)
-        share.sum_(self.skipped, self.ridge_grown, *(() if self.moved is None else (self.moved,)))
+        if share.alone:
+            return
+        super().sum_(share)
+        if self.moved is not None:
+            share.sum_(self.moved)
         if share.by_samples:
             # Each process has run only its samples, of the clean network, too.
             readout = [gradient for gradient in (self.weight_o, self.bias_o) if gradient is not None]
@@ -208,7 +305,7 @@ class FoundOfProblem(Found):
 
     def add_readout(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add the readout's gradient from dL/do, (L, b, O), and the states it read, (L, b, D * H)."""
-        if self.weight_o is not None:
-            self.weight_o += gradient.flatten(0, 1).t() @ hidden.flatten(0, 1)
-        if self.bias_o is not None:
-            self.bias_o += gradient.sum((0, 1))
+        if self.like["weight_o"] is not None:
+            self.add("weight_o", gradient.flatten(0, 1).t() @ hidden.flatten(0, 1))
+        if self.like["bias_o"] is not None:
+            self.add("bias_o", gradient.sum((0, 1)))

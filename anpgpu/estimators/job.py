@@ -37,6 +37,10 @@ class Job(NamedTuple):
     """Bytes."""
     perturb_readout: bool
     """Whether the readout's gradient is estimated from perturbed outputs."""
+    of_inputs: bool = True
+    """Whether the inputs' gradient is wanted."""
+    of_h_0: bool = True
+    """Whether the first states' gradient is wanted."""
 
     def agreed(self, *masks: Tensor) -> Job:
         """Return the job with the same seed and memory limit in all processes that share its rollouts.
@@ -44,6 +48,8 @@ class Job(NamedTuple):
         Raises:
             RuntimeError: the processes do not hold the same batch, weights and dropout masks.
         """
+        if self.settings.share.alone:
+            return self
         problem = self.problem
         weights = [
             weight for layer in problem.network.layers for side in layer for weight in side if weight is not None

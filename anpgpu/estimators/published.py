@@ -128,7 +128,7 @@ def published(job: Job) -> FoundOfProblem:
             spec = loss.spec(None, outputs, steps, EVERYONE, False, None)
             delta_loss = spec.differences(slice(0, len(outputs)), output_deviation(spec.readout, delta_o))
         finite = torch.isfinite(delta_loss).all(0) & torch.isfinite(perturbed.delta_h).all(-1)
-        raise_if_lost(finite, 0, settings.options.sigma)
+        raise_if_lost(finite.sum(1), 0, settings.options.sigma)
         # Converts a step's share of the mean over the sequence into the mean over the samples that count at the step.
         share = _share_of_steps(problem, steps).to(delta_loss.dtype)
         credit = torch.where(share == 0, 0, delta_loss.sum((1, 2)) / share)

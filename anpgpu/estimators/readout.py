@@ -67,6 +67,6 @@ def perturb_readout(
         credit = returns(torch.where(usable, delta_loss, 0), 1.0 if loss.black_box and loss.per_sequence else 0.0)
         gradient += (credit.unsqueeze(2) @ (delta_o / sigma)).squeeze(2) / sigma
     counts = settings.share.counted(finite)
-    raise_if_lost(counts.unsqueeze(1) > 0, samples.start, sigma)
+    raise_if_lost(counts, samples.start, sigma)
     settings.share.complete_(gradient)
     return gradient / counts.view(1, -1, 1)

@@ -12,10 +12,10 @@ arXiv:2310.00965 (np); Fernandez, Keemink, van Gerven 2024, arXiv:2405.08967 (an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from anpgpu.registry import BACKENDS, ESTIMATORS, Estimator
@@ -57,10 +57,15 @@ class Rule(Estimator):
     def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
         self.settings, self.seed, self.finite = settings, seed, finite
         self.units = weight_hh.shape[1]
-        self.carry = weight_hh.new_zeros(finite.shape)
-        """The return of the step after the segment, (b, P)."""
+        self.like = weight_hh
         self.sums: Tensor | None = None
-        self.ridge_grown = torch.zeros((), dtype=torch.int64, device=weight_hh.device)
+        self.ridge_grown: Tensor | None = None
+        """Number of systems whose ridge had to grow, 0-dim int64; None without systems."""
+
+    @functools.cached_property
+    def carry(self) -> Tensor:
+        """The return of the step after the segment, (b, P): zero at first."""
+        return self.like.new_zeros(self.finite.shape)
 
     @property
     def fused(self) -> bool:
@@ -82,6 +87,10 @@ class Rule(Estimator):
     def add_sums(self, sums: Tensor) -> None:
         """Add the sums over a block's rollouts, (parts, L, b, H)."""
         self.sums = sums if self.sums is None else self.sums.add_(sums)
+
+    def add_grown(self, number: Tensor) -> None:
+        """Count systems whose ridge had to grow."""
+        self.ridge_grown = number if self.ridge_grown is None else self.ridge_grown + number
 
     def estimate(self, counts: Tensor) -> Tensor:
         """Return the segment's estimate in parts, (parts, L, b, H), and clear the sums for the next segment.
@@ -107,6 +116,8 @@ class MeanOfProducts(Rule):
 
     def __init__(self, settings: Settings, weight_hh: Tensor, seed: Tensor, finite: Tensor) -> None:
         super().__init__(settings, weight_hh, seed, finite)
+        self.carries: dict[int, Tensor] = {}
+        """The return of the step after the segment, (b, p), by the first rollout of a block."""
         self.total: Tensor | None = None
         """sum_p c_p, (L, b)."""
         self.unit_sums: Tensor | None = None
@@ -116,9 +127,11 @@ class MeanOfProducts(Rule):
         """Add credit times noise or activity."""
         with entered("returns"):
             credit = implementation("returns", self.settings.backend)(
-                delta_loss, self.settings.discount, carry=self.carry[:, block.rollouts]
+                delta_loss, self.settings.discount, carry=self.carries.get(block.rollouts.start)
             )
-        self.carry[:, block.rollouts] = credit[0]
+        if block.counters.time:
+            # A segment before this one needs it.
+            self.carries[block.rollouts.start] = credit[0].clone()
         self.add_sums(self._products(credit, block, delta_a))
         if self.settings.baseline:
             total = credit.sum(-1)
@@ -193,11 +206,12 @@ class LeastSquares(Rule):
         assert delta_a is not None  # noqa: S101  (for the type checker; the rule stores it)
         if block.path is not None and self.handed is None:
             self.handed = self.carry.new_zeros((len(self.finite), self.units))
+        carry = self.carry
         with entered("least_squares"):
             sums, self.carry, grown = least_squares_on(settings.backend)(
                 delta_loss,
                 delta_a,
-                self.carry,
+                carry,
                 self.seed,
                 finite=self.finite,
                 discount=settings.discount,
@@ -210,7 +224,7 @@ class LeastSquares(Rule):
                 handed=self.handed,
             )
         self.add_sums(sums)
-        self.ridge_grown += grown
+        self.add_grown(grown)
 
     def estimate(self, counts: Tensor) -> Tensor:
         """Return the solution, which is not divided by counts."""

@@ -20,7 +20,7 @@ from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import Rollout, RolloutOptions
 from anpgpu.kernels.scratch import give_back
 from anpgpu.network.cells import Cell
-from anpgpu.runtime.dispatch import implementation
+from anpgpu.runtime.dispatch import implementation, marks_on
 from anpgpu.runtime.memory import Division
 from anpgpu.runtime.ranges import entered
 from anpgpu.runtime.settings import Settings
@@ -83,9 +83,11 @@ class Sweep:
         self.blocks = [slice(first, min(first + step, total)) for first in range(0, total, step)]
         self.segmented = division.segments > 1
         self.starts: dict[int, Tensor] = {}
-        self.finite = torch.ones((chunk.size, total), dtype=torch.bool, device=weight_hh.device)
-        self.counts = self.finite.sum(1)
+        self.finite = torch.empty((chunk.size, total), dtype=torch.bool, device=weight_hh.device)
+        """Which rollouts count; those of a block once it has run."""
+        self.counts: Tensor | None = None
         self.rollout = implementation("rollout", settings.backend)
+        self.mark = marks_on(settings.backend)
         self.rule = settings.estimator.rule(settings, weight_hh, seed, self.finite)
         self.learner = learner
 
@@ -121,19 +123,13 @@ class Sweep:
             shape = (self.chunk.size, self.settings.options.rollouts, hidden.shape[-1])
             self.starts[steps.stop] = self.weight_hh.new_empty(shape)
         self.starts[steps.stop][:, rollouts] = moved.delta_h
-        self._mark(rollouts, moved.delta_h, moved.delta_loss)
+        self.mark(self.finite[:, rollouts], moved.delta_loss, moved.delta_h, first=not steps.start)
         return moved
-
-    def _mark(self, rollouts: slice, delta_h: Tensor, delta_loss: Tensor | None) -> None:
-        """Record which rollouts of a block are not finite."""
-        self.finite[:, rollouts] &= torch.isfinite(delta_h).all(-1)
-        if delta_loss is not None:
-            self.finite[:, rollouts] &= torch.isfinite(delta_loss).all(0)
 
     def check(self) -> None:
         """Count the finite rollouts of each sample over all processes; raise if a sample has none."""
         self.counts = self.settings.share.counted(self.finite)
-        raise_if_lost(self.counts.unsqueeze(1) > 0, self.chunk.samples.start, self.settings.options.sigma)
+        raise_if_lost(self.counts, self.chunk.samples.start, self.settings.options.sigma)
 
     def credit(
         self,
@@ -185,10 +181,10 @@ class Sweep:
             if measure is not None and moved.delta_o is not None:
                 delta_loss = measure(moved.delta_o)
             assert delta_loss is not None  # noqa: S101  (for the type checker; somebody measured)
-            if not self.segmented:
-                self._mark(rollouts, moved.delta_h, delta_loss)
-                if trust is not None:
-                    self.finite[:, rollouts] |= trust.unsqueeze(1)
+            if self.segmented:
+                delta_loss = torch.where(self.finite[:, rollouts], delta_loss, 0)
+            else:
+                delta_loss = self.mark(self.finite[:, rollouts], delta_loss, moved.delta_h, first=True, trust=trust)
             activity = moved.delta_a
             if path is not None:
                 # Regressed and averaged is h alone.
@@ -201,7 +197,7 @@ class Sweep:
                 slope = self.settings.options.cell.slope_of(preact, hidden)
                 recurrence = self.cell.recurrence(preact, hidden, self.settings.discount)
                 self.rule.expect(self.learner, Known(slope, of_loss()[..., : self.units], recurrence))
-            self.rule.add(block, torch.where(self.finite[:, rollouts], delta_loss, 0), activity)
+            self.rule.add(block, delta_loss, activity)
             give_back(moved.delta_a)
         if not self.segmented:
             self.check()
@@ -250,7 +246,7 @@ class Sweep:
                 delta_h0=start,
                 finite=self.finite[:, block.rollouts] if self.segmented else None,
             )
-        self._mark(block.rollouts, delta_h, delta_loss)
+        self.mark(self.finite[:, block.rollouts], delta_loss, delta_h, first=not self.segmented)
         self.rule.add_sums(sums)
 
     @property
@@ -259,7 +255,7 @@ class Sweep:
         return (~self.finite).sum()
 
     @property
-    def ridge_grown(self) -> Tensor:
-        """Number of systems whose ridge had to grow so far, see `Estimate`."""
-        grown: Tensor = self.rule.ridge_grown
+    def ridge_grown(self) -> Tensor | None:
+        """Number of systems whose ridge had to grow so far, see `Estimate`; None without systems."""
+        grown: Tensor | None = self.rule.ridge_grown
         return grown

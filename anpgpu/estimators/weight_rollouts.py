@@ -172,10 +172,10 @@ def estimate_weights(
         finite = torch.isfinite(change)
         if trust is not None:
             finite |= trust[samples].unsqueeze(1)
-        counts = settings.share.counted(finite).unsqueeze(1)
-        raise_if_lost(counts > 0, samples.start, settings.options.sigma)
+        counts = settings.share.counted(finite)
+        raise_if_lost(counts, samples.start, settings.options.sigma)
         skipped += (~finite).sum()
-        share = torch.where(finite, change, 0) / (counts * settings.options.sigma)
+        share = torch.where(finite, change, 0) / (counts.unsqueeze(1) * settings.options.sigma)
         for rollouts in blocks:
             _add_weighted(sums, run.noises(rollouts), share[:, rollouts], settings.share.own.start + rollouts.start)
     settings.share.sum_(*(total for layer in sums for side in layer for total in side.tensors))

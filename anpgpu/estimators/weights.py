@@ -113,7 +113,9 @@ def weights_backward(backward: Backward) -> Found:
 
     # Made on the device: copied there it would make the host wait, and could not be captured in a CUDA graph.
     last = torch.full((batch,), time - 1, device=device) if lengths is None else (lengths - 1).to(device)
-    trust = ~(torch.isfinite(grad_outputs).all(-1).all(0) & torch.isfinite(grad_h_n).all(-1).all(0))
+    trust = ~torch.isfinite(grad_outputs).all(-1).all(0)
+    if grad_h_n is not None:
+        trust |= ~torch.isfinite(grad_h_n).all(-1).all(0)
     estimate = within_memory(
         _WeightShape(network, settings, batch, time, 0),
         backward.max_memory,
@@ -126,7 +128,7 @@ def weights_backward(backward: Backward) -> Found:
             batch=batch,
             block=block,
             lengths=lengths,
-            final=FinalGradients(grad_h_n, last),
+            final=None if grad_h_n is None else FinalGradients(grad_h_n, last),
             trust=trust,
         ),
         alone=settings.share.alone,

@@ -130,11 +130,18 @@ def clean_run(
     drawn = iter(masks)
     with _under(structure.autocast, inputs.device):
         run = run_network(structure.network(weights), inputs, hx, lengths, (lambda _: next(drawn)) if masks else None)
-    # The caller may change what is returned in place, as nn.RNN's; the backward pass has states of its own.
     dtype = structure.state_dtype(weights[0], packed=lengths is not None)
-    outputs = run.outputs.to(dtype).clone(memory_format=torch.contiguous_format)
-    h_n = run.h_n.to(dtype).clone()
-    return outputs, h_n, [side.states.to(dtype).contiguous() for layer in run.layers for side in layer]
+    states = [side.states.to(dtype).contiguous() for layer in run.layers for side in layer]
+    outputs, h_n = (
+        _own(result.to(dtype).contiguous(), (inputs, hx, *states)) for result in (run.outputs, run.h_n)
+    )  # fmt: skip
+    return outputs, h_n, states
+
+
+def _own(result: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Return a result in memory of its own: the caller may change it in place, as that of nn.RNN."""
+    shared = any(torch._C._is_alias_of(result, tensor) for tensor in others)  # type: ignore[attr-defined]
+    return result.clone() if shared or result._is_view() else result
 
 
 @clean_run.register_fake
@@ -165,24 +172,24 @@ class Left(NamedTuple):
 @torch.library.custom_op(
     "anpgpu::rnn_backward",
     mutates_args=(),
-    schema="(Tensor grad_outputs, Tensor grad_h_n, Tensor seed, Tensor inputs, Tensor? lengths, "
+    schema="(Tensor grad_outputs, Tensor? grad_h_n, Tensor seed, Tensor inputs, Tensor? lengths, "
     "Tensor[] weights, Tensor[] states, Tensor[] masks, SymInt lowest, SymInt kept, "
     + STRUCTURE
     + "".join(f", {SCHEMA_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(Perturbation))
     + ") -> Tensor[]",
 )
 @within("backward")
-def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]:
+def backward(grad_outputs: Tensor, grad_h_n: Tensor | None, *rest: Any) -> list[Tensor]:
     """Estimate gradients from rollouts; linear in the incoming gradients, for a given seed.
 
     Args:
         grad_outputs: dL/doutputs, (T, B, D * H).
-        grad_h_n: dL/d(final states), (layers * D, B, S).
-        *rest: `Left`; the number of the lowest layer that needs a gradient, 0 if inputs or hx do; the handle of the
+        grad_h_n: dL/d(final states), (layers * D, B, S); None is zero.
+        *rest: `Left`; the number of the lowest layer that needs a gradient, -1 if inputs or hx do; the handle of the
             module's state, see `estimators.kept`; `Structure`; the fields of `Perturbation`.
 
     Returns:
-        Gradients of inputs and hx (empty tensors unless the lowest layer is 0) and of every weight in the order of
+        Gradients of inputs and hx (empty tensors unless the lowest layer is -1) and of every weight in the order of
         `weights`, each in its tensor's type; then `skipped`, `split_half` and `ridge_grown` of `Estimate`, and what the
         state's learners report, (layers * D, 2), empty without a state.
     """
@@ -201,17 +208,18 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]
         check_extent(len(left.states), *left.inputs.shape[:2])
         dtype = working_dtype(left.weights[0].dtype)
         network = structure.network(left.weights).to(dtype)
-        grad_outputs, grad_h_n = grad_outputs.to(dtype), grad_h_n.to(dtype)
+        grad_outputs, grad_h_n = grad_outputs.to(dtype), None if grad_h_n is None else grad_h_n.to(dtype)
         limit = default_memory(device) if perturbation.max_memory is None else perturbation.max_memory
-        seed, limit = settings.share.agree(left.seed, limit, grad_outputs, grad_h_n, left.inputs, *left.weights)
+        final = () if grad_h_n is None else (grad_h_n,)
+        seed, limit = settings.share.agree(left.seed, limit, grad_outputs, *final, left.inputs, *left.weights)
         run = _rebuild(left, structure, dtype)
         work = Backward(settings, limit, left.lengths, lowest, network, run, seed, grad_outputs, grad_h_n)
         estimate: Found = settings.estimator.backward(work) if left.inputs.shape[1] else work.found
     kind = left.inputs.dtype
     sums = [total for layer in estimate.layers for total in layer.totals(biases=structure.biases)]
-    gradients = [estimate.inputs.to(kind).contiguous(), estimate.h_0.to(kind).contiguous()]
-    if lowest:
-        gradients = [gradient.new_empty(0) for gradient in gradients]
+    gradients = [left.inputs.new_empty(0), left.inputs.new_empty(0)]
+    if lowest < 0:
+        gradients = [estimate.inputs.to(kind).contiguous(), estimate.h_0.to(kind).contiguous()]
     gradients += [grad.to(weight.dtype).contiguous() for grad, weight in zip(sums, left.weights, strict=True)]
     return [*gradients, estimate.skipped, estimate.split_half, estimate.ridge_grown, estimate.prior]
 
@@ -224,10 +232,12 @@ def _taken_apart(rest: Sequence[Any]) -> tuple[Left, tuple[int, int], Structure,
 
 
 @backward.register_fake
-def _(grad_outputs: Tensor, grad_h_n: Tensor, *rest: Any) -> list[Tensor]:
+def _(grad_outputs: Tensor, grad_h_n: Tensor | None, *rest: Any) -> list[Tensor]:
     left, (lowest, kept), *_ = _taken_apart(rest)
-    shapes = [(0,), (0,)] if lowest else [left.inputs.shape, grad_h_n.shape]
-    number = grad_h_n.new_empty((), dtype=torch.int64)
+    shapes: list[tuple[int, ...]] = [(0,), (0,)]
+    if lowest < 0:
+        shapes = [tuple(left.inputs.shape), (len(left.states), *left.states[0].shape[1:])]
+    number = grad_outputs.new_empty((), dtype=torch.int64)
     return [
         *(left.inputs.new_empty(shape) for shape in shapes),
         *(weight.new_empty(weight.shape) for weight in left.weights),
@@ -282,14 +292,10 @@ class PerturbedRNN(torch.autograd.Function):
         _, _, _, *needed = ctx.needs_input_grad
         per_layer = call.structure.weights_per_layer
         wanted = [number for number in range(call.weights) if needed[2 + number]]
-        lowest = 0 if needed[0] or needed[1] else min(wanted) // per_layer
-        states = tensors[-1]
-        batch, size = states.shape[1:]
+        lowest = -1 if needed[0] or needed[1] else min(wanted) // per_layer
         if grad_outputs is None:
-            outputs = call.structure.directions * tensors[1].shape[1]
-            grad_outputs = states.new_zeros((values.shape[0], batch, outputs))
-        if grad_h_n is None:
-            grad_h_n = states.new_zeros((ctx.states, batch, size))
+            states, outputs = tensors[-1], call.structure.directions * tensors[1].shape[1]
+            grad_outputs = states.new_zeros((values.shape[0], states.shape[1], outputs))
         split = _Split(call.weights, ctx.states, (lowest, call.kept, *call.structure, *call.perturbation))
         d_inputs, d_hx, *d_weights = underived(
             _backward_of, split, grad_outputs, grad_h_n, seed, values, lengths, *tensors

@@ -26,7 +26,12 @@ OP_MODULES = {
 }
 """Stem of the kernel file of each op; profiler ranges have the names of the ops."""
 
-PART_MODULES = {"least_squares": "least_squares", "deflate": "least_squares", "descend": "feedback"}
+PART_MODULES = {
+    "least_squares": "least_squares",
+    "deflate": "least_squares",
+    "descend": "feedback",
+    "mark_finite": "finite",
+}
 """The same for functions that some backends have, whole or as part of an op."""
 
 
@@ -45,6 +50,8 @@ class Backend:
     """Whether activity differences of 16-bit operands are stored as bfloat16."""
     own_least_squares: bool = False
     """Whether it has its own form of `least_squares`."""
+    own_marks: bool = False
+    """Whether it has its own form of `mark_finite`."""
     own_recursion: bool = False
     """Whether it has its own form of the least-squares recursion, `deflate`, and of that of learned feedback."""
 
@@ -63,7 +70,7 @@ class Triton(Backend):
     """Triton kernels, for CUDA tensors; on the CPU only in Triton's interpreter."""
 
     suffix, float64, instead = "_triton", False, "'torch' or 'cupy'"
-    fuses, narrow_activity, own_least_squares = True, True, True
+    fuses, narrow_activity, own_least_squares, own_marks = True, True, True, True
 
     @staticmethod
     def check(device: torch.device) -> None:
@@ -173,6 +180,12 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     module = importlib.import_module(f"anpgpu.kernels.{stem}{BACKENDS[backend].suffix}")
     function: Callable[..., Any] = getattr(module, op)
     return function
+
+
+@functools.cache
+def marks_on(backend: str) -> Callable[..., Any]:
+    """Return `mark_finite` of a backend, which is the reference's where it has none of its own."""
+    return implementation("mark_finite", backend if BACKENDS[backend].own_marks else "torch")
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch.nn.modules.loss import _Loss
 
 from anpgpu.kernels.loss import Loss, OutputsOnly
 
-from .losses import LossOptions, MeasuredLoss, Targets
+from .losses import LossOptions, MeasuredLoss, Steps, Targets
 
 LossFunction = Callable[..., Tensor]
 """loss(outputs (T, B, p, O), targets with a rollout axis of size 1) -> (T, B, p) or (B, p); with `lengths=` (B,) if it
@@ -30,10 +30,8 @@ class BlackBox(MeasuredLoss):
     Args:
         loss: see `LossFunction`.
         targets: in canonical form, or without values.
-        valid: steps within each sample's length, (T, B) bool.
-        last_step: each sample's last valid step, (B,) int64.
+        steps: which steps are within each sample's length.
         step_weight: weight of each step's loss, (T, B) float64; None is 1.
-        padded: whether some steps are not valid.
         readout: a module without trainable parameters between the states and the loss.
     """
 
@@ -43,14 +41,13 @@ class BlackBox(MeasuredLoss):
         self,
         loss: LossFunction,
         targets: Targets,
-        valid: Tensor,
-        last_step: Tensor,
+        steps: Steps,
         step_weight: Tensor | None = None,
         *,
-        padded: bool,
         readout: nn.Module | None = None,
     ) -> None:
-        self.loss, self.targets, self.valid, self.last_step, self.padded = loss, targets, valid, last_step, padded
+        self.loss, self.targets, self.steps, valid = loss, targets, steps, steps.valid
+        self.padded = steps.lengths is not None
         self.readout, self.takes_lengths, self.weighted = readout, _takes_lengths(loss), step_weight is not None
         self.moved = torch.zeros((), dtype=torch.int64, device=valid.device)
         self.per_sequence = False

@@ -7,6 +7,7 @@ are these losses with `LossOptions`; any other callable is a `black_box.BlackBox
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
 from anpgpu.kernels.loss import CrossEntropyLoss, Loss, SquaredLoss
-from anpgpu.network.weights import in_processing_order
+from anpgpu.network.weights import in_processing_order, valid_steps
 from anpgpu.registry import LOSSES
 
 IGNORE_INDEX = -100
@@ -47,13 +48,40 @@ class LossOptions(NamedTuple):
     """Share of the target that is spread over all classes, in [0, 1]."""
 
 
+class Steps:
+    """Which steps of a batch count.
+
+    Args:
+        time: T.
+        batch: B.
+        lengths: valid steps of each sample, (B,) int64; None where all are.
+        device: of the batch.
+    """
+
+    def __init__(self, time: int, batch: int, lengths: Tensor | None, device: torch.device) -> None:
+        self.time, self.batch, self.lengths, self.device = time, batch, lengths, device
+
+    @functools.cached_property
+    def valid(self) -> Tensor:
+        """Steps within each sample's length, (T, B) bool."""
+        if self.lengths is None:
+            return torch.ones((self.time, self.batch), dtype=torch.bool, device=self.device)
+        return valid_steps(self.time, self.lengths, self.device)
+
+    @functools.cached_property
+    def last(self) -> Tensor:
+        """Each sample's last valid step, (B,) int64; -1 without one."""
+        if self.lengths is None:
+            return torch.full((self.batch,), self.time - 1, device=self.device)
+        return (self.lengths - 1).to(self.device)
+
+
 class MeasuredLoss:
     """The loss of a batch of sequences, for any of its steps and samples; base of every loss.
 
     Args:
         targets: in canonical form.
-        valid: steps within each sample's length, (T, B) bool.
-        last_step: each sample's last valid step, (B,) int64.
+        steps: which steps are within each sample's length.
         options: of torch's loss module.
         step_weight: weight of each step's loss, (T, B) float64; None is 1.
     """
@@ -68,35 +96,70 @@ class MeasuredLoss:
     """Rows of the rollouts' readout for each output."""
     returned: torch.dtype | None = None
     """The type of a caller's values."""
+    alike: float | None = None
+    """The weight of every step in the reported loss, where all have the same, whatever the targets are."""
 
-    def __init__(
-        self,
-        targets: Targets,
-        valid: Tensor,
-        last_step: Tensor,
-        options: LossOptions,
-        step_weight: Tensor | None = None,
-    ) -> None:
-        self.targets, self.valid, self.last_step, self.options = targets, valid, last_step, options
+    def __init__(self, targets: Targets, steps: Steps, options: LossOptions, step_weight: Tensor | None = None) -> None:
+        self.targets, self.steps, self.options = targets, steps, options
         self.per_sequence = not targets.per_step
         self.rows_per_output = 2 if options.label_smoothing else 1
-        values, counted = targets.values, valid
-        time, batch = counted.shape
+        values, time, batch = targets.values, steps.time, steps.batch
         assert values is not None  # noqa: S101  (for the type checker; named losses have targets)
         if self.per_sequence:
-            counted = torch.arange(time, device=counted.device).unsqueeze(1) == last_step
             # Expanded without a copy: other steps have weight zero.
             values = values.unsqueeze(0).expand(time, *values.shape)
-        counted = self.counted(counted, values)
-        weight = counted.to(torch.float64) if step_weight is None else torch.where(counted, step_weight, 0)
-        factor, share = self.factors(values)
-        total = (weight * share).sum()
-        if batch and weight.device.type == "cpu" and not (total if not options.summed else weight.sum()):
-            self.refuse_nothing(counted, weight)
-        self.weight = weight * factor if options.summed else weight * factor / total
-        """Weight of each step in the reported loss, (T, B) float64."""
         self.dense = values
         """Targets with a time axis, also where they are per sequence."""
+        self.whole = not self.per_sequence and steps.lengths is None and step_weight is None
+        """Whether every step counts alike, but for what the targets say."""
+        factor, share = self.factors(values)
+        constant = not isinstance(factor, Tensor) and not isinstance(share, Tensor)
+        if self.whole and constant and batch and type(self).counted is MeasuredLoss.counted:
+            self.alike = float(factor) if options.summed else float(factor) / (time * batch * float(share))
+        else:
+            self.weight = self._weights(step_weight, factor, share)
+
+    def _weights(self, step_weight: Tensor | None, factor: Tensor | float, share: Tensor | float) -> Tensor:
+        """Return the weight of each step in the reported loss, (T, B) float64; other arguments are `factors`."""
+        steps, summed = self.steps, self.options.summed
+        valid = None if self.whole else steps.valid
+        if self.per_sequence:
+            valid = torch.arange(steps.time, device=self.device).unsqueeze(1) == steps.last
+        counted = self.counted(valid, self.dense)
+        counted = steps.valid if counted is None else counted
+        weight = counted.to(torch.float64) if step_weight is None else torch.where(counted, step_weight, 0)
+        self.counting = _times(weight, share).sum()
+        """What a mean divides by, 0-dim float64."""
+        if steps.batch and not weight.is_cuda and not (self.counting if not summed else weight.sum()):
+            self.refuse_nothing(counted, weight)
+        weight = _times(weight, factor)
+        return weight if summed else weight / self.counting
+
+    @functools.cached_property
+    def weight(self) -> Tensor:
+        """Weight of each step in the reported loss, (T, B) float64."""
+        return torch.full((self.steps.time, self.steps.batch), self.alike or 0, dtype=torch.float64, device=self.device)
+
+    def weights_as(self, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
+        """Return the weight of some steps, (L, b), in the type of their outputs, (L, b, O)."""
+        if self.alike is not None:
+            return outputs.new_full(outputs.shape[:2], self.alike)
+        return self.weight[steps, samples].to(outputs.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the targets are."""
+        return self.steps.device
+
+    @property
+    def valid(self) -> Tensor:
+        """Steps within each sample's length, (T, B) bool."""
+        return self.steps.valid
+
+    @property
+    def last_step(self) -> Tensor:
+        """Each sample's last valid step, (B,) int64."""
+        return self.steps.last
 
     @classmethod
     def options_of(cls, loss: object) -> LossOptions:
@@ -125,8 +188,8 @@ class MeasuredLoss:
         """Return targets in the working type; raise TypeError or ValueError if they do not suit this loss."""
         raise NotImplementedError
 
-    def counted(self, valid: Tensor, targets: Tensor) -> Tensor:
-        """Return which of the valid steps, (T, B) bool, have a loss."""
+    def counted(self, valid: Tensor | None, targets: Tensor) -> Tensor | None:
+        """Return which of the valid steps, (T, B) bool, have a loss; None is all."""
         del targets
         return valid
 
@@ -152,6 +215,11 @@ class MeasuredLoss:
         """Return the gradient of `each` with respect to the outputs, (L, b, O)."""
         raise NotImplementedError
 
+    @property
+    def rollout_targets(self) -> Tensor:
+        """Targets with a time axis, as `rollout_loss` takes them."""
+        return self.dense
+
     def rollout_loss(
         self,
         readout: Tensor | None,
@@ -165,13 +233,26 @@ class MeasuredLoss:
 
     def values(self, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
         """Return each step's weighted loss, (L, b), from outputs (L, b, O); the sum over all steps is the loss."""
-        weight = self.weight[steps, samples].to(outputs.dtype)
+        if self.alike is not None:
+            return self.each(outputs, self.dense[steps, samples]) * self.alike
+        weight = self.weights_as(outputs, steps, samples)
         return torch.where(weight == 0, 0, self.each(outputs, self.dense[steps, samples]) * weight)
+
+    def total(self, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
+        """Return the sum of `values`, 0-dim."""
+        return self.values(outputs, steps, samples).sum()
 
     def output_gradient(self, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
         """Return dL/do, (L, b, O)."""
-        weight = self.weight[steps, samples].to(outputs.dtype).unsqueeze(-1)
+        if self.alike is not None:
+            return self.gradient(outputs, self.dense[steps, samples]) * self.alike
+        weight = self.weights_as(outputs, steps, samples).unsqueeze(-1)
         return torch.where(weight == 0, 0, self.gradient(outputs, self.dense[steps, samples]) * weight)
+
+    def gradient_with(self, spec: Loss, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
+        """Return `output_gradient` of steps in time order from their `spec`, which may hold what it needs."""
+        del spec
+        return self.output_gradient(outputs, steps, samples)
 
     def spec(
         self,
@@ -192,8 +273,8 @@ class MeasuredLoss:
             reverse: whether the layer runs backwards in time.
             lengths: valid steps of these samples, (b,).
         """
-        weight = in_processing_order(self.weight[steps, samples].to(outputs.dtype), reverse, lengths)
-        targets = self.dense[steps, samples]
+        weight = in_processing_order(self.weights_as(outputs, steps, samples), reverse, lengths)
+        targets = self.rollout_targets[steps, samples]
         return self.rollout_loss(
             readout, outputs, targets, weight, lambda values: in_processing_order(values, reverse, lengths)
         )
@@ -201,6 +282,11 @@ class MeasuredLoss:
     def call(self, outputs: Tensor, samples: slice) -> Tensor:
         """Call the caller's loss on outputs (T, b, p, O); return each step's weighted loss, (T, b, p)."""
         raise NotImplementedError
+
+
+def _times(weight: Tensor, factor: Tensor | float) -> Tensor:
+    """Return the product, or the weight where the factor is 1."""
+    return weight if not isinstance(factor, Tensor) and factor == 1 else weight * factor
 
 
 @LOSSES.add("mse")
@@ -229,6 +315,19 @@ class MeanSquaredError(MeasuredLoss):
     def each(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean squared error of each step."""
         return (outputs - targets).square().mean(-1)
+
+    def total(self, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
+        """Return the loss of some steps, 0-dim."""
+        if self.alike is None:
+            return super().total(outputs, steps, samples)
+        squares = F.mse_loss(outputs, self.dense[steps, samples], reduction="sum")
+        return squares * (self.alike / outputs.shape[-1])
+
+    def gradient_with(self, spec: Loss, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
+        """Return dL/do, (L, b, O), from the error."""
+        if self.alike is None or not isinstance(spec, SquaredLoss):
+            return self.output_gradient(outputs, steps, samples)
+        return spec.error * (2 * self.alike / outputs.shape[-1])
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return 2 (o - y) / O."""
@@ -308,9 +407,37 @@ class CrossEntropy(MeasuredLoss):
             raise ValueError(f"class indices must be in [0, {outputs - 1}] or {ignored}, got {int(wrong[0])}")
         return targets
 
-    def counted(self, valid: Tensor, targets: Tensor) -> Tensor:
+    def counted(self, valid: Tensor | None, targets: Tensor) -> Tensor:
         """Leave out the steps whose class is ignored."""
-        return valid & (targets != self.options.ignore_index)
+        del targets
+        return ~self.ignored if valid is None else valid & ~self.ignored
+
+    @functools.cached_property
+    def ignored(self) -> Tensor:
+        """The steps whose class is ignored, (T, B) bool."""
+        return self.dense == self.options.ignore_index
+
+    @functools.cached_property
+    def rollout_targets(self) -> Tensor:
+        """Class indices with the ignored ones moved into range."""
+        return self.dense.masked_fill(self.ignored, 0)
+
+    def total(self, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
+        """Return the loss of some steps, 0-dim."""
+        options = self.options
+        if not self.whole or options.class_weight is not None or options.label_smoothing:
+            return super().total(outputs, steps, samples)
+        values, targets = outputs.flatten(0, 1), self.dense[steps, samples].flatten()
+        total = F.cross_entropy(values, targets, reduction="sum", ignore_index=options.ignore_index)
+        return total if options.summed else total.div_(self.counting)
+
+    def gradient_with(self, spec: Loss, outputs: Tensor, steps: slice, samples: slice) -> Tensor:
+        """Return dL/do, (L, b, O), from the clean softmax."""
+        if not self.whole or self.options.label_smoothing or not isinstance(spec, CrossEntropyLoss):
+            return self.output_gradient(outputs, steps, samples)
+        gradient = spec.probs.scatter(-1, spec.target.unsqueeze(-1), -1, reduce="add")
+        # 0 * inf is NaN.
+        return (gradient * spec.weight.unsqueeze(-1)).masked_fill_(self.ignored[steps, samples].unsqueeze(-1), 0)
 
     def factors(self, targets: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return A_y and w_y of each step."""
@@ -350,7 +477,7 @@ class CrossEntropy(MeasuredLoss):
         order: Order,
     ) -> Loss:
         """Return the cross-entropy of the kernels."""
-        probs, index = torch.softmax(outputs, dim=-1), self._in_range(targets)
+        probs, index = torch.softmax(outputs, dim=-1), targets
         if self.options.label_smoothing:
             own, spread = self._smoothing(outputs)
             rows = torch.diag(torch.ones_like(own)) if readout is None else readout

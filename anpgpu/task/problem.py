@@ -17,7 +17,7 @@ from anpgpu.registry import CELLS, LOSSES
 from anpgpu.runtime.settings import working_dtype
 
 from .black_box import BlackBox, LossFunction
-from .losses import LossOptions, MeasuredLoss, Targets
+from .losses import LossOptions, MeasuredLoss, Steps, Targets
 
 VARYING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 """Modules whose function depends, in training mode, on a random draw or on what else is in the batch."""
@@ -124,11 +124,7 @@ def canonical(
         for name, parameter in readout.named_parameters():
             _same_device(f"readout.{name}", parameter, values)
     time, batch, _ = values.shape
-    valid = torch.ones((time, batch), dtype=torch.bool, device=values.device)
-    last_step = torch.full((batch,), time - 1, device=values.device)
-    if sizes is not None:
-        valid = valid_steps(time, sizes, values.device)
-        last_step = (sizes - 1).to(values.device)
+    steps = Steps(time, batch, sizes, values.device)
     linear = readout if isinstance(readout, nn.Linear) else None
     weight_o = None if linear is None else linear.weight.detach().to(dtype)
     bias_o = None if linear is None or linear.bias is None else linear.bias.detach().to(dtype)
@@ -142,19 +138,17 @@ def canonical(
     if step_weight is not None:
         if not canonical_targets.per_step and not kind.black_box:
             raise ValueError("step_weight weighs a loss of each step, but targets are one for each sequence")
-        weight = _step_weight(step_weight, layout, valid)
+        weight = _step_weight(step_weight, layout, steps.valid)
     measured = (
         BlackBox(
             loss,
             canonical_targets,
-            valid,
-            last_step,
+            steps,
             weight,
-            padded=sizes is not None,
             readout=None if linear is not None else readout,
         )
         if kind.black_box and callable(loss)
-        else kind(canonical_targets, valid, last_step, options, weight)
+        else kind(canonical_targets, steps, options, weight)
     )
     dropout = _dropout(rnn.dropout) if rnn.training and rnn.dropout else None
     return Problem(network, weight_o, bias_o, values, h_0, sizes, measured, dropout, layout)
