@@ -74,6 +74,7 @@ oldest-triton: $(OLDEST) ## put the oldest supported Triton into .venv/oldest-tr
 
 test-oldest: $(TESTABLE) $(OLDEST) ## compile every kernel for every architecture with the oldest Triton
 	$(PYTEST) tests/test_kernels_compile_oldest.py -m compile
+	PYTHONPATH=.venv/oldest-triton $(PYTEST) tests/test_repeated_launches.py -m compile
 
 test-slow: $(TESTABLE) $(OLDEST) ## the thorough tests
 	HYPOTHESIS_PROFILE=slow $(PYTEST) tests $(SPREAD) -m "slow and not gpu"

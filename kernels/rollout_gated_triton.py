@@ -22,7 +22,7 @@ from .noise import Counters
 from .noise_triton import counter_words, noise_tile, pin, unpack_counters
 from .place_triton import Rows, gather_rows, rows_of, stored_in, tile_of_program
 from .rollout import Rollout, RolloutOptions
-from .rollout_stepwise_triton import StepSizes, add_partials, measurement
+from .rollout_stepwise_triton import Move, StepSizes, measurement, run_steps, stepped
 from .tiles import PARTIAL_STEPS, RolloutLaunch, takes_plain_difference
 
 
@@ -197,47 +197,37 @@ def run_gated(
         of_memory = grad[..., units:] if grad.shape[-1] > units else None
         sums = preact.new_empty((slots, unit_tiles, rows), dtype=torch.float32)
         linear = GatedLinear(sums, rows_of(grad[..., :units]), rows_of(of_memory))
-    measure = measurement(launch, loss, options, inner, units, rows, row_tiles, results)
     low, high = counter_words(counters)
-    stored = stored_in(results.delta_a)
-    for step in range(time):
-        gated_step_kernel[(row_tiles * unit_tiles,)](
-            clean,
-            weight,
-            states,
-            linear,
-            stored,
-            seed,
-            step,
-            step % slots,
-            rows,
-            options.rollouts,
-            StepSizes(units, inner),
-            float(options.sigma),
-            low,
-            high,
-            **flags(options),
-            CELL=form.deviation,
-            GATES=cell.gates,
-            MEMORY=cell.states > 1,
-            ONE_SAMPLE=launch.samples == 1,
-            BLOCK_ROWS=launch.block_rows,
-            BLOCK_UNITS=launch.block_units,
-            BLOCK_INNER=launch.block_inner,
-            STAGES=launch.stages,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            enable_fp_fusion=True,
+    arguments = {
+        "clean": clean,
+        "weight_ptr": weight,
+        "linear": linear,
+        "stored": stored_in(results.delta_a),
+        "seed_ptr": seed,
+        "rows": rows,
+        "rollouts": options.rollouts,
+        "sizes": StepSizes(units, inner),
+        "sigma": float(options.sigma),
+        "counters_low": low,
+        "counters_high": high,
+        **flags(options),
+        "CELL": form.deviation,
+        "GATES": cell.gates,
+        "MEMORY": cell.states > 1,
+    }
+    measure = measurement(launch, loss, options, inner, units, row_tiles, results)
+    moves = [
+        Move(
+            stepped(gated_step_kernel, launch, row_tiles * unit_tiles, {**arguments, "states": pair}, time, slots),
+            None if measure is None else measure(pair.after),
         )
-        if measure is not None:
-            measure(states.after, step)
-        if linear.sums is not None and results.delta_loss is not None:
-            add_partials(results.delta_loss, linear.sums, step)
-        states = GatedStates(states.after, states.before, states.carried)
+        for pair in (states, GatedStates(after, before, states.carried))
+    ]
+    run_steps(moves, time, slots, results.delta_loss, linear.sums)
     last = results.delta_h.view(rows, -1)
     last[:, -units:] = states.carried[:rows, :units]
     if cell.states > 1:
-        last[:, :units] = states.before[:rows, :units].float() * scale
+        last[:, :units] = (after if time % 2 else before)[:rows, :units].float() * scale
 
 
 def by_unit_blocks(weight_hh: Tensor, gates: int, block: int, inner: int, dtype: torch.dtype) -> Tensor:

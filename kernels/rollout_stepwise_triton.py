@@ -19,6 +19,7 @@ from .loss_triton import LossArguments, linear_sum
 from .noise import Counters
 from .noise_triton import counter_words, noise_tile, pin, unpack_counters
 from .place_triton import Rows, gather_rows, gather_scalars, rows_of, stored_in, tile_of_program
+from .repeated_triton import Repeated
 from .rollout import Rollout, RolloutOptions
 from .tiles import PARTIAL_STEPS, UNIT_SUM_BLOCK, RolloutLaunch
 
@@ -287,41 +288,73 @@ def run_stepwise(
     linear = LinearPart(None, rows_of(None))
     if loss.form.measured and not loss.form.of_outputs:
         linear = LinearPart(preact.new_empty((slots, unit_tiles, rows), dtype=torch.float32), loss.rows.signal)
-    measure = measurement(launch, loss, options, inner, units, rows, row_tiles, results)
     low, high = counter_words(counters)
-    clean, stored, flags = clean_of(preact, hidden, options), stored_in(results.delta_a), constexprs(options)
-    for step in range(time):
-        step_kernel[(row_tiles * unit_tiles,)](
-            clean,
-            weight,
-            states,
-            linear,
-            stored,
-            seed,
-            step,
-            step % slots,
-            rows,
-            options.rollouts,
-            StepSizes(units, inner),
-            float(options.sigma),
-            low,
-            high,
-            **flags,
-            ONE_SAMPLE=launch.samples == 1,
-            BLOCK_ROWS=launch.block_rows,
-            BLOCK_UNITS=launch.block_units,
-            BLOCK_INNER=launch.block_inner,
-            STAGES=launch.stages,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            enable_fp_fusion=True,
+    arguments = {
+        "clean": clean_of(preact, hidden, options),
+        "weight_ptr": weight,
+        "linear": linear,
+        "stored": stored_in(results.delta_a),
+        "seed_ptr": seed,
+        "rows": rows,
+        "rollouts": options.rollouts,
+        "sizes": StepSizes(units, inner),
+        "sigma": float(options.sigma),
+        "counters_low": low,
+        "counters_high": high,
+        **constexprs(options),
+    }
+    measure = measurement(launch, loss, options, inner, units, row_tiles, results)
+    moves = [
+        Move(
+            stepped(step_kernel, launch, row_tiles * unit_tiles, {**arguments, "states": pair}, time, slots),
+            None if measure is None else measure(pair.after),
         )
-        if measure is not None:
-            measure(states.after, step)
-        if linear.sums is not None and results.delta_loss is not None:
-            add_partials(results.delta_loss, linear.sums, step)
-        states = States(states.after, states.before)
-    results.delta_h.view(rows, units).copy_(states.before[:rows, :units].float() * scale)
+        for pair in (states, States(states.after, states.before))
+    ]
+    run_steps(moves, time, slots, results.delta_loss, linear.sums)
+    last = states.after if time % 2 else states.before
+    results.delta_h.view(rows, units).copy_(last[:rows, :units].float() * scale)
+
+
+class Move(NamedTuple):
+    """What makes a step from one of two buffers into the other."""
+
+    step: Repeated
+    measure: Repeated | None
+    """Measures the new state; None where no loss of the outputs is asked for."""
+
+
+def stepped(
+    kernel: Any, launch: RolloutLaunch, programs: int, arguments: dict[str, Any], time: int, slots: int
+) -> Repeated:
+    """Return the launches of a kernel that makes one step, of which `step` and `slot` change."""
+    return Repeated(
+        kernel,
+        programs,
+        {
+            **arguments,
+            "ONE_SAMPLE": launch.samples == 1,
+            "BLOCK_ROWS": launch.block_rows,
+            "BLOCK_UNITS": launch.block_units,
+            "BLOCK_INNER": launch.block_inner,
+            "STAGES": launch.stages,
+        },
+        {"step": time, "slot": slots},
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        enable_fp_fusion=True,
+    )
+
+
+def run_steps(moves: list[Move], time: int, slots: int, delta_loss: Tensor | None, sums: Tensor | None) -> None:
+    """Make all steps, with the two buffers in turn, and add up the partial sums of a linear loss."""
+    for step in range(time):
+        move = moves[step % 2]
+        move.step(step, step % slots)
+        if move.measure is not None:
+            move.measure(step)
+        if sums is not None and delta_loss is not None:
+            add_partials(delta_loss, sums, step)
 
 
 def add_partials(delta_loss: Tensor, sums: Tensor, step: int) -> None:
@@ -340,41 +373,37 @@ def measurement(
     options: RolloutOptions,
     inner: int,
     units: int,
-    rows: int,
     row_tiles: int,
     results: Rollout,
-) -> Callable[[Tensor, int], None] | None:
-    """Return what measures a new state at a step, or None where no loss of the outputs is asked for."""
+) -> Callable[[Tensor], Repeated] | None:
+    """Return what returns the launches that measure a new state, or None where no loss of the outputs is asked for."""
     if not loss.form.of_outputs:
         return None
     outputs, readout = loss.outputs(units), None
     if loss.readout is not None:
         padded = launch.block_outputs * triton.cdiv(outputs, launch.block_outputs)
         readout = padded_to(loss.readout, padded, inner, OPERAND_DTYPES[options.precision])
-
-    def measure(state: Tensor, step: int) -> None:
-        measure_kernel[(row_tiles,)](
-            state,
-            readout,
-            loss.rows,
-            results.delta_loss if results.delta_o is None else results.delta_o,
-            step,
-            rows,
-            options.rollouts,
-            OutputSizes(inner, outputs),
-            float(options.sigma),
-            ADD=loss.form.add,
-            FINISH=loss.form.finish,
-            PRECISION=options.precision,
-            ONE_SAMPLE=launch.samples == 1,
-            BLOCK_ROWS=launch.block_rows,
-            BLOCK_OUTPUTS=launch.block_outputs,
-            BLOCK_INNER=launch.block_inner,
-            num_warps=launch.warps,
-            enable_fp_fusion=True,
-        )
-
-    return measure
+    result = results.delta_loss if results.delta_o is None else results.delta_o
+    assert result is not None  # noqa: S101  (for the type checker; a loss of the outputs has one of them)
+    time, batch, rollouts = result.shape[:3]
+    arguments = {
+        "readout_ptr": readout,
+        "loss": loss.rows,
+        "result_ptr": result,
+        "rows": batch * rollouts,
+        "rollouts": rollouts,
+        "sizes": OutputSizes(inner, outputs),
+        "sigma": float(options.sigma),
+        "ADD": loss.form.add,
+        "FINISH": loss.form.finish,
+        "PRECISION": options.precision,
+        "ONE_SAMPLE": launch.samples == 1,
+        "BLOCK_ROWS": launch.block_rows,
+        "BLOCK_OUTPUTS": launch.block_outputs,
+        "BLOCK_INNER": launch.block_inner,
+    }
+    named = {"num_warps": launch.warps, "enable_fp_fusion": True}
+    return lambda state: Repeated(measure_kernel, row_tiles, {"state_ptr": state, **arguments}, {"step": time}, **named)
 
 
 def padded_to(matrix: Tensor, rows: int, inner: int, dtype: torch.dtype) -> Tensor:

@@ -43,7 +43,7 @@ ALONE = {
     *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba", "feedback_matrix"),
     *("rollout_resident_triton", "rollout_stepwise_triton", "rollout_fused_triton", "rollout_gated_triton"),
     *("tiles_least_squares", "gram_triton", "inverse_triton"),
-    "rollout_gated_resident_triton",
+    *("rollout_gated_resident_triton", "repeated_triton"),
 }
 """The other files of kernels/."""
 
