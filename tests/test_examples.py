@@ -348,3 +348,40 @@ def test_a_swapped_character_model_learns_its_text(run):
     }
     assert final["bptt"] < 2.9
     assert final["anp-ls"] < final["bptt"] + 0.2
+
+
+@pytest.fixture
+def cuda_graph(monkeypatch):
+    """The example of CUDA graphs, as a module and as a script."""
+    path = str(EXAMPLES / "cuda_graph.py")
+
+    def script(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cuda_graph.py", *arguments])
+        runpy.run_path(path, run_name="__main__")
+
+    return runpy.run_path(path), script
+
+
+@pytest.mark.parametrize("way", ["graph", "compiled", "callable"])
+def test_graphs_without_a_cuda_device_are_a_clear_error(way, cuda_graph, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        cuda_graph[1]("--way", way)
+    assert stopped.value.code == 2
+    assert f"--way {way} needs a CUDA device, and there is none here: use --way eager" in capsys.readouterr().err
+
+
+def test_the_step_of_the_graph_example_learns(cuda_graph, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    losses, _ = cuda_graph[0]["train"]("eager", 60, "cpu")
+    assert len(losses) == 60
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    cuda_graph[1]("--way", "eager", "--updates", "3")
+    assert re.fullmatch(r"eager: loss \d\.\d{3} -> \d\.\d{3}, \d+\.\d\d ms an update\n", capsys.readouterr().out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["graph", "compiled", "callable"])
+def test_a_step_in_a_graph_learns(way, cuda_graph):
+    losses, _ = cuda_graph[0]["train"](way, 60, "cuda")
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
