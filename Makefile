@@ -14,6 +14,9 @@ endif
 ONE_THREAD := env OMP_NUM_THREADS=1
 PYTEST := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(BIN)pytest
 
+# Tests start many processes, and each would compile every module from its source.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Processes of each leg. A file's tests stay in one, so that what they share is made once.
 JOBS ?= 2
 SPREAD := -n $(JOBS) --dist loadfile

@@ -1,6 +1,7 @@
 """Compile every kernel for every architecture without a GPU, and compare with the checked-in table.
 
-    python tests/compile_kernels.py              compile, print what differs from tests/compiled.json
+    python tests/compile_kernels.py              compile what changed, print what differs from tests/compiled.json
+    python tests/compile_kernels.py --all        compile all of them
     python tests/compile_kernels.py --write      the same, then rewrite the table
     python tests/compile_kernels.py --only PART  only the cases whose name contains PART
     python tests/compile_kernels.py --oldest     with the oldest Triton that is supported, and its own table
@@ -12,12 +13,17 @@ constexprs, options)}. In a signature, "i32:16" is an integer known to be divisi
 argument, and ("=", value) is a constant. Pointers count as aligned to 16 bytes. A case whose name begins with
 "sm_90:" is compiled for that architecture alone.
 
+A row's `source` is a hash of all that its machine code is made from: Triton's version, the kernel with every function
+it calls, signature, constants and options. The tests compile the rows whose hash is not the table's, and one of each
+kernel; those of `make test-slow` and `make test-oldest` compile all.
+
 A failed assertion of the compiler kills its process: cases run in worker processes. Triton's cache is temporary.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -35,6 +41,8 @@ OLDEST_TABLE = HERE / "compiled_oldest.json"
 OLDEST = Path(os.environ.get("OLDEST_TRITON") or HERE.parent / ".venv" / "oldest-triton")
 """Folder of the package triton in its oldest supported version."""
 ARCHES = (80, 89, 90, 100)
+SAMPLED = 90
+"""The architecture on which one case of each kernel is always compiled."""
 WORKERS = 2
 
 SLACK = {"registers": 8, "stack": 32, "shared": 0, "local_in_loop": 0, "barriers": 0, "issued": 0.15, "special": 0.05}
@@ -78,6 +86,24 @@ def ast_source(kernel, signature, constexprs):
 
     types = {name: plain(signature[name], (index,)) for index, name in enumerate(kernel.arg_names)}
     return ASTSource(kernel, types, constants, attributes)
+
+
+def forget_places():
+    """Let what Triton hashes not depend on where in its file a kernel stands."""
+    from triton.runtime.jit import JITFunction
+
+    for name, module in list(sys.modules.items()):
+        for kernel in vars(module).values() if name.startswith("anpgpu.") else ():
+            if isinstance(kernel, JITFunction):
+                kernel.starting_line_number = 1
+
+
+def source_of(kernel, signature, constexprs, options, arch):
+    """Return a hash of all that a case's machine code is made from."""
+    import triton
+
+    made_from = ast_source(kernel, signature, constexprs).hash(), triton.__version__, arch, sorted(options.items())
+    return hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
 
 
 def measure(kernel, signature, constexprs, options, arch):
@@ -189,12 +215,20 @@ def key_of(name, arch):
 
 
 def work():
-    """Compile the cases named on standard input, one line of JSON for each."""
+    """Compile the cases of standard input, one line of JSON for each.
+
+    An input is a case's name and the row that its table has, or null; that row is the answer where its source is the
+    case's.
+    """
     cases = {key_of(*place): (case, place[1]) for place, case in found_cases().items()}
+    forget_places()
     for line in sys.stdin:
-        case, arch = cases[line.strip()]
+        name, row = json.loads(line)
+        case, arch = cases[name]
         try:
-            row = measure(*case, arch)
+            source = source_of(*case, arch)
+            if row is None or row.get("source") != source:
+                row = measure(*case, arch) | {"source": source}
         except Exception as error:  # noqa: BLE001  (whatever it is, it belongs in the table)
             row = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         sys.stdout.write(json.dumps(row) + "\n")
@@ -209,22 +243,38 @@ def version_in(folder):
     return found[0].removeprefix("triton-").removesuffix(".dist-info")
 
 
-def compile_all(only="", triton=None):
-    """Return {name: row} of all cases whose name contains `only`, compiled with the package in the folder `triton`."""
-    names = [key_of(*place) for place in found_cases()]
-    names = [name for name in names if only in name]
+def sample(cases):
+    """Return the names of one case of each kernel, for `SAMPLED` where it has one."""
+    first = {}
+    for (name, arch), (kernel, *_) in sorted(cases.items()):
+        first.setdefault(kernel.__name__, key_of(name, arch))
+        if arch == SAMPLED and not first[kernel.__name__].startswith(f"sm_{SAMPLED}:"):
+            first[kernel.__name__] = key_of(name, arch)
+    return set(first.values())
+
+
+def compile_all(only="", triton=None, table=None):
+    """Return {name: row} of all cases whose name contains `only`, compiled with the package in the folder `triton`.
+
+    Rows of the table whose source is as it was are taken from there, but for one of each kernel. Without a table all
+    are compiled.
+    """
+    cases = found_cases()
+    anew = sample(cases)
+    names = [key_of(*place) for place in cases]
+    asked = [(name, None if name in anew else (table or {}).get(name)) for name in names if only in name]
     with ThreadPoolExecutor(WORKERS) as pool:
-        shares = [(names[start::WORKERS], triton) for start in range(WORKERS)]
+        shares = [(asked[start::WORKERS], triton) for start in range(WORKERS)]
         parts = list(pool.map(lambda share: _compile_part(*share), shares))
     rows = {name: row for part in parts for name, row in part.items()}
     return {name: rows[name] for name in sorted(rows)}
 
 
-def _compile_part(names, triton):
-    """Return the rows of some cases; a worker that dies takes one case with it."""
+def _compile_part(asked, triton):
+    """Return the rows of some cases, given with those of the table; a worker that dies takes one case with it."""
     rows = {}
     paths = [str(HERE), *sys.path] if triton is None else [str(triton), str(HERE), *sys.path]
-    left = list(names)
+    left = list(asked)
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(paths)}
         environment.pop("TRITON_INTERPRET", None)
@@ -235,9 +285,9 @@ def _compile_part(names, triton):
                 command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
             ) as worker:
                 while left:
-                    name = left.pop(0)
+                    name, row = left.pop(0)
                     try:
-                        worker.stdin.write(name + "\n")
+                        worker.stdin.write(json.dumps([name, row]) + "\n")
                         worker.stdin.flush()
                         line = worker.stdout.readline()
                     except BrokenPipeError:
@@ -259,10 +309,9 @@ def differences(table, rows):
         elif new is None:
             lines.append(f"- {name}")
         elif old != new:
-            changes = [
-                f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
-            ]
-            lines.append(f"  {name}: {', '.join(changes)}")
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "source"]
+            changes = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys]
+            lines += [f"  {name}: {', '.join(changes)}"] if changes else []
     return lines
 
 
@@ -285,6 +334,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the table")
     parser.add_argument("--only", default="", help="part of the names of the cases to compile")
+    parser.add_argument("--all", action="store_true", help="also those whose source is that of the table")
     parser.add_argument("--oldest", action="store_true", help="compile with the oldest Triton")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -297,7 +347,7 @@ def main():
     if arguments.oldest:
         table, folder, version = OLDEST_TABLE, OLDEST, version_in(OLDEST)
     stored = json.loads(table.read_text()) if table.exists() else {"rows": {}}
-    rows = compile_all(arguments.only, folder)
+    rows = compile_all(arguments.only, folder, {} if arguments.all else stored["rows"])
     before = {name: row for name, row in stored["rows"].items() if arguments.only in name}
     sys.stdout.write("\n".join(differences(before, rows)) + "\n")
     if arguments.write:

@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import NamedTuple
+
+from forking import Forks
 
 import anpgpu
 
@@ -55,8 +55,13 @@ class Mutation(NamedTuple):
 
 
 def copy_package(folder):
-    """Make a copy of the package with the kernels in it."""
-    shutil.copytree(PACKAGE, folder / "anpgpu", ignore=shutil.ignore_patterns("__pycache__"))
+    """Make a copy of the package with the kernels in it.
+
+    What Numba has stored for them comes along: its names hold a hash of all sources it is compiled from, so that a bug
+    in one of these makes all of it anew.
+    """
+    # Files that another process is about to rename.
+    shutil.copytree(PACKAGE, folder / "anpgpu", ignore=shutil.ignore_patterns("*.tmp.*", "*.pyc.*"))
     return folder / "anpgpu"
 
 
@@ -77,26 +82,29 @@ def changed(source, right, wrong):
     return source.replace(right, wrong)
 
 
+# One thread: several of these run side by side.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+    "OMP_NUM_THREADS": "1"
+}
+RUNS = Forks(TESTS / "planted_run.py", ENVIRONMENT)
+
+
 def run_tests(folder, detectors, *, tests=TESTS, leg="named", options=(), timeout=None):
     """Run some tests, of the folder `tests`, on the package in `folder`; a run is a process of its own.
 
     Raises:
-        subprocess.TimeoutExpired: they took longer than `timeout` seconds.
+        TimeoutError: they took longer than `timeout` seconds.
     """
     report = folder / "report.xml"
     report.unlink(missing_ok=True)
     selected, variables = LEGS[leg]
-    # One thread: several of these run side by side.
-    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    env.pop("TRITON_INTERPRET", None)
     config = ["-c", str(tests.parent / "pyproject.toml"), "-p", "no:cacheprovider", f"--junitxml={report}"]
     names = [str(tests / detector) for detector in detectors]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *config, *selected, *options, *names],
-        cwd=folder, env={**env, **variables}, capture_output=True, text=True, check=False, timeout=timeout,
-    )  # fmt: skip
+    arguments = ["-q", *config, *selected, *options, *names]
+    environment = {"PYTHONPATH": str(folder), **variables}
+    status, said = RUNS.ask(str(folder), arguments, environment, timeout=timeout)
     cases = ET.parse(report).getroot().iter("testcase") if report.exists() else ()
     wrong = [(case, case.find("failure")) for case in cases if not {"failure", "error"}.isdisjoint(e.tag for e in case)]
     failures = {case.get("name"): failure.get("message") for case, failure in wrong if failure is not None}
     ids = [f"{case.get('classname').rpartition('.')[2]}.py::{case.get('name')}" for case, _ in wrong]
-    return Outcome(run.returncode, failures, ids, (run.stdout + run.stderr)[-2000:])
+    return Outcome(status, failures, ids, said[-2000:])

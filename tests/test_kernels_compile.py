@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="needs Triton")
 import compile_kernels
 import torch
 import triton
+from planting import changed, copy_package
 
 from anpgpu.kernels import adjoint_triton, cell_triton, rollout_triton
 from anpgpu.kernels.cell import RELU, TANH
@@ -28,7 +29,7 @@ STORED = json.loads(compile_kernels.TABLE.read_text())
 
 @pytest.fixture(scope="module")
 def rows():
-    return compile_kernels.compile_all()
+    return compile_kernels.compile_all(table=STORED["rows"])
 
 
 def arch_of(name):
@@ -81,6 +82,43 @@ def test_no_worse_than_the_table(rows):
         assert compile_kernels.regressions(STORED["rows"], rows) == []
     else:
         assert rows.keys() == STORED["rows"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", compile_kernels.ARCHES)
+def test_the_whole_table_anew(arch):
+    rows = compile_kernels.compile_all(f"sm_{arch}:")
+    assert len(rows) > 30
+    assert {name: row["error"] for name, row in rows.items() if "error" in row} == {}
+    table = {name: row for name, row in STORED["rows"].items() if arch_of(name) == arch}
+    assert compile_kernels.regressions(table, rows) == []
+
+
+@pytest.fixture
+def stored_measure(tmp_path, monkeypatch):
+    """Row of a case whose figures only its table knows, and a copy of the package that workers import."""
+    name = "sm_80:measure-cross_entropy-bf16"
+    monkeypatch.syspath_prepend(tmp_path)
+    package = copy_package(tmp_path)
+
+    def row_of(file, right, wrong):
+        path = package / "kernels" / file
+        path.write_text(changed(path.read_text(encoding="utf-8"), right, wrong), encoding="utf-8")
+        return compile_kernels.compile_all(name, table={name: STORED["rows"][name] | {"registers": -1}})[name]
+
+    return row_of
+
+
+def test_a_row_stands_while_its_source_does(stored_measure):
+    """Where in its file a kernel stands is no part of it."""
+    assert stored_measure("loss_triton.py", "import triton\n", "import triton\n\n\n")["registers"] == -1
+    assert stored_measure("noise.py", "import torch\n", "import torch\n\n\n")["registers"] == -1
+
+
+def test_a_row_is_made_anew_with_any_function_of_its_kernel(stored_measure):
+    row = stored_measure("loss_triton.py", "change / (2 + change)", "change / (3 + change)")
+    assert row["registers"] > 0
+    assert row["source"] != STORED["rows"]["sm_80:measure-cross_entropy-bf16"]["source"]
 
 
 @pytest.mark.parametrize("units", [64, 128, 256])

@@ -1,76 +1,26 @@
 """`max_memory` bounds what an update needs beside its inputs, targets and outputs, however long the sequence."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forking import Forks
 from tolerances import TOLERANCES
 
 import anpgpu
 
-SCRIPT = """
-import json, sys
-import torch, anpgpu
-from torch import nn
-
-case = json.loads(sys.argv[1])
-T, B, I, H, O = case["time"], case["batch"], 8, case["hidden"], 4
-torch.manual_seed(0)
-module = case.get("module", "RNN")
-rnn, head = getattr(nn, module)(I, H), nn.Linear(H, O)
-
-
-def absolute(outputs, targets):
-    return (outputs - targets).abs().sum(-1)
-
-
-def estimate(inputs, targets, **options):
-    how = anpgpu.Perturbation(case["method"], discount=0.9, warmup=1, **options)
-    loss = absolute if case["loss"] == "callable" else case["loss"]
-    return anpgpu.estimate_grad_(rnn, head, inputs, targets, loss, perturbation=how)
-
-
-def peak():
-    # Of this process alone; what getrusage says includes what its parent had.
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
-
-def backward(inputs, **options):
-    how = anpgpu.Perturbation(case["method"], discount=0.9, warmup=1, **options)
-    network = getattr(anpgpu, module)(I, H, perturbation=how)
-    network(inputs)[0].sum().backward()
-
-
-inputs, targets = torch.randn(T, B, I), torch.randn(T, B, O)
-if case["loss"] == "cross_entropy":
-    targets = targets.argmax(-1)
-by_autograd = case["loss"] == "autograd"
-work = (lambda x, y, **options: backward(x, **options)) if by_autograd else estimate
-work(inputs[:2], targets[:2], rollouts=2)
-if case["run"]:
-    work(inputs, targets, rollouts=case["rollouts"], max_memory=case["mebibytes"] << 20)
-elif by_autograd:
-    # What a backward pass may have beside: states, outputs, their gradient, pre-activations, adjoint and its halves; in
-    # a gated cell those of each gate.
-    clean = torch.ones({"RNN": 10, "GRU": 24, "LSTM": 34}[module], T, B, H)
-else:
-    outputs = torch.ones(T, B, O)
-print(json.dumps(peak()))
-"""
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
+PROCESSES = Forks(Path(__file__).with_name("memory_cases.py"), ENVIRONMENT)
 
 
 def peak_bytes(**case):
-    env = {**os.environ, "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent)}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(case)]
-    # The checkout's root as the working folder would come before PYTHONPATH.
-    folder = Path(__file__).parent
-    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    for _ in range(3):
+        status, said = PROCESSES.ask(case)
+        assert status == 0, said
+        compiled, peak = map(int, said.split())
+        if not compiled:
+            break
+    return peak
 
 
 def assert_bounded(**case):

@@ -1,0 +1,93 @@
+"""Processes that begin with what takes long to import: one that has it all forks another for each piece of work.
+
+A script calls `serve`. Whoever asks has a `Forks` of that script, and gets exit status and output of each new process.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+
+def serve(work, imported):
+    """Call `work` with each line of standard input, as JSON, in a process of its own, until the input ends.
+
+    Args:
+        work: returns the exit status.
+        imported: names of modules, imported before the first fork.
+    """
+    for name in imported:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        said, asked = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            with open(os.devnull) as nothing, open(said, "w") as output:
+                os.dup2(nothing.fileno(), 0)
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            status = 1
+            try:
+                status = int(work(*asked))
+            except Exception:  # noqa: BLE001  (the loop above must not go on in the fork)
+                sys.excepthook(*sys.exc_info())
+            sys.stdout.flush()
+            os._exit(status)
+        _answer(process)
+        _answer(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+
+
+def _answer(number):
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
+
+
+class Forks:
+    """Processes of a script that serves, as many as ever work at a time; they end with this one."""
+
+    def __init__(self, script, environment):
+        self.command = [sys.executable, str(script)]
+        self.environment = environment
+        self.idle = queue.LifoQueue()
+        atexit.register(self.end)
+
+    def end(self):
+        """End the processes that wait for work."""
+        while not self.idle.empty():
+            server = self.idle.get()
+            server.stdin.close()
+            server.wait()
+            server.stdout.close()
+
+    def ask(self, *asked, timeout=None):
+        """Return exit status and output of the work.
+
+        Raises:
+            TimeoutError: it took longer than `timeout` seconds.
+        """
+        try:
+            server = self.idle.get_nowait()
+        except queue.Empty:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            server = subprocess.Popen(self.command, env=self.environment, **pipes)
+        with tempfile.NamedTemporaryFile("r", errors="replace") as said:
+            server.stdin.write(json.dumps([said.name, asked]) + "\n")
+            server.stdin.flush()
+            process = int(server.stdout.readline())
+            seconds = threading.TIMEOUT_MAX if timeout is None else timeout
+            clock = threading.Timer(seconds, os.kill, (process, signal.SIGKILL))
+            clock.daemon = True
+            clock.start()
+            status = int(server.stdout.readline())
+            clock.cancel()
+            self.idle.put(server)
+            if status == -signal.SIGKILL:
+                raise TimeoutError(f"no end after {timeout} s")
+            return status, Path(said.name).read_text(errors="replace")
