@@ -26,19 +26,23 @@ def serve(work, imported):
     for name in imported:
         importlib.import_module(name)
     for line in sys.stdin:
-        said, asked = json.loads(line)
+        said, warned, asked = json.loads(line)
         process = os.fork()
         if process == 0:
-            with open(os.devnull) as nothing, open(said, "w") as output:
-                os.dup2(nothing.fileno(), 0)
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
+            for number, path in enumerate((os.devnull, said, warned)):
+                file = os.open(path, os.O_WRONLY if number else os.O_RDONLY)
+                os.dup2(file, number)
+                os.close(file)
             status = 1
             try:
                 status = int(work(*asked))
-            except Exception:  # noqa: BLE001  (the loop above must not go on in the fork)
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+                sys.stderr.write(f"{end.code}\n" if isinstance(end.code, str) else "")
+            except BaseException:  # noqa: BLE001  (the loop above must not go on in the fork)
                 sys.excepthook(*sys.exc_info())
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
         _answer(process)
         _answer(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
@@ -67,7 +71,7 @@ class Forks:
             server.stdout.close()
 
     def ask(self, *asked, timeout=None):
-        """Return exit status and output of the work.
+        """Return exit status, output and error output of the work.
 
         Raises:
             TimeoutError: it took longer than `timeout` seconds.
@@ -77,8 +81,8 @@ class Forks:
         except queue.Empty:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             server = subprocess.Popen(self.command, env=self.environment, **pipes)
-        with tempfile.NamedTemporaryFile("r", errors="replace") as said:
-            server.stdin.write(json.dumps([said.name, asked]) + "\n")
+        with tempfile.NamedTemporaryFile() as said, tempfile.NamedTemporaryFile() as warned:
+            server.stdin.write(json.dumps([said.name, warned.name, asked]) + "\n")
             server.stdin.flush()
             process = int(server.stdout.readline())
             seconds = threading.TIMEOUT_MAX if timeout is None else timeout
@@ -90,4 +94,13 @@ class Forks:
             self.idle.put(server)
             if status == -signal.SIGKILL:
                 raise TimeoutError(f"no end after {timeout} s")
-            return status, Path(said.name).read_text(errors="replace")
+            return status, said.read().decode(errors="replace"), warned.read().decode(errors="replace")
+
+
+def scripts(package):
+    """Return a `Forks` of `script_run` that imports the given package, has no GPU and one thread."""
+    folder = Path(package.__file__).resolve().parent.parent
+    given = {"PYTHONPATH": str(folder), "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | given
+    environment.pop("TRITON_INTERPRET", None)
+    return Forks(Path(__file__).with_name("script_run.py"), environment)

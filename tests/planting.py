@@ -102,9 +102,9 @@ def run_tests(folder, detectors, *, tests=TESTS, leg="named", options=(), timeou
     names = [str(tests / detector) for detector in detectors]
     arguments = ["-q", *config, *selected, *options, *names]
     environment = {"PYTHONPATH": str(folder), **variables}
-    status, said = RUNS.ask(str(folder), arguments, environment, timeout=timeout)
+    status, said, warned = RUNS.ask(str(folder), arguments, environment, timeout=timeout)
     cases = ET.parse(report).getroot().iter("testcase") if report.exists() else ()
     wrong = [(case, case.find("failure")) for case in cases if not {"failure", "error"}.isdisjoint(e.tag for e in case)]
     failures = {case.get("name"): failure.get("message") for case, failure in wrong if failure is not None}
     ids = [f"{case.get('classname').rpartition('.')[2]}.py::{case.get('name')}" for case, _ in wrong]
-    return Outcome(status, failures, ids, said[-2000:])
+    return Outcome(status, failures, ids, (said + warned)[-2000:])

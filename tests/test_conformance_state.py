@@ -303,8 +303,8 @@ def test_padding_of_inputs_and_targets_contributes_nothing(method, bidirectional
         head.zero_grad()
         anpgpu.load_estimator_state_(rnn, {})
         seen = anpgpu.estimate_grad_(
-            rnn, head, inputs, targets, loss, perturbation=Perturbation(method, rollouts=5, readout=readout),
-            lengths=lengths, generator=torch.Generator().manual_seed(1),
+            rnn, head, inputs, targets, loss, lengths=lengths, generator=torch.Generator().manual_seed(1),
+            perturbation=Perturbation(method, rollouts=5, readout=readout, warmup=2),
         )  # fmt: skip
         grads = [parameter.grad for module in (rnn, head) for parameter in module.parameters()]
         half = torch.nan_to_num(seen.split_half)

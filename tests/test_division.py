@@ -93,7 +93,7 @@ def backward(how, **options):
     return torch.cat([torch.nan_to_num(tensor.flatten()) for tensor in parts])
 
 
-NETWORKS = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"num_layers": 2, "bidirectional": True}}
+NETWORKS = {"one layer": {}, "two layers, bidirectional": {"num_layers": 2, "bidirectional": True}}
 LOSSES = {"mse": "mse", "cross_entropy": "cross_entropy", "per step": absolute, "per sequence": sequence_error}
 
 
@@ -119,7 +119,7 @@ def test_estimate_grad_does_not_depend_on_division(monkeypatch, method, network,
         force(monkeypatch, division)
         divided = estimate(how, LOSSES[loss], **NETWORKS[network])
         assert_close(divided, whole, "float64")
-        assert torch.equal(estimate(how, LOSSES[loss], **NETWORKS[network]), divided)
+    assert torch.equal(estimate(how, LOSSES[loss], **NETWORKS[network]), divided)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

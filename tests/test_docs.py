@@ -2,19 +2,18 @@
 
 import importlib
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import docs_figures
 import pytest
 from docs_figures import NO_FIGURES, PRINTED, ROOT, differences, expected, numbers, tables_of
+from forking import scripts
 
 import anpgpu
 
+SCRIPTS = scripts(anpgpu)
 NAMES = ("methods", "evidence", "compatibility", "internals", "extending", "limits")
 README = ROOT / "README.md"
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
@@ -123,13 +122,10 @@ def test_the_readme_shows_python_and_shell():
     ("path", "number", "source"), PYTHON, ids=[f"{name_of(path)}-{number}" for path, number, _ in PYTHON]
 )
 def test_python_block_runs(path, number, source, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(Path(anpgpu.__file__).resolve().parent.parent), "MPLBACKEND": "Agg"}
     script = tmp_path / "block.py"
     script.write_text(source, encoding="utf-8")
-    run = subprocess.run(
-        [sys.executable, "-W", "error", str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
+    status, _, warned = SCRIPTS.ask(str(tmp_path), str(script), [], True)
+    assert status == 0, warned
 
 
 def test_make_targets_exist():

@@ -15,8 +15,8 @@ PROCESSES = Forks(Path(__file__).with_name("memory_cases.py"), ENVIRONMENT)
 
 def peak_bytes(**case):
     for _ in range(3):
-        status, said = PROCESSES.ask(case)
-        assert status == 0, said
+        status, said, warned = PROCESSES.ask(case)
+        assert status == 0, warned
         compiled, peak = map(int, said.split())
         if not compiled:
             break

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import scripts
 
 import anpgpu
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "profiling"
+RUNS = scripts(anpgpu)
 
 # A stand-in with the published code's interface and work: one clean and one perturbed run, then T weight updates.
 STAND_IN_MODELS = """
@@ -67,13 +69,9 @@ def linear():
 
 def run_script(name, *arguments):
     """Run a script of profiling/ on one thread, without a GPU, and return what it printed."""
-    root = str(Path(anpgpu.__file__).resolve().parent.parent)
-    env = {**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    status, said, warned = RUNS.ask(str(ROOT), str(SCRIPTS / name), [*map(str, arguments)], False, timeout=300)
+    assert status == 0, warned
+    return said
 
 
 def read(path, printed):
