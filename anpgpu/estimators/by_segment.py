@@ -144,7 +144,7 @@ class _ChunkOfSamples:
             outputs = self.problem.read(run.outputs)
             total = None if self.loss.black_box else self.loss.total(outputs, steps, samples)
             result.place("outputs", outputs, steps, samples)
-            self.outputs = result.made["outputs"][:, samples]
+            self.outputs = result.outputs[:, samples]
             if self.problem.lengths is not None:
                 keep_final(result.h_n[:, samples], run, steps, self.loss.last_step[samples])
             elif steps.stop == time:
