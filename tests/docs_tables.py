@@ -352,6 +352,32 @@ def compiled(table: dict) -> Rows:
     ]
 
 
+HOST = {"estimate, mse": "`estimate_grad_`, mse", "estimate, cross_entropy": "`estimate_grad_`, cross-entropy"}
+"""What the rows of host.py are called."""
+
+
+def host(record: dict) -> Rows:
+    """Operations and launches of an update, and the host's time of a step, before a change and now."""
+    before, now = (record["results"][version] for version in ("before", "now"))
+    return [
+        [
+            HOST.get(new["update"], "forward and backward pass"),
+            *(str(row[name]) for row in (old, new) for name in ("operations", "launches")),
+            *(f"{row['host ms']:.1f}" for row in (old, new)),
+        ]
+        for old, new in zip(before["updates"], now["updates"], strict=True)
+    ]
+
+
+def host_steps(record: dict) -> Rows:
+    """The host's time of a step of stepwise rollouts, before a change and now."""
+    before, now = (record["results"][version]["steps"] for version in ("before", "now"))
+    return [
+        [old["loss"], *(f"{row['host us a step']:.1f}" for row in (old, new))]
+        for old, new in zip(before, now, strict=True)
+    ]
+
+
 def _records(lines: Sequence[str], kind: str) -> list[dict[str, str]]:
     """Return the lines `kind=<kind> name=value ...` as dictionaries; values may hold spaces."""
     return [dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", line)) for line in lines if line.startswith(f"kind={kind} ")]
@@ -371,6 +397,8 @@ TABLES: dict[str, Callable[..., Rows]] = {
         decorrelation_trained,
         diagnosed,
         digits_pixels,
+        host,
+        host_steps,
         long_cpu,
         long_h200,
         memory,

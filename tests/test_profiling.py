@@ -262,6 +262,21 @@ def test_the_known_part_is_the_gradient_through_c_alone(layers, monkeypatch):
     torch.testing.assert_close(gradients(known), gradients(exact))
 
 
+def test_the_hosts_part_is_counted_and_timed(tmp_path):
+    """Beside the same checkout, which takes about as long."""
+    pytest.importorskip("triton", reason="needs Triton")
+    output = tmp_path / "host.json"
+    printed = run_script("host.py", "--repeats", 2, "--checkout", ROOT, "--output", output)
+    versions = read(output, printed)["results"]
+    assert list(versions) == ["before", "now"]
+    for version in versions.values():
+        assert [row["update"] for row in version["updates"]] == ["estimate, mse", "estimate, cross_entropy", "backward"]
+        assert all(row["both"] == row["operations"] + row["launches"] > 20 for row in version["updates"])
+        assert [row["loss"] for row in version["steps"]] == ["linear", "outputs"]
+        assert all(0 < row["host us a step"] < 100 for row in version["steps"])
+    assert versions["before"]["updates"][0]["both"] == versions["now"]["updates"][0]["both"]
+
+
 def test_gated_cells_are_timed_beside_the_plain_one(tmp_path):
     output = tmp_path / "cells.json"
     small = ("--time", 5, "--batch", 4, "--rollouts", 8, "--hidden", 64, "--repeats", 3)

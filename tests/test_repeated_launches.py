@@ -92,8 +92,10 @@ def kind(value):
 def test_buffers_take_turns(launched, monkeypatch):
     """The step kernel reads what the step before has written."""
     rollouts(TANH, "linear", 300, 6, monkeypatch, ordinary=False)
-    pairs = [addresses(arguments[9 + 2]) for arguments in launched if arguments[4] == "step_kernel"]
-    assert len(pairs) == 6
+    steps = [arguments[9:] for arguments in launched if arguments[4] == "step_kernel"]
+    # The number of the step, and the slot of its partial sums.
+    assert [arguments[6:8] for arguments in steps] == [(step, step) for step in range(6)]
+    pairs = [addresses(arguments[2]) for arguments in steps]
     assert all(pair[0] == before[1] and pair != before for before, pair in itertools.pairwise(pairs))
 
 
