@@ -50,10 +50,10 @@ MUTATIONS = {
         ("test_estimate_grad.py",),
         ("test_estimators.py", "test_losses.py"),
     ),
-    "by segment: the first state is credited at a segment's end": Mutation(
-        "estimators/by_segment.py",
-        "start = self.job.of_h_0 and not steps.start",
-        "start = self.job.of_h_0 and steps.stop == len(self.problem.inputs)",
+    "found: the first state is credited at a segment's end": Mutation(
+        "estimators/found.py",
+        "parts[:, 0].sum(0)",
+        "parts[:, -1].sum(0)",
         ("test_estimate_grad.py",),
         ("test_estimators.py", "test_division.py"),
     ),
