@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .noise import Counters
 from .noise_triton import counter_words, noise, philox_words, unpack_counters
-from .tiles import INTERPRETED, ceil_div
+from .tiles import INTERPRETED
 from .tiles_least_squares import LeastSquaresLaunch, sign_words
+from .tiles_measured import ceil_div
 
 EXPONENT = tl.constexpr(23)
 """Bits below the exponent of a float32."""

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .least_squares import RIDGE_FLOOR
-from .tiles import ceil_div, next_power_of_two
 from .tiles_least_squares import blocks_of, inverse_launch, row_width
+from .tiles_measured import ceil_div, next_power_of_two
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 DOT = tl.constexpr("tf32x3")

@@ -31,8 +31,8 @@ from .noise import Counters
 from .noise_triton import noise
 from .rollout import RolloutOptions
 from .rollout_fused_triton import as_bytes
-from .tiles import ceil_div
 from .tiles_least_squares import inverse_launch, least_squares_launch, least_squares_obstacle, row_width
+from .tiles_measured import ceil_div
 
 LOSS_STEPS = tl.constexpr(16)
 """Steps whose loss differences are looked at together for their largest."""

@@ -67,6 +67,8 @@ class Place(NamedTuple):
     rows_of_step: Any
     """Rows of one step."""
     batch: Any
+    pieces: Any
+    """Pieces in which rows of clean values are loaded, 1, 2 or 4; constexpr."""
 
 
 class TilePlace(NamedTuple):
@@ -97,7 +99,7 @@ def stored_in(delta_a: Tensor | None) -> Stored | None:
 
 
 @triton.jit
-def place_of_program(batch, rollouts, BLOCK_ROWS: tl.constexpr, SAMPLES: tl.constexpr):
+def place_of_program(batch, rollouts, BLOCK_ROWS: tl.constexpr, SAMPLES: tl.constexpr, PIECES: tl.constexpr):
     """Return the `Place` of a program that owns BLOCK_ROWS rollouts of one sample, or of SAMPLES samples."""
     local = tl.arange(0, BLOCK_ROWS)
     rows_of_step = tl.cast(batch, tl.int64) * rollouts
@@ -118,7 +120,7 @@ def place_of_program(batch, rollouts, BLOCK_ROWS: tl.constexpr, SAMPLES: tl.cons
         exists = rollout < rollouts
         first_row = sample * rollouts + first_rollout
         column = sample
-    return Place(first_sample, sample, column, rollout, local, exists, first_row, rows_of_step, batch)
+    return Place(first_sample, sample, column, rollout, local, exists, first_row, rows_of_step, batch, PIECES)
 
 
 @triton.jit
@@ -130,10 +132,19 @@ def _load_units(row_ptr, stride, unit, inside, FULL: tl.constexpr):
 
 
 @triton.jit
+def _load_halves(row_ptr, stride, HALF: tl.constexpr):
+    """Return 2 HALF units of a row, (HALF, 2): the first half and the second."""
+    unit = tl.arange(0, HALF).to(tl.int64)
+    first = _load_units(row_ptr, stride, unit, None, True)
+    return tl.join(first, _load_units(row_ptr, stride, unit + HALF, None, True))
+
+
+@triton.jit
 def load_rows(rows, step, place, size, FULL: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr):
     """Return `Rows` of one step for the rollouts of a `Place`: (1, units), or (rows, units) if the tile spans samples.
 
-    size: units of the tensor. FULL: that is BLOCK.
+    size: units of the tensor. FULL: that is BLOCK. Units are then loaded in pieces: those smaller than the program has
+    threads come straight into the accumulator's layout.
     """
     step_ptr = rows.ptr + tl.cast(step, tl.int64) * rows.step_stride + place.first_sample * rows.sample_stride
     unit = tl.arange(0, BLOCK).to(tl.int64)
@@ -145,12 +156,13 @@ def load_rows(rows, step, place, size, FULL: tl.constexpr, SAMPLES: tl.constexpr
         PER_SAMPLE: tl.constexpr = place.exists.shape[0] // SAMPLES
         clean = tl.broadcast_to(clean[:, None, :], (SAMPLES, PER_SAMPLE, BLOCK))
         clean = tl.reshape(clean, (SAMPLES * PER_SAMPLE, BLOCK))
-    elif BLOCK >= 256 and FULL:
-        # In pieces smaller than the program has threads: those are loaded straight into the accumulator's layout.
-        half = tl.arange(0, BLOCK // 2).to(tl.int64)
-        first = _load_units(step_ptr, rows.unit_stride, half, None, FULL)
-        second = _load_units(step_ptr, rows.unit_stride, half + BLOCK // 2, None, FULL)
-        clean = tl.reshape(tl.permute(tl.join(first, second), (1, 0)), (BLOCK,))[None, :]
+    elif place.pieces == 4 and FULL:
+        left = _load_halves(step_ptr, rows.unit_stride, BLOCK // 4)
+        right = _load_halves(step_ptr + BLOCK // 2 * rows.unit_stride, rows.unit_stride, BLOCK // 4)
+        clean = tl.reshape(tl.permute(tl.join(left, right), (2, 1, 0)), (BLOCK,))[None, :]
+    elif place.pieces == 2 and FULL:
+        halves = _load_halves(step_ptr, rows.unit_stride, BLOCK // 2)
+        clean = tl.reshape(tl.permute(halves, (1, 0)), (BLOCK,))[None, :]
     else:
         clean = _load_units(step_ptr, rows.unit_stride, unit, unit < size, FULL)[None, :]
     return clean

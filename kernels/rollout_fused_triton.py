@@ -222,7 +222,7 @@ def fused_kernel(
     if counted.wanted is not None:  # noqa: SIM102  (the outer condition is the compiler's)
         if tl.load(counted.wanted + tl.program_id(0)) == 0:
             return
-    place = place_of_program(batch, rollouts, BLOCK_ROWS, 1)
+    place = place_of_program(batch, rollouts, BLOCK_ROWS, 1, 2 if BLOCK_UNITS >= 256 else 1)
     counts = place.exists
     if counted.finite is not None:
         counts = tl.load(counted.finite + place.first_row + place.local, counts, 0) != 0

@@ -109,7 +109,7 @@ def gated_resident_kernel(
     """
     SCALED: tl.constexpr = PRECISION == "fp16"
     STATES: tl.constexpr = 2 if MEMORY else 1
-    place = place_of_program(batch, rollouts, BLOCK_ROWS, SAMPLES)
+    place = place_of_program(batch, rollouts, BLOCK_ROWS, SAMPLES, 1)
     unit = tl.arange(0, BLOCK_UNITS)[None, :]
     every = tl.full((1, BLOCK_UNITS), True, tl.int1)
     inside = every if FULL else unit < units

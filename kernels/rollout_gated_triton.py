@@ -18,11 +18,12 @@ from torch import Tensor
 from .cell_gated_triton import CleanStep
 from .launch_triton import OPERAND_DTYPES, flags, gated_cell_of, state_scale
 from .loss_triton import LossArguments, linear_sum
+from .measure_triton import measurement
 from .noise import Counters
 from .noise_triton import counter_words, noise_tile, pin, unpack_counters
 from .place_triton import Rows, gather_rows, rows_of, stored_in, tile_of_program
 from .rollout import Rollout, RolloutOptions
-from .rollout_stepwise_triton import Move, StepSizes, measurement, run_steps, stepped
+from .rollout_stepwise_triton import Move, StepSizes, run_steps, stepped
 from .tiles import PARTIAL_STEPS, RolloutLaunch, takes_plain_difference
 
 
@@ -214,8 +215,9 @@ def run_gated(
         "CELL": form.deviation,
         "GATES": cell.gates,
         "MEMORY": cell.states > 1,
+        "ONE_SAMPLE": launch.samples == 1,
     }
-    measure = measurement(launch, loss, options, inner, units, row_tiles, results)
+    measure = measurement(launch, loss, options, inner, units, results)
     moves = [
         Move(
             stepped(gated_step_kernel, launch, row_tiles * unit_tiles, {**arguments, "states": pair}, time, slots),

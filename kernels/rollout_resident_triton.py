@@ -213,6 +213,7 @@ def resident_kernel(
     WIDE: tl.constexpr,
     FULL: tl.constexpr,  # whether the units fill the tile
     SAMPLES: tl.constexpr,
+    PIECES: tl.constexpr,  # in which clean rows are loaded
     BLOCK_ROWS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -223,7 +224,7 @@ def resident_kernel(
     """
     SCALED: tl.constexpr = PRECISION == "fp16"
     DOT: tl.constexpr = "ieee" if PRECISION == "fp32" else "tf32"
-    place = place_of_program(batch, rollouts, BLOCK_ROWS, SAMPLES)
+    place = place_of_program(batch, rollouts, BLOCK_ROWS, SAMPLES, PIECES)
     begun = begin(
         weights, start_ptr, seed_ptr, place, sizes, sigma, counters_low, counters_high,
         DOT, BLOCK_ROWS, BLOCK_UNITS, BLOCK_OUTPUTS,
@@ -297,10 +298,12 @@ def run_resident(
         LOSS=loss.form.of_tile,
         FULL=units == launch.block_units,
         SAMPLES=launch.samples,
+        PIECES=launch.pieces,
         BLOCK_ROWS=launch.block_rows,
         BLOCK_UNITS=launch.block_units,
         BLOCK_OUTPUTS=max(launch.block_outputs, 16),
         num_warps=launch.warps,
         num_stages=launch.stages,
+        maxnreg=launch.registers,
         enable_fp_fusion=True,
     )

@@ -2,33 +2,34 @@
 
 Contract and equations: `rollout.py`. Any size, any device. The deviation of the state goes from step to step through
 two buffers in the operand type; losses of the outputs are measured by a second kernel on the new buffer.
+
+`tiles.py` chooses how a step is made (`RolloutLaunch`): tensors by pointers or by descriptors (TMA), which clip at the
+last rollout of a sample; clean rows before the product or behind it; the epilogue in one part or two; and whether a
+step's programs may start while those of the step before finish (programmatic dependent launch). They then read of the
+clean run alone until `gdc_wait` returns, which is when the step before has written everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch_triton import OPERAND_DTYPES, clean_of, constexprs, state_scale
 from .loss_triton import LossArguments, linear_sum
+from .measure_triton import measurement, padded_to
 from .noise import Counters
 from .noise_triton import counter_words, noise_tile, pin, unpack_counters
-from .place_triton import Rows, gather_rows, gather_scalars, rows_of, stored_in, tile_of_program
+from .place_triton import Rows, TilePlace, gather_rows, rows_of, spread, stored_in, tile_of_program
 from .repeated_triton import Repeated
 from .rollout import Rollout, RolloutOptions
 from .tiles import PARTIAL_STEPS, UNIT_SUM_BLOCK, RolloutLaunch
-
-
-class States(NamedTuple):
-    """delta_h / scale before and after a step, (rows, inner), rows padded to whole tiles, operand type."""
-
-    before: Any
-    after: Any
 
 
 class LinearPart(NamedTuple):
@@ -49,20 +50,138 @@ class StepSizes(NamedTuple):
     """H padded to whole tiles of the inner loop."""
 
 
-class OutputSizes(NamedTuple):
-    """Widths of the product with the readout."""
+class StepPlace(NamedTuple):
+    """Where a program's rows are at one step."""
 
-    inner: int
-    """H padded to whole tiles of the inner loop."""
-    outputs: int
-    """O, or H where there is no readout."""
+    tile: TilePlace
+    samples: Any
+    """Samples of the tile: a scalar, (samples, 1), or (rows, 1) where rows are taken as they come."""
+    outer: Any
+    """Described: place of the first row in a state (batch, rollouts, inner); of several samples, (1, rows, inner)."""
+    first: Any
+    outer_of_stored: Any
+    """Described: `outer` in delta_a, (time batch, rollouts, stride), or (time, rows, stride)."""
+    step: Any
+    rows: Any
+
+
+class StepNoise(NamedTuple):
+    """The noise of a step: its key, the first counters, two words each, and its standard deviation."""
+
+    seed: Any
+    low: Any
+    high: Any
+    scale: Any
+
+
+@triton.jit
+def place_of_step(program, step, rows, rollouts, BLOCK_ROWS: tl.constexpr, SAMPLES: tl.constexpr):
+    """Return the `StepPlace` of the program with number `program` among those of the same units."""
+    tile = tile_of_program(program, rows, rollouts, BLOCK_ROWS, SAMPLES == 1)
+    batch = rows // rollouts
+    samples, outer, first, outer_of_stored = tile.sample, 0, program * BLOCK_ROWS, step
+    if SAMPLES > 1:
+        # What lies beyond the last sample is computed and not kept.
+        samples = tl.minimum(program.to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)[:, None], batch - 1)
+    if SAMPLES == 1:
+        tiles = tl.cdiv(rollouts, BLOCK_ROWS)
+        outer, first = program // tiles, (program % tiles) * BLOCK_ROWS
+        outer_of_stored = step * batch + outer
+    return StepPlace(tile, samples, outer, first, outer_of_stored, step, rows)
+
+
+@triton.jit
+def product_of_step(
+    before, weight, place, unit0, inner,
+    ACCURATE: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr, BLOCK_INNER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of W_hh delta_h / scale, (rows, units), float32; arguments as in `step_kernel`."""
+    product = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
+    if DESCRIBED:
+        for start in tl.range(0, inner, BLOCK_INNER, num_stages=STAGES):
+            state = tl.reshape(before.load([place.outer, place.first, start]), (BLOCK_ROWS, BLOCK_INNER))
+            columns = weight.load([unit0, start]).T
+            product = tl.dot(state, columns, product, input_precision="ieee" if ACCURATE else "tf32")
+    else:
+        lane = tl.arange(0, BLOCK_INNER)
+        unit = unit0 + tl.arange(0, BLOCK_UNITS)[None, :]
+        state_ptr = before + place.tile.row.to(tl.int64) * inner + lane[None, :]
+        column_ptr = weight + unit.to(tl.int64) * inner + lane[:, None]
+        for _ in tl.range(0, inner, BLOCK_INNER, num_stages=STAGES):
+            product = tl.dot(
+                tl.load(state_ptr), tl.load(column_ptr), product, input_precision="ieee" if ACCURATE else "tf32"
+            )
+            state_ptr += BLOCK_INNER
+            column_ptr += BLOCK_INNER
+    return product
+
+
+@triton.jit
+def clean_value(early, values, place, unit, inside, EARLY: tl.constexpr):
+    """Return some units of `Rows` for all rows of a tile: (1, units), or (rows, units) where it spans samples.
+
+    early: what was loaded before if EARLY.
+    """
+    if not EARLY:
+        early = gather_rows(values, place.step, place.samples, unit, inside)
+    return spread(early, place.tile.row)
+
+
+@triton.jit
+def finish_step(
+    delta_a, first, second, grad, clean, linear, after, stored, place, noise, unit0, sizes,
+    NOISE: tl.constexpr, CELL: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    DESCRIBED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Take a product of a step, (rows, units from unit0 on), write its results and return its part of a linear loss.
+
+    first, second, grad: what was loaded of the clean run if EARLY. noise: `StepNoise`; place: `StepPlace`; other
+    arguments as in `step_kernel`.
+    """
+    SCALED: tl.constexpr = PRECISION == "fp16"
+    ACCURATE: tl.constexpr = PRECISION == "fp32"
+    ROWS: tl.constexpr = delta_a.shape[0]
+    UNITS: tl.constexpr = delta_a.shape[1]
+    tile, scale = place.tile, noise.scale
+    row, exists = tile.row, tile.exists
+    unit = unit0 + tl.arange(0, UNITS)[None, :]
+    inside = unit < sizes.units
+    c0, c1, c2, c3 = unpack_counters(noise.low, noise.high)
+    c1, c2, c3 = c1 + tl.cast(place.step, tl.uint32), c2 + tile.rollout.to(tl.uint32), c3 + tile.sample.to(tl.uint32)
+    deviation = tl.cast(1.0 if SCALED else scale, tl.float32)
+    delta_a += noise_tile(noise.seed, pin(c0, delta_a), c1, c2, c3, unit.to(tl.uint32), deviation, NOISE, FAST)
+    if SCALED:
+        delta_a = delta_a * scale
+    if stored is not None:
+        if DESCRIBED:
+            kept = tl.reshape(delta_a.to(stored.dtype), (1, ROWS, UNITS))
+            stored.store([place.outer_of_stored, place.first, unit0], kept)
+        else:
+            offset = (tl.cast(place.step, tl.int64) * place.rows + row) * stored.stride + unit
+            tl.store(stored.ptr + offset, delta_a.to(stored.ptr.dtype.element_ty), exists & (unit < stored.stride))
+    if clean.first.ptr is not None:
+        first = clean_value(first, clean.first, place, unit, inside, EARLY)
+    if clean.second.ptr is not None:
+        second = clean_value(second, clean.second, place, unit, inside, EARLY)
+    delta_h = CELL(delta_a, first, second, 1.0 / scale if SCALED else 1.0, SCALED, FAST, ACCURATE, WIDE)
+    if DESCRIBED:
+        after.store([place.outer, place.first, unit0], tl.reshape(delta_h.to(after.dtype), (1, ROWS, UNITS)))
+    else:
+        new_ptr = after + row.to(tl.int64) * sizes.inner + unit
+        tl.store(new_ptr, delta_h.to(after.dtype.element_ty), exists & (unit < sizes.inner))
+    part = tl.zeros((ROWS,), tl.float32)
+    if linear.sums is not None:
+        part = linear_sum(delta_h, clean_value(grad, linear.grad, place, unit, inside, EARLY))
+    return part
 
 
 @triton.jit(do_not_specialize=["step", "slot", "rows", "rollouts", "counters_low", "counters_high"])
 def step_kernel(
     clean,  # CleanRows: what of the clean run the cell takes
-    weight_ptr,  # (units, inner): W_hh padded with zeros to whole tiles, contiguous, operand type
-    states,  # States
+    weight,  # (units, inner): W_hh padded with zeros to whole tiles, contiguous, operand type
+    before,  # delta_h / scale before the step, (rows, inner), operand type
+    after,  # and after it
     linear,  # LinearPart
     stored,  # Stored: delta_a (time, rows, stride); None where it is not kept
     seed_ptr,  # ()
@@ -79,63 +198,65 @@ def step_kernel(
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     WIDE: tl.constexpr,
-    ONE_SAMPLE: tl.constexpr,
+    SAMPLES: tl.constexpr,  # of a tile: 1, or several whole ones, or 0: rows are taken as they come
     BLOCK_ROWS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # weight, before, after and stored are tensor descriptors
+    EARLY: tl.constexpr,  # clean rows are loaded before the product
+    PARTS: tl.constexpr,  # 1 or 2: the epilogue takes the tile's units at once or in two halves
+    DEPENDENT: tl.constexpr,  # programs may start before the step before is done
 ):
     """Make one step: a program owns BLOCK_ROWS rollouts and BLOCK_UNITS units of them.
 
     Programs of the same rollouts are neighbours, so that they find the state in the cache.
     """
-    SCALED: tl.constexpr = PRECISION == "fp16"
     ACCURATE: tl.constexpr = PRECISION == "fp32"
-    inner = sizes.inner
     unit_tiles = tl.cdiv(sizes.units, BLOCK_UNITS)
     unit_tile = tl.program_id(0) % unit_tiles
-    place = tile_of_program(tl.program_id(0) // unit_tiles, rows, rollouts, BLOCK_ROWS, ONE_SAMPLE)
-    row, sample, exists = place.row, place.sample, place.exists
-    unit = unit_tile * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)[None, :]
-    inside = unit < sizes.units
-
-    lane = tl.arange(0, BLOCK_INNER)
-    state_ptr = states.before + row.to(tl.int64) * inner + lane[None, :]
-    column_ptr = weight_ptr + unit.to(tl.int64) * inner + lane[:, None]
-    delta_a = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-    for _ in tl.range(0, inner, BLOCK_INNER, num_stages=STAGES):
-        delta_a = tl.dot(
-            tl.load(state_ptr), tl.load(column_ptr), delta_a, input_precision="ieee" if ACCURATE else "tf32"
-        )
-        state_ptr += BLOCK_INNER
-        column_ptr += BLOCK_INNER
-
-    scale = tl.cast(sigma, tl.float32)
-    c0, c1, c2, c3 = unpack_counters(counters_low, counters_high)
-    c1, c2, c3 = c1 + tl.cast(step, tl.uint32), c2 + place.rollout.to(tl.uint32), c3 + sample.to(tl.uint32)
-    deviation = tl.cast(1.0 if SCALED else scale, tl.float32)
-    seed = tl.load(seed_ptr)
-    delta_a += noise_tile(seed, pin(c0, delta_a), c1, c2, c3, unit.to(tl.uint32), deviation, NOISE, FAST)
-    if SCALED:
-        delta_a = delta_a * scale
-    if stored is not None:
-        offset = (tl.cast(step, tl.int64) * rows + row) * stored.stride + unit
-        tl.store(stored.ptr + offset, delta_a.to(stored.ptr.dtype.element_ty), exists & (unit < stored.stride))
-
-    first, second = None, None
-    if clean.first.ptr is not None:
-        first = gather_rows(clean.first, step, sample, unit, inside)
-    if clean.second.ptr is not None:
-        second = gather_rows(clean.second, step, sample, unit, inside)
-    delta_h = CELL(delta_a, first, second, 1.0 / scale if SCALED else 1.0, SCALED, FAST, ACCURATE, WIDE)
-    new_ptr = states.after + row.to(tl.int64) * inner + unit
-    tl.store(new_ptr, delta_h.to(states.after.dtype.element_ty), exists & (unit < inner))
+    unit0 = unit_tile * BLOCK_UNITS
+    place = place_of_step(tl.program_id(0) // unit_tiles, step, rows, rollouts, BLOCK_ROWS, SAMPLES)
+    noise = StepNoise(
+        tl.load(seed_ptr), tl.cast(counters_low, tl.int64), tl.cast(counters_high, tl.int64), tl.cast(sigma, tl.float32)
+    )
+    first, second, grad = None, None, None
+    if EARLY:
+        unit = unit0 + tl.arange(0, BLOCK_UNITS)[None, :]
+        inside = unit < sizes.units
+        if clean.first.ptr is not None:
+            first = gather_rows(clean.first, step, place.samples, unit, inside)
+        if clean.second.ptr is not None:
+            second = gather_rows(clean.second, step, place.samples, unit, inside)
+        if linear.sums is not None:
+            grad = gather_rows(linear.grad, step, place.samples, unit, inside)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    delta_a = product_of_step(
+        before, weight, place, unit0, sizes.inner, ACCURATE, DESCRIBED, BLOCK_ROWS, BLOCK_UNITS, BLOCK_INNER, STAGES
+    )
+    if PARTS == 2:
+        HALF: tl.constexpr = BLOCK_UNITS // 2
+        left, right = tl.split(tl.permute(tl.reshape(delta_a, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
+        part = finish_step(
+            left, None, None, None, clean, linear, after, stored, place, noise, unit0, sizes,
+            NOISE, CELL, PRECISION, FAST, WIDE, DESCRIBED, False,
+        )  # fmt: skip
+        part += finish_step(
+            right, None, None, None, clean, linear, after, stored, place, noise, unit0 + HALF, sizes,
+            NOISE, CELL, PRECISION, FAST, WIDE, DESCRIBED, False,
+        )  # fmt: skip
+    else:
+        part = finish_step(
+            delta_a, first, second, grad, clean, linear, after, stored, place, noise, unit0, sizes,
+            NOISE, CELL, PRECISION, FAST, WIDE, DESCRIBED, EARLY,
+        )  # fmt: skip
     if linear.sums is not None:
-        part = linear_sum(delta_h, gather_rows(linear.grad, step, sample, unit, inside))[:, None]
-        if SCALED:
-            part = part * scale
-        offset = (tl.cast(slot, tl.int64) * unit_tiles + unit_tile) * rows + row
-        tl.store(linear.sums + offset, part, exists)
+        if PRECISION == "fp16":
+            part = part * noise.scale
+        offset = (tl.cast(slot, tl.int64) * unit_tiles + unit_tile) * rows + place.tile.row
+        tl.store(linear.sums + offset, part[:, None], place.tile.exists)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -154,108 +275,6 @@ def sum_partials_kernel(
     for tile in tl.range(0, tiles):
         total += tl.load(partial_ptr + (step * tiles + tile) * rows + row, row < rows, 0.0)
     tl.store(delta_loss_ptr + step * rows + row, total, row < rows)
-
-
-@triton.jit
-def _output_tile(
-    state_ptr,
-    readout_ptr,
-    row,
-    output,
-    inner,
-    scale,
-    PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-):
-    """Return delta_o of some outputs, (rows, outputs) float32: a product with the readout, or the state itself."""
-    if readout_ptr is None:
-        delta_o = tl.load(state_ptr + row * inner + output, output < inner, 0.0).to(tl.float32)
-    else:
-        lane = tl.arange(0, BLOCK_INNER)
-        left_ptr = state_ptr + row * inner + lane[None, :]
-        right_ptr = readout_ptr + output.to(tl.int64) * inner + lane[:, None]
-        delta_o = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
-        for _ in tl.range(0, inner, BLOCK_INNER):
-            delta_o = tl.dot(
-                tl.load(left_ptr),
-                tl.load(right_ptr),
-                delta_o,
-                input_precision="ieee" if PRECISION == "fp32" else "tf32",
-            )
-            left_ptr += BLOCK_INNER
-            right_ptr += BLOCK_INNER
-    if PRECISION == "fp16":
-        delta_o = delta_o * scale
-    return delta_o
-
-
-@triton.jit
-def _output_of_target(state_ptr, readout_ptr, row, target, inner, BLOCK_INNER: tl.constexpr):
-    """Return delta_o[target] / scale of each row, (rows, 1); target is a scalar or (rows, 1)."""
-    if readout_ptr is None:
-        of_target = tl.load(state_ptr + row * inner + target).to(tl.float32)
-    else:
-        lane = tl.arange(0, BLOCK_INNER)[None, :]
-        of_target = tl.zeros_like(row).to(tl.float32)
-        for start in tl.range(0, inner, BLOCK_INNER):
-            state = tl.load(state_ptr + row * inner + start + lane).to(tl.float32)
-            column = tl.load(readout_ptr + target * inner + start + lane).to(tl.float32)
-            of_target += tl.sum(state * column, 1)[:, None]
-    return of_target
-
-
-@triton.jit(do_not_specialize=["step", "rows", "rollouts"])
-def measure_kernel(
-    state_ptr,  # (rows, inner): delta_h / scale, rows padded to whole tiles, operand type
-    readout_ptr,  # (outputs, inner) padded with zeros to whole tiles, operand type; None: the state is the output
-    loss,  # LossRows
-    result_ptr,  # delta_loss (time, rows), or delta_o (time, rows, outputs), float32
-    step,
-    rows,
-    rollouts,
-    sizes,  # OutputSizes
-    sigma,
-    ADD: tl.constexpr,  # device functions of `loss_triton`; None: delta_o itself is the result
-    FINISH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ONE_SAMPLE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-):
-    """Measure one step: a program owns BLOCK_ROWS rollouts and all their outputs, BLOCK_OUTPUTS at a time."""
-    inner, outputs = sizes.inner, sizes.outputs
-    place = tile_of_program(tl.program_id(0), rows, rollouts, BLOCK_ROWS, ONE_SAMPLE)
-    row, sample, exists = place.row.to(tl.int64), place.sample, place.exists
-    scale = tl.cast(sigma, tl.float32)
-    first_row = tl.cast(step, tl.int64) * rows
-    change = tl.zeros((BLOCK_ROWS,), tl.float32)
-    top, total, biggest = change, change, change
-    of_target = None
-    if loss.target.ptr is not None:
-        target = gather_scalars(loss.target, step, sample)
-        of_target = _output_of_target(state_ptr, readout_ptr, row, target, inner, BLOCK_INNER)
-        if PRECISION == "fp16":
-            of_target = of_target * scale
-    for start in tl.range(0, outputs, BLOCK_OUTPUTS):
-        output = start + tl.arange(0, BLOCK_OUTPUTS)[None, :]
-        inside = output < outputs
-        delta_o = _output_tile(
-            state_ptr, readout_ptr, row, output, inner, scale, PRECISION, BLOCK_ROWS, BLOCK_OUTPUTS, BLOCK_INNER
-        )
-        if ADD is None:
-            tl.store(result_ptr + (first_row + row) * outputs + output, delta_o, exists & inside)
-        else:
-            signal = gather_rows(loss.signal, step, sample, output, inside)
-            change, top, total, biggest = ADD(
-                change, top, total, biggest, delta_o, of_target, signal, inside, exists
-            )  # fmt: skip
-    if ADD is not None:
-        share = gather_scalars(loss.share, step, sample).to(tl.float32)
-        delta_loss = FINISH(change[:, None], top[:, None], total[:, None], biggest[:, None], share, outputs)
-        tl.store(result_ptr + first_row + row, delta_loss, exists)
 
 
 def run_stepwise(
@@ -277,23 +296,25 @@ def run_stepwise(
     inner = launch.block_inner * triton.cdiv(units, launch.block_inner)
     unit_tiles = triton.cdiv(units, launch.block_units)
     row_tiles = triton.cdiv(rows, launch.block_rows)
-    if launch.samples:
+    if launch.samples == 1:
         row_tiles = batch * triton.cdiv(options.rollouts, launch.block_rows)
     weight = padded_to(weight_hh, unit_tiles * launch.block_units, inner, operand)
     # A tile may reach beyond the last row.
-    states = States(*(preact.new_zeros((rows + launch.block_rows, inner), dtype=operand) for _ in range(2)))
+    padded = rows + max(launch.block_rows, launch.measuring[0])
+    states = [preact.new_zeros((padded, inner), dtype=operand) for _ in range(2)]
     if delta_h0 is not None:
-        states.before[:rows, :units] = (delta_h0 / scale).reshape(rows, units)
+        states[0][:rows, :units] = (delta_h0 / scale).reshape(rows, units)
     slots = min(time, PARTIAL_STEPS)
     linear = LinearPart(None, rows_of(None))
     if loss.form.measured and not loss.form.of_outputs:
         linear = LinearPart(preact.new_empty((slots, unit_tiles, rows), dtype=torch.float32), loss.rows.signal)
     low, high = counter_words(counters)
+    tensors = described(launch, weight, states, results.delta_a, batch, options.rollouts)
     arguments = {
         "clean": clean_of(preact, hidden, options),
-        "weight_ptr": weight,
+        "weight": tensors.weight,
         "linear": linear,
-        "stored": stored_in(results.delta_a),
+        "stored": tensors.stored,
         "seed_ptr": seed,
         "rows": rows,
         "rollouts": options.rollouts,
@@ -302,18 +323,61 @@ def run_stepwise(
         "counters_low": low,
         "counters_high": high,
         **constexprs(options),
+        "SAMPLES": launch.samples,
+        "DESCRIBED": launch.described,
+        "EARLY": launch.early,
+        "PARTS": launch.parts,
+        "DEPENDENT": launch.dependent,
     }
-    measure = measurement(launch, loss, options, inner, units, row_tiles, results)
-    moves = [
-        Move(
-            stepped(step_kernel, launch, row_tiles * unit_tiles, {**arguments, "states": pair}, time, slots),
-            None if measure is None else measure(pair.after),
+    measure = measurement(launch, loss, options, inner, units, results)
+
+    def move(old: int, dependent: bool) -> Move:
+        """Return what makes a step from buffer `old` into the other."""
+        pair = {"before": tensors.before[old], "after": tensors.after[1 - old]}
+        named = {"launch_pdl": True} if dependent else {}
+        return Move(
+            stepped(step_kernel, launch, row_tiles * unit_tiles, {**arguments, **pair}, time, slots, **named),
+            None if measure is None else measure(states[1 - old]),
         )
-        for pair in (states, States(states.after, states.before))
-    ]
-    run_steps(moves, time, slots, results.delta_loss, linear.sums)
-    last = states.after if time % 2 else states.before
-    results.delta_h.view(rows, units).copy_(last[:rows, :units].float() * scale)
+
+    moves = [move(0, launch.dependent), move(1, launch.dependent)]
+    # Not the first: what comes before it may be what made the clean run.
+    first = [move(0, dependent=False)] if launch.dependent else []
+    run_steps(moves, time, slots, results.delta_loss, linear.sums, first)
+    results.delta_h.view(rows, units).copy_(states[time % 2][:rows, :units].float() * scale)
+
+
+class StepTensors(NamedTuple):
+    """What a step reads and writes, as the step kernel takes it."""
+
+    weight: Any
+    before: list[Any]
+    """Both buffers, to read from."""
+    after: list[Any]
+    """Both buffers, to write to."""
+    stored: Any
+
+
+def described(
+    launch: RolloutLaunch, weight: Tensor, states: list[Tensor], delta_a: Tensor | None, batch: int, rollouts: int
+) -> StepTensors:
+    """Return the tensors of a step, as descriptors where the launch takes those."""
+    if not launch.described:
+        return StepTensors(weight, states, states, stored_in(delta_a))
+    outer, inner_rows = (batch, rollouts) if launch.samples == 1 else (1, batch * rollouts)
+    rows, units = launch.block_rows, launch.block_units // launch.parts
+
+    def tiles(tensor: Tensor, outer: int, units: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(tensor.view(outer, inner_rows, tensor.shape[-1]), [1, rows, units])
+
+    valid = [state[: batch * rollouts] for state in states]
+    time = 0 if delta_a is None else delta_a.shape[0]
+    return StepTensors(
+        TensorDescriptor.from_tensor(weight, [launch.block_units, launch.block_inner]),
+        [tiles(state, outer, launch.block_inner) for state in valid],
+        [tiles(state, outer, units) for state in valid],
+        None if delta_a is None else tiles(delta_a, time * outer, units),
+    )
 
 
 class Move(NamedTuple):
@@ -325,7 +389,7 @@ class Move(NamedTuple):
 
 
 def stepped(
-    kernel: Any, launch: RolloutLaunch, programs: int, arguments: dict[str, Any], time: int, slots: int
+    kernel: Any, launch: RolloutLaunch, programs: int, arguments: dict[str, Any], time: int, slots: int, **named: Any
 ) -> Repeated:
     """Return the launches of a kernel that makes one step, of which `step` and `slot` change."""
     return Repeated(
@@ -333,7 +397,6 @@ def stepped(
         programs,
         {
             **arguments,
-            "ONE_SAMPLE": launch.samples == 1,
             "BLOCK_ROWS": launch.block_rows,
             "BLOCK_UNITS": launch.block_units,
             "BLOCK_INNER": launch.block_inner,
@@ -343,13 +406,24 @@ def stepped(
         num_warps=launch.warps,
         num_stages=launch.stages,
         enable_fp_fusion=True,
+        **named,
     )
 
 
-def run_steps(moves: list[Move], time: int, slots: int, delta_loss: Tensor | None, sums: Tensor | None) -> None:
-    """Make all steps, with the two buffers in turn, and add up the partial sums of a linear loss."""
+def run_steps(
+    moves: list[Move],
+    time: int,
+    slots: int,
+    delta_loss: Tensor | None,
+    sums: Tensor | None,
+    first: Sequence[Move] = (),
+) -> None:
+    """Make all steps, with the two buffers in turn, and add up the partial sums of a linear loss.
+
+    first: what makes the first steps instead.
+    """
     for step in range(time):
-        move = moves[step % 2]
+        move = first[step] if step < len(first) else moves[step % 2]
         move.step(step, step % slots)
         if move.measure is not None:
             move.measure(step)
@@ -365,49 +439,3 @@ def add_partials(delta_loss: Tensor, sums: Tensor, step: int) -> None:
         sum_partials_kernel[(done * triton.cdiv(rows, UNIT_SUM_BLOCK),)](
             delta_loss[step + 1 - done :], sums, rows, tiles, BLOCK=UNIT_SUM_BLOCK
         )
-
-
-def measurement(
-    launch: RolloutLaunch,
-    loss: LossArguments,
-    options: RolloutOptions,
-    inner: int,
-    units: int,
-    row_tiles: int,
-    results: Rollout,
-) -> Callable[[Tensor], Repeated] | None:
-    """Return what returns the launches that measure a new state, or None where no loss of the outputs is asked for."""
-    if not loss.form.of_outputs:
-        return None
-    outputs, readout = loss.outputs(units), None
-    if loss.readout is not None:
-        padded = launch.block_outputs * triton.cdiv(outputs, launch.block_outputs)
-        readout = padded_to(loss.readout, padded, inner, OPERAND_DTYPES[options.precision])
-    result = results.delta_loss if results.delta_o is None else results.delta_o
-    assert result is not None  # noqa: S101  (for the type checker; a loss of the outputs has one of them)
-    time, batch, rollouts = result.shape[:3]
-    arguments = {
-        "readout_ptr": readout,
-        "loss": loss.rows,
-        "result_ptr": result,
-        "rows": batch * rollouts,
-        "rollouts": rollouts,
-        "sizes": OutputSizes(inner, outputs),
-        "sigma": float(options.sigma),
-        "ADD": loss.form.add,
-        "FINISH": loss.form.finish,
-        "PRECISION": options.precision,
-        "ONE_SAMPLE": launch.samples == 1,
-        "BLOCK_ROWS": launch.block_rows,
-        "BLOCK_OUTPUTS": launch.block_outputs,
-        "BLOCK_INNER": launch.block_inner,
-    }
-    named = {"num_warps": launch.warps, "enable_fp_fusion": True}
-    return lambda state: Repeated(measure_kernel, row_tiles, {"state_ptr": state, **arguments}, {"step": time}, **named)
-
-
-def padded_to(matrix: Tensor, rows: int, inner: int, dtype: torch.dtype) -> Tensor:
-    """Return a matrix padded with zeros."""
-    result = matrix.new_zeros((rows, inner), dtype=dtype)
-    result[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return result

@@ -9,6 +9,17 @@ import os
 from dataclasses import dataclass, replace
 
 from .noise import UNITS_PER_GROUP
+from .tiles_measured import (
+    ALIGNED_UNITS,
+    OPERAND_BYTES,
+    StepTile,
+    ceil_div,
+    next_power_of_two,
+    pieces_of,
+    resident_tile,
+    samples_of_step,
+    step_tile,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter; Triton reads the variable when it is imported."""
@@ -16,22 +27,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Shared memory that one program can have, by compute capability; an unknown one counts as the nearest below."""
 
-OPERAND_BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
-
 RESIDENT_MAX_UNITS = 256
 RESIDENT_MAX_GATED_UNITS = 128
 RESIDENT_MAX_OUTPUTS = 64
 RESIDENT_MAX_UNITS_IEEE = 64
 """Beyond, products without a matrix unit hold too much in registers."""
 
-MANY_ROWS = 132 * 128
-"""Rows that give each of 132 multiprocessors a tile of 128."""
-
 NARROW_SIGMA = 1e-2
 """Standard deviation up to which tanh needs no plain difference (see `cell_triton.tanh_deviation`)."""
-
-ALIGNED_UNITS = 64
-"""Hidden units from which rows of delta_a are padded to 16 elements, so that they are written 16 bytes at a time."""
 
 PARTIAL_STEPS = 32
 """Stepwise: steps whose partial sums of the loss difference are kept until they are added."""
@@ -101,7 +104,22 @@ class RolloutLaunch:
     product: bool = False
     """Fused: whether rollouts are added up by the matrix unit."""
     registers: int | None = None
-    """Fused: bound on a thread's registers."""
+    """Resident and fused: bound on a thread's registers."""
+    pieces: int = 1
+    """Resident: pieces in which a clean row is loaded."""
+    described: bool = False
+    """Stepwise: tensors by descriptors (TMA)."""
+    early: bool = False
+    """Stepwise: clean rows are loaded before the product."""
+    parts: int = 1
+    """Stepwise: parts of the epilogue."""
+    dependent: bool = False
+    """Stepwise: a step's programs start while those of the step before finish."""
+
+    @property
+    def measuring(self) -> tuple[int, int]:
+        """Rows and warps of a program that measures a loss of the outputs behind a step."""
+        return (128, 8) if self.described else (self.block_rows, self.warps)
 
 
 @dataclass(frozen=True)
@@ -131,16 +149,6 @@ class NoiseSumLaunch:
     splits: int
     pairs: int
     """Pairs of rollouts, one even and one odd, of one split."""
-
-
-def next_power_of_two(count: int) -> int:
-    """Return the least power of two that is at least `count`."""
-    return 1 << max(0, count - 1).bit_length()
-
-
-def ceil_div(count: int, size: int) -> int:
-    """Return count / size, rounded up."""
-    return -(-count // size)
 
 
 def approximates(precision: str) -> bool:
@@ -209,6 +217,9 @@ def rollout_launch(
             precision=precision,
             arch=arch,
         )
+        if returns_outputs or (outputs and not has_readout):
+            # A bound on registers would spill in the time loop.
+            resident = replace(resident, registers=None)
         obstacle = _resident_obstacle(
             resident, units=units, outputs=outputs, has_readout=has_readout, returns_outputs=returns_outputs, arch=arch
         )
@@ -221,8 +232,9 @@ def rollout_launch(
         raise ValueError(f"form {form!r} is none of 'auto', 'resident', 'stepwise'")
     if form == "auto" and not drawback:
         return resident
-    stepwise = _stepwise_launch(outputs, rollouts, precision, arch, gates, wide)
-    return replace(stepwise, reason=drawback if form == "auto" else "asked for")
+    stepwise = _stepwise_launch(units, outputs, batch, rollouts, precision, arch, gates, wide)
+    reason = drawback if form == "auto" else "asked for"
+    return replace(stepwise, reason=f"{reason}; {stepwise.reason}" if stepwise.reason else reason)
 
 
 def _resident_launch(
@@ -238,16 +250,8 @@ def _resident_launch(
     size = OPERAND_BYTES[precision]
     block_units = max(16, next_power_of_two(units))
     block_outputs = max(16, next_power_of_two(outputs)) if outputs else 0
-    if precision == "fp32":
-        block_rows, warps = 32, 4
-    elif arch // 10 in {9, 10} and _fills_wide_tiles(batch, rollouts):
-        # Two groups of four warps, each with 64 rows of the matrix unit.
-        block_rows, warps = 128, 8
-    else:
-        block_rows, warps = 64, 4
-    if arch // 10 not in {9, 10}:
-        # The state passes through shared memory there; small tiles keep two programs on a multiprocessor.
-        warps = 8 if block_units >= 256 else 4
+    tile = resident_tile(block_units, batch, rollouts, precision, arch)
+    block_rows = tile.rows
     # A tile has room for a power of two of rollouts of each sample.
     samples = max(1, block_rows // next_power_of_two(rollouts))
     weights = (block_units * block_units + block_outputs * block_units) * size
@@ -260,11 +264,13 @@ def _resident_launch(
         block_units=block_units,
         block_inner=0,
         block_outputs=block_outputs,
-        warps=warps,
+        warps=tile.warps,
         stages=1,
         shared_bytes=shared,
         samples=samples,
         reason=f"W_hh fits in shared memory ({weights} bytes)",
+        registers=tile.registers,
+        pieces=pieces_of(tile, block_units, precision, arch),
     )
 
 
@@ -363,12 +369,6 @@ def takes_quotient_rows(
     return hopper and fits and launch.samples == 1 and units == launch.block_units and units >= 64
 
 
-def _fills_wide_tiles(batch: int, rollouts: int) -> bool:
-    """Return whether tiles of 128 rows are enough for a large GPU, and no emptier than tiles of 64."""
-    waste = -rollouts % 128 - -rollouts % 64 if rollouts > 64 else 0
-    return batch * rollouts >= MANY_ROWS and waste <= rollouts // 8
-
-
 def _resident_obstacle(
     launch: RolloutLaunch, *, units: int, outputs: int, has_readout: bool, returns_outputs: bool, arch: int
 ) -> str:
@@ -394,56 +394,63 @@ def _resident_drawback(units: int, precision: str, arch: int) -> str:
     return ""
 
 
-def _stepwise_launch(outputs: int, rollouts: int, precision: str, arch: int, gates: int, wide: bool) -> RolloutLaunch:
-    """Return the stepwise form's tiles."""
-    if gates > 1:
-        # One accumulator for each gate.
-        block_rows, block_units, block_inner, warps, stages = _gated_tile(gates, wide, rollouts, precision, arch)
-    elif precision == "fp32":
-        block_rows, block_units, block_inner, warps, stages = 64, 64, 32, 4, 2
-    elif precision == "tf32":
-        block_rows, block_units, block_inner, warps, stages = 128, 128, 32, 8, 3
-    elif arch // 10 in {9, 10}:
-        block_rows, block_units, block_inner, warps, stages = 128, 256, 64, 8, 3
-    else:
-        block_rows, block_units, block_inner, warps, stages = 128, 128, 32, 8, 3
-    one_sample = rollouts >= block_rows
-    if not one_sample:
-        # Clean values are then a whole tile: a wider one spills.
-        block_units = min(block_units, 128)
+def _stepwise_launch(
+    units: int, outputs: int, batch: int, rollouts: int, precision: str, arch: int, gates: int, wide: bool
+) -> RolloutLaunch:
+    """Return the stepwise form's tiles, with a reason where there was a choice."""
+    size, reason = OPERAND_BYTES[precision], ""
     if INTERPRETED:
-        block_rows, block_units, block_inner = 32, 32, 16
-        one_sample = rollouts >= block_rows
-    block_outputs = min(64, max(16, next_power_of_two(outputs))) if outputs else 0
-    size = OPERAND_BYTES[precision]
-    pipeline = stages * (block_rows + gates * block_units) * block_inner * size
+        tile = StepTile(32, 32, 4, 3, inner=16)
+    elif gates > 1:
+        # One accumulator for each gate.
+        tile = _gated_tile(gates, wide, rollouts, precision, arch)
+    elif arch // 10 == 9 and size == 2:
+        tile, reason = step_tile(units, batch, rollouts)
+    else:
+        tile = _plain_tile(rollouts, precision, arch)
     return RolloutLaunch(
         form="stepwise",
-        block_rows=block_rows,
-        block_units=block_units,
-        block_inner=block_inner,
-        block_outputs=block_outputs,
-        warps=warps,
-        stages=stages,
-        shared_bytes=pipeline,
-        samples=int(one_sample),
-        reason="",
+        block_rows=tile.rows,
+        block_units=tile.units,
+        block_inner=tile.inner,
+        block_outputs=min(64, max(16, next_power_of_two(outputs))) if outputs else 0,
+        warps=tile.warps,
+        stages=tile.stages,
+        shared_bytes=tile.stages * (tile.rows + gates * tile.units) * tile.inner * size,
+        samples=samples_of_step(tile, rollouts) if reason else int(rollouts >= tile.rows),
+        reason=reason,
+        described=tile.described,
+        early=tile.early,
+        parts=tile.parts,
+        dependent=tile.dependent,
     )
 
 
-def _gated_tile(gates: int, wide: bool, rollouts: int, precision: str, arch: int) -> tuple[int, int, int, int, int]:
-    """Return rows, units, inner units, warps and stages of a gated cell's step, which has an accumulator for each gate.
+def _plain_tile(rollouts: int, precision: str, arch: int) -> StepTile:
+    """Return the stepwise form's program where none was measured."""
+    if precision == "fp32":
+        return StepTile(64, 64, 4, 2, inner=32)
+    if precision == "tf32":
+        return StepTile(128, 128, 8, 3, inner=32)
+    if arch // 10 not in {9, 10}:
+        return StepTile(128, 128, 8, 3, inner=32)
+    # Clean values of several samples are a whole tile: a wider one spills.
+    return StepTile(128, 256 if rollouts >= 128 else 128, 8, 3)
+
+
+def _gated_tile(gates: int, wide: bool, rollouts: int, precision: str, arch: int) -> StepTile:
+    """Return the program of a gated cell's step, which has an accumulator for each gate.
 
     More units would leave too few registers: in the product's loop, or behind it, where each clean value is a whole
     tile because the rows are of several samples.
     """
     if precision == "fp32":
-        return 64, 32, 16, 4, 2
+        return StepTile(64, 32, 4, 2, inner=16)
     if precision == "tf32":
-        return 128, 32, 32, 8, 3
+        return StepTile(128, 32, 8, 3, inner=32)
     warpgroups, rows = arch // 10 in {9, 10}, 128
     room = rollouts >= rows and (gates < 4 or (warpgroups and not wide))
-    return rows, 64 if room else 32, 64 if warpgroups else 32, 8, 3
+    return StepTile(rows, 64 if room else 32, 8, 3, inner=64 if warpgroups else 32)
 
 
 def activity_launch(rows: int, rollouts: int, units: int) -> ActivityLaunch:

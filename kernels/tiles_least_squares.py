@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tiles import ceil_div, next_power_of_two
+from .tiles_measured import ceil_div, next_power_of_two
 
 MOST_ROLLOUTS = 256
 """Beyond, a step of the recursion holds too much in registers."""

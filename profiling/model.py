@@ -100,15 +100,21 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    ("resident", 64, 64, 4, None): Tile(4, 3.1),
-    ("resident", 64, 128, 4, None): Tile(2, 3.0),
-    ("resident", 128, 128, 8, None): Tile(1, 4.0),
-    ("resident", 64, 256, 4, None): Tile(1, 4.8),
-    ("resident", 128, 256, 8, None): Tile(1, 8.0),
-    ("stepwise", 128, 128, 8, None): Tile(1, 7.3, 0.0061),
-    ("stepwise", 128, 256, 8, None): Tile(1, 10.0, 0.0124),
+    ("resident", 64, 64, 4, None, False): Tile(4, 3.1),
+    ("resident", 64, 64, 4, 128, False): Tile(4, 1.9),
+    ("resident", 64, 128, 4, None, False): Tile(2, 3.0),
+    ("resident", 64, 128, 4, 168, False): Tile(3, 3.2),
+    ("resident", 128, 128, 8, None, False): Tile(1, 4.0),
+    ("resident", 64, 256, 4, None, False): Tile(1, 4.8),
+    ("resident", 128, 256, 8, None, False): Tile(1, 8.0),
+    ("stepwise", 128, 128, 8, None, False): Tile(1, 7.3, 0.0061),
+    ("stepwise", 128, 256, 8, None, False): Tile(1, 10.0, 0.0124),
+    ("stepwise", 128, 128, 8, None, True): Tile(1, 5.4, 0.0064),
+    ("stepwise", 64, 256, 4, None, True): Tile(2, 4.7, 0.0127),
+    ("stepwise", 128, 128, 4, None, False): Tile(2, 5.4, 0.0116),
 }
-"""By form, rows, units, warps and bound on registers, with delta_a stored, Rademacher noise and tanh."""
+"""By form, rows, units, warps, bound on registers, and whether clean rows come before the product; with delta_a stored,
+Rademacher noise and tanh."""
 
 
 class Rest(NamedTuple):
@@ -210,7 +216,7 @@ def wave_of(launch: RolloutLaunch) -> Tile:
     Raises:
         ValueError: it was not measured.
     """
-    key = (launch.form, launch.block_rows, launch.block_units, launch.warps, launch.registers)
+    key = (launch.form, launch.block_rows, launch.block_units, launch.warps, launch.registers, launch.early)
     if key not in TILES:
         raise ValueError(f"no tile {key} was measured, only {', '.join(map(str, TILES))}")
     return TILES[key]

@@ -25,7 +25,7 @@ def fused_case(arch, units, weight_by, precision="bf16", rollouts=MANY, counted=
         precision=precision,
         arch=arch,
     )
-    constexprs = {name: value for name, value in constexprs.items() if name != "SAMPLES"}
+    constexprs = {name: value for name, value in constexprs.items() if name not in {"SAMPLES", "PIECES"}}
     constexprs |= {"BY_NOISE": weight_by == "noise", "PRODUCT": launch.product, "BLOCK_ROWS": launch.block_rows}
     signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
     signature["results"] = FusedResults("*fp32", signature["results"].delta_h, "*fp32")

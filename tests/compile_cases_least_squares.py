@@ -4,8 +4,8 @@ from anpgpu.kernels import gram_triton, inverse_triton, least_squares_triton
 from anpgpu.kernels.gram_triton import OPERANDS, ROUNDING, Activity, Injected, Systems
 from anpgpu.kernels.inverse_triton import PRODUCT_TILE, Counted, Matrices, Solved
 from anpgpu.kernels.least_squares_triton import Duals
-from anpgpu.kernels.tiles import next_power_of_two
 from anpgpu.kernels.tiles_least_squares import blocks_of, inverse_launch, least_squares_launch, sign_words
+from anpgpu.kernels.tiles_measured import next_power_of_two
 
 NONE, ONE = ("=", None), ("=", 1)
 STORED = {"bf16": "*bf16", "tf32": "*fp32", "fp32": "*fp32"}

@@ -1,15 +1,19 @@
 """The noise and rollout kernels as the compile-only leg compiles them, with the launch configurations of `tiles.py`."""
 
+from dataclasses import replace
+
 import torch
 
-from anpgpu.kernels import noise_triton, rollout_resident_triton, rollout_stepwise_triton
+from anpgpu.kernels import measure_triton, noise_triton, rollout_resident_triton, rollout_stepwise_triton
 from anpgpu.kernels.cell_triton import CELLS
 from anpgpu.kernels.launch_triton import Weights
 from anpgpu.kernels.loss_triton import LOSSES, NO_LOSS, LossRows
+from anpgpu.kernels.measure_triton import OutputSizes
 from anpgpu.kernels.place_triton import CleanRows, Rows, Scalars, Stored
 from anpgpu.kernels.rollout_resident_triton import Results, Sizes
-from anpgpu.kernels.rollout_stepwise_triton import LinearPart, OutputSizes, States, StepSizes
-from anpgpu.kernels.tiles import NOISE_LAUNCH, UNIT_SUM_BLOCK, next_power_of_two, rollout_launch, takes_quotient_rows
+from anpgpu.kernels.rollout_stepwise_triton import LinearPart, StepSizes
+from anpgpu.kernels.tiles import NOISE_LAUNCH, UNIT_SUM_BLOCK, rollout_launch, takes_quotient_rows
+from anpgpu.kernels.tiles_measured import next_power_of_two
 
 ARCHES = (80, 89, 90, 100)
 OPERANDS = {"bf16": "*bf16", "fp16": "*fp16", "tf32": "*fp32", "fp32": "*fp32"}
@@ -59,7 +63,7 @@ def _flags(precision, cell, wide):
     }
 
 
-def _launch(units, loss, readout, precision, arch, form, rollouts=MANY, **cell):
+def _launch(units, loss, readout, precision, arch, form, rollouts=MANY, batch=MANY, **cell):
     form_of_loss = form_of(loss)
     behind = form_of_loss.of_outputs and readout
     return rollout_launch(
@@ -67,7 +71,7 @@ def _launch(units, loss, readout, precision, arch, form, rollouts=MANY, **cell):
         outputs=(OUTPUTS if behind else units) if form_of_loss.of_outputs else 0,
         has_readout=behind,
         returns_outputs=form_of_loss.returned,
-        batch=MANY,
+        batch=batch,
         rollouts=rollouts,
         precision=precision,
         arch=arch,
@@ -116,6 +120,7 @@ def resident_case(
         "LOSS": form_of(loss).of_tile,
         "FULL": units == next_power_of_two(units) and units >= 16,
         "SAMPLES": launch.samples,
+        "PIECES": launch.pieces,
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_UNITS": launch.block_units,
         "BLOCK_OUTPUTS": max(launch.block_outputs, 16),
@@ -125,16 +130,25 @@ def resident_case(
 
 def step_case(
     arch, units, precision="bf16", loss="linear", store=False, noise="rademacher", cell="tanh", wide=False,
-    rollouts=MANY,
+    rollouts=MANY, batch=MANY,
 ):  # fmt: skip
-    launch = _launch(units, loss, True, precision, arch, "stepwise", rollouts)
+    launch = _launch(units, loss, True, precision, arch, "stepwise", rollouts, batch=batch)
     linear = loss == "linear"
+    state, stored = OPERANDS[precision], Stored(STORED[precision], "i32:16")
+    weight, before, after = state, state, state
+    if launch.described:
+        kind, kept = state.removeprefix("*"), STORED[precision].removeprefix("*")
+        part = [1, launch.block_rows, launch.block_units // launch.parts]
+        weight = f"tensordesc<{kind}[{launch.block_units}, {launch.block_inner}]>"
+        before = f"tensordesc<{kind}[1, {launch.block_rows}, {launch.block_inner}]>"
+        after, stored = f"tensordesc<{kind}{part}>", f"tensordesc<{kept}{part}>"
     signature = {
         "clean": clean_rows(precision, cell, wide),
-        "weight_ptr": OPERANDS[precision],
-        "states": States(OPERANDS[precision], OPERANDS[precision]),
+        "weight": weight,
+        "before": before,
+        "after": after,
         "linear": LinearPart("*fp32" if linear else NONE, rows() if linear else NO_ROWS),
-        "stored": Stored(STORED[precision], "i32:16") if store else NONE,
+        "stored": stored if store else NONE,
         "seed_ptr": "*i64",
         "step": "i32",
         "slot": "i32",
@@ -148,13 +162,18 @@ def step_case(
     constexprs = {
         **_flags(precision, cell, wide),
         "NOISE": noise,
-        "ONE_SAMPLE": launch.samples == 1,
+        "SAMPLES": launch.samples,
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_UNITS": launch.block_units,
         "BLOCK_INNER": launch.block_inner,
         "STAGES": launch.stages,
+        "DESCRIBED": launch.described,
+        "EARLY": launch.early,
+        "PARTS": launch.parts,
+        "DEPENDENT": launch.dependent,
     }
-    return _case(rollout_stepwise_triton.step_kernel, signature, constexprs, launch)
+    kernel, signature, constexprs, options = _case(rollout_stepwise_triton.step_kernel, signature, constexprs, launch)
+    return kernel, signature, constexprs, {**options, "launch_pdl": launch.dependent}
 
 
 def measure_case(arch, loss, precision="bf16", readout=True, units=512):
@@ -170,16 +189,17 @@ def measure_case(arch, loss, precision="bf16", readout=True, units=512):
         "sizes": OutputSizes("i32:16", "i32"),
         "sigma": "fp32",
     }
+    block_rows, warps = launch.measuring
     constexprs = {
         "ADD": form_of(loss).add,
         "FINISH": form_of(loss).finish,
         "PRECISION": precision,
-        "ONE_SAMPLE": launch.samples == 1,
-        "BLOCK_ROWS": launch.block_rows,
+        "ONE_SAMPLE": True,
+        "BLOCK_ROWS": block_rows,
         "BLOCK_OUTPUTS": launch.block_outputs,
         "BLOCK_INNER": launch.block_inner,
     }
-    return _case(rollout_stepwise_triton.measure_kernel, signature, constexprs, launch)
+    return _case(measure_triton.measure_kernel, signature, constexprs, replace(launch, warps=warps, stages=3))
 
 
 def noise_case(kind, output):
@@ -202,7 +222,8 @@ def sum_case():
 
 def _case(kernel, signature, constexprs, launch):
     signature = {**signature, **dict.fromkeys(constexprs, "constexpr")}
-    return kernel, signature, constexprs, {"num_warps": launch.warps, "num_stages": getattr(launch, "stages", 1)}
+    options = {"num_warps": launch.warps, "num_stages": getattr(launch, "stages", 1)}
+    return kernel, signature, constexprs, {**options, "maxnreg": getattr(launch, "registers", None)}
 
 
 def cases():
@@ -241,7 +262,14 @@ def cases():
     )
     found["sm_90:step-1-bf16"] = step_case(90, 1, store=True)
     found["sm_90:step-500-bf16"] = step_case(90, 500, store=True)
-    found["sm_90:step-512-bf16-few_rollouts"] = step_case(90, 512, store=True, rollouts=32)
+    found["sm_90:step-1024-bf16"] = step_case(90, 1024, store=True)
+    for units in (512, 1024):
+        found[f"sm_90:step-{units}-bf16-few_rollouts"] = step_case(90, units, store=True, rollouts=32)
+    found["sm_90:step-512-bf16-loose"] = step_case(90, 512, store=True, rollouts=5)
+    found["sm_90:step-512-bf16-few_rows"] = step_case(90, 512, store=True, rollouts=128, batch=1)
+    found["sm_90:step-512-bf16-few_rows-few_rollouts"] = step_case(90, 512, store=True, rollouts=32, batch=4)
+    found["sm_90:step-1024-bf16-gaussian"] = step_case(90, 1024, noise="gaussian")
+    found["sm_90:step-1024-bf16-wide"] = step_case(90, 1024, wide=True)
     found["sm_90:step-512-bf16-gaussian"] = step_case(90, 512, noise="gaussian")
     found["sm_90:step-512-bf16-relu"] = step_case(90, 512, cell="relu")
     found["sm_90:step-512-bf16-wide"] = step_case(90, 512, wide=True)

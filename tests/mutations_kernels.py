@@ -250,9 +250,16 @@ MUTATIONS = {
     ),
     "triton stepwise: a linear loss keeps fp16's scale": Mutation(
         "kernels/rollout_stepwise_triton.py",
-        "part = part * scale",
+        "part = part * noise.scale",
         "part = part * 1.0",
         ("test_rollout_interpreter.py::test_other_branches",),
+        leg="interpreter",
+    ),
+    "triton stepwise: descriptors store every step's activity in the first": Mutation(
+        "kernels/rollout_stepwise_triton.py",
+        "outer_of_stored = step * batch + outer",
+        "outer_of_stored = outer",
+        ("test_rollout_stepwise_interpreter.py::test_every_variant_equals_the_reference",),
         leg="interpreter",
     ),
     "tiles: the readout is missing in the estimate of shared memory": Mutation(

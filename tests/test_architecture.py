@@ -42,8 +42,8 @@ STEMS = (*OPS, "cell", "cell_gated", "finite", "loss", "least_squares", "feedbac
 ALONE = {
     *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba", "feedback_matrix"),
     *("rollout_resident_triton", "rollout_stepwise_triton", "rollout_fused_triton", "rollout_gated_triton"),
-    *("tiles_least_squares", "gram_triton", "inverse_triton"),
-    *("rollout_gated_resident_triton", "repeated_triton"),
+    *("tiles_least_squares", "tiles_measured", "gram_triton", "inverse_triton"),
+    *("rollout_gated_resident_triton", "repeated_triton", "measure_triton"),
 }
 """The other files of kernels/."""
 

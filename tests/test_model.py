@@ -56,8 +56,11 @@ def test_without_one_of_its_parts_the_model_leaves_the_band(model, record, monke
 
 
 VARIANTS = {
-    ("stepwise", 128, 128, 8, None): "lib 128x128 w8 s3",
-    ("stepwise", 128, 256, 8, None): "lib 128x256 w8 s3",
+    ("stepwise", 128, 128, 8, None, False): "lib 128x128 w8 s3",
+    ("stepwise", 128, 256, 8, None, False): "lib 128x256 w8 s3",
+    ("stepwise", 128, 128, 8, None, True): "ptr 128x128 w8 s3 early",
+    ("stepwise", 64, 256, 4, None, True): r"tma\+st 64x256 w4 s2 early pdl",
+    ("stepwise", 128, 128, 4, None, False): r"tma\+st 128x128 w4 s3 sub2 pdl",
 }
 """How the result file calls the tiles of the stepwise form."""
 
@@ -70,7 +73,7 @@ def waves(rows, units, key, tile):
 
 def test_the_band_holds_every_tile_that_was_measured(model):
     for key, tile in model.TILES.items():
-        form, rows, units, warps, registers = key
+        form, rows, units, warps, registers, _ = key
         if form == "stepwise":
             measured = times(rf"kind=step variant={VARIANTS[key]} rows=(\d+) H=(\d+) us=([\d.]+)")
             assert len(measured) == 9
@@ -168,7 +171,7 @@ def test_there_is_a_row_for_every_gpu_and_it_says_what_it_is(model, monkeypatch,
 
 def test_a_tile_that_was_not_measured_raises(model, script):
     case = script("cases").Case(100, 128, 128, 512)
-    with pytest.raises(ValueError, match=r"no tile \('stepwise', 16, 256, 8, None\)"):
+    with pytest.raises(ValueError, match=r"no tile \('stepwise', 16, 256, 8, None, False\)"):
         model.wave_of(replace(model.first_launch(case), block_rows=16))
 
 

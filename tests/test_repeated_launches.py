@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from anpgpu.kernels import tiles_measured
 from anpgpu.kernels.cell import RELU, TANH
 from anpgpu.kernels.cell_gated import GRU
 from anpgpu.kernels.loss import LinearLoss, SquaredLoss
@@ -17,6 +18,7 @@ repeated_triton = pytest.importorskip("anpgpu.kernels.repeated_triton", reason="
 triton = pytest.importorskip("triton")
 tl, knobs, driver = triton.language, triton.knobs, triton.runtime.driver
 rollout_triton = pytest.importorskip("anpgpu.kernels.rollout_triton")
+TensorDescriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
 
 pytestmark = [
     pytest.mark.compile,
@@ -43,6 +45,8 @@ def addresses(values):
     """Return what Triton's launcher makes of arguments."""
     if isinstance(values, torch.Tensor):
         return values.data_ptr()
+    if isinstance(values, TensorDescriptor):
+        return values.base.data_ptr()
     return tuple(map(addresses, values)) if isinstance(values, tuple) else values
 
 
@@ -65,10 +69,12 @@ def rollouts(cell, loss, units, time, monkeypatch, *, ordinary):
     return made
 
 
+@pytest.mark.parametrize("wave", [132, 0], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("cell", [TANH, RELU, GRU], ids=["tanh", "relu", "gru"])
 @pytest.mark.parametrize("loss", ["linear", "squared"])
-def test_every_launch_has_the_arguments_of_tritons_own(cell, loss, launched, monkeypatch):
+def test_every_launch_has_the_arguments_of_tritons_own(cell, loss, wave, launched, monkeypatch):
     """But for addresses, which are those of other tensors."""
+    monkeypatch.setattr(tiles_measured, "ONE_WAVE", wave)
     rollouts(cell, loss, 300, 5, monkeypatch, ordinary=False)
     ours = [(head, tail) for *head, tail in ((arguments[:5], arguments[9:]) for arguments in launched)]
     launched.clear()
@@ -84,18 +90,23 @@ def kind(value):
     """Return an argument without its address: addresses differ from call to call."""
     if isinstance(value, tuple):
         return tuple(map(kind, value))
+    if isinstance(value, TensorDescriptor):
+        return value.shape, value.strides, value.block_shape
     if isinstance(value, torch.Tensor):
         return "address"
     return "address" if isinstance(value, int) and value > 2**40 else value
 
 
-def test_buffers_take_turns(launched, monkeypatch):
+@pytest.mark.parametrize("wave", [132, 0], ids=["pointers", "descriptors"])
+def test_buffers_take_turns(launched, wave, monkeypatch):
     """The step kernel reads what the step before has written."""
+    monkeypatch.setattr(tiles_measured, "ONE_WAVE", wave)
     rollouts(TANH, "linear", 300, 6, monkeypatch, ordinary=False)
     steps = [arguments[9:] for arguments in launched if arguments[4] == "step_kernel"]
     # The number of the step, and the slot of its partial sums.
-    assert [arguments[6:8] for arguments in steps] == [(step, step) for step in range(6)]
-    pairs = [addresses(arguments[2]) for arguments in steps]
+    assert [arguments[7:9] for arguments in steps] == [(step, step) for step in range(6)]
+    assert [isinstance(arguments[2], TensorDescriptor) for arguments in steps] == [wave == 0] * 6
+    pairs = [addresses(tuple(arguments[2:4])) for arguments in steps]
     assert all(pair[0] == before[1] and pair != before for before, pair in itertools.pairwise(pairs))
 
 

@@ -1,13 +1,17 @@
 """Launch configurations: pure functions, no device."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
-from anpgpu.kernels import tiles
-from anpgpu.kernels.tiles import next_power_of_two, rollout_launch, shared_limit
+from anpgpu.kernels import tiles, tiles_measured
+from anpgpu.kernels.tiles import rollout_launch, shared_limit
+from anpgpu.kernels.tiles_measured import ceil_div, next_power_of_two
 
+KERNELS = (Path(__file__).resolve().parent.parent / "profiling" / "results" / "kernels-h200-2026-11-26.txt").read_text()
 ARCHES = (80, 86, 89, 90, 100, 120)
 
 
@@ -120,7 +124,7 @@ def test_a_gated_cell_has_units_for_whose_gates_there_are_registers(changes, uni
     returns_outputs=st.booleans(),
     batch=st.integers(1, 10**5),
     rollouts=st.integers(1, 10**6),
-    precision=st.sampled_from(sorted(tiles.OPERAND_BYTES)),
+    precision=st.sampled_from(sorted(tiles_measured.OPERAND_BYTES)),
     arch=st.sampled_from(ARCHES),
     gates=st.sampled_from([1, 3, 4]),
     wide=st.booleans(),
@@ -138,15 +142,19 @@ def test_every_shape_has_a_launch_that_fits(**named):
         assert not named["has_readout"] or chosen.block_outputs >= named["outputs"]
         assert chosen.samples * min(next_power_of_two(named["rollouts"]), chosen.block_rows) == chosen.block_rows
     else:
-        assert chosen.samples == int(named["rollouts"] >= chosen.block_rows)
+        filled = chosen.samples * min(next_power_of_two(named["rollouts"]), chosen.block_rows)
+        assert filled in {0, chosen.block_rows}
+        assert chosen.samples or named["rollouts"] < chosen.block_rows
+        assert not chosen.described or (named["arch"] // 10 == 9 and chosen.samples and named["units"] >= 64)
+        assert not chosen.described or chosen.measuring == (128, 8)
 
 
 @pytest.mark.parametrize(
     ("outputs", "shared"),
-    [(0, 2 * (128 * 128 + 128 * 128) + 1024), (60, 2 * (128 * 128 + 64 * 128 + 128 * 128) + 1024)],
+    [(0, 2 * (128 * 128 + 64 * 128) + 1024), (60, 2 * (128 * 128 + 64 * 128 + 64 * 128) + 1024)],
 )
 def test_shared_memory_holds_both_matrices_and_a_tile_of_states(outputs, shared):
-    """By hand: 16-bit W_hh, W_o padded to 64 rows, and 128 rows of states."""
+    """By hand: 16-bit W_hh, W_o padded to 64 rows, and 64 rows of states."""
     assert launch(has_readout=bool(outputs), outputs=outputs).shared_bytes == shared
 
 
@@ -155,8 +163,104 @@ def test_shared_memory_holds_both_matrices_and_a_tile_of_states(outputs, shared)
     [(1024, 32, 128, 4), (1024, 48, 128, 2), (1024, 3, 64, 16), (1, 32, 64, 2), (256, 130, 64, 1), (256, 128, 128, 1)],
 )
 def test_tiles_are_filled_from_several_samples(batch, rollouts, rows, samples):
-    chosen = launch(batch=batch, rollouts=rollouts)
+    chosen = launch(units=256, batch=batch, rollouts=rollouts)
     assert (chosen.block_rows, chosen.samples) == (rows, samples)
+
+
+def measured(kind):
+    """Return {(H, rows): {tile: microseconds}} of the lines of a kind of the result file of the H200."""
+    found = {}
+    for tile, rows, units, time in re.findall(
+        rf"^kind={kind}=(.+) rows=(\d+) H=(\d+) us=([\d.]+)$", KERNELS, re.MULTILINE
+    ):
+        found.setdefault((int(units), int(rows)), {})[tile] = float(time)
+    return found
+
+
+@pytest.mark.parametrize(("units", "rows"), list(itertools.product((64, 128, 256), (4096, 16384, 65536))))
+def test_a_resident_tile_is_the_fastest_that_was_measured(units, rows):
+    chosen = launch(units=units, batch=16, rollouts=rows // 16)
+    tiles_measured = measured("tile tile")[units, rows]
+    assert f"{chosen.block_rows}/{chosen.warps}/{chosen.registers or 'none'}" == min(
+        tiles_measured, key=tiles_measured.get
+    )
+
+
+def name_of_variant(chosen):
+    """Return what the result file calls a stepwise tile."""
+    kind = "tma+st" if chosen.described else "ptr"
+    parts = {1: "", 2: " sub2"}[chosen.parts]
+    flags = f"{' early' if chosen.early else ''}{parts}{' pdl' if chosen.dependent else ''}"
+    return f"{kind} {chosen.block_rows}x{chosen.block_units} w{chosen.warps} s{chosen.stages}{flags}"
+
+
+@pytest.mark.parametrize(("units", "rows"), list(itertools.product((512, 1024, 2048), (4096, 16384, 65536))))
+def test_a_stepwise_tile_is_near_the_fastest_that_was_measured(units, rows):
+    """Within 3 %: what is faster by less is persistent, or has one more kind of tile."""
+    batch = 16 if rows >= 16384 else 4
+    chosen = launch(units=units, batch=batch, rollouts=rows // batch)
+    variants = {name: time for name, time in measured("step variant")[units, rows].items() if "cuBLAS" not in name}
+    assert len(variants) > 30
+    assert variants[name_of_variant(chosen)] <= 1.03 * min(variants.values())
+    assert variants[name_of_variant(chosen)] <= 0.86 * variants["lib 128x256 w8 s3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tile", "reason"),
+    [
+        ({"units": 512}, (64, 256, 1, True), "by descriptors"),
+        ({"units": 768}, (64, 256, 1, True), "by descriptors"),
+        ({"units": 769}, (128, 128, 1, True), "by descriptors"),
+        ({"batch": 1024, "rollouts": 32}, (64, 256, 2, True), "by descriptors"),
+        ({"batch": 1024, "rollouts": 16, "units": 1000}, (128, 128, 8, True), "by descriptors"),
+        ({"rollouts": 48}, (64, 256, 1, True), "by descriptors"),
+        ({"rollouts": 47}, (128, 128, 0, False), "47 rollouts of a sample do not fill 64 rows"),
+        ({"rollouts": 5}, (128, 128, 0, False), "5 rollouts of a sample do not fill 64 rows"),
+        ({"rollouts": 70, "units": 1000}, (128, 128, 0, False), "70 rollouts of a sample do not fill 128 rows"),
+        ({"rollouts": 100, "units": 1000}, (128, 128, 1, True), "by descriptors"),
+        ({"batch": 33, "rollouts": 128}, (128, 128, 1, False), "they are few"),
+        ({"batch": 34, "rollouts": 128}, (64, 256, 1, True), "by descriptors"),
+        ({"batch": 132, "rollouts": 32}, (128, 128, 4, False), "they are few"),
+        ({"batch": 1, "rollouts": 3}, (128, 128, 0, False), "3 rollouts of a sample do not fill 64 rows"),
+        ({"units": 63, "form": "stepwise"}, (128, 128, 1, False), "rows of 63 units are not aligned"),
+        ({"precision": "fp16"}, (64, 256, 1, True), "by descriptors"),
+        ({"precision": "tf32"}, (128, 128, 1, False), "512 hidden units are more than 256"),
+        ({"arch": 100}, (128, 256, 1, False), "512 hidden units are more than 256"),
+        ({"arch": 80}, (128, 128, 1, False), "512 hidden units are more than 256"),
+    ],
+    ids=str,
+)
+def test_stepwise_tiles(changes, tile, reason):
+    """By descriptors on Hopper alone, with 16-bit operands, where rollouts fill the tiles."""
+    chosen = launch(**{"units": 512, **changes})
+    assert (chosen.block_rows, chosen.block_units, chosen.samples, chosen.described) == tile
+    assert chosen.reason.endswith(reason) or (reason in chosen.reason and not chosen.described)
+    assert chosen.dependent == chosen.described
+
+
+@pytest.mark.parametrize(
+    ("changes", "tile"),
+    [
+        ({"units": 60}, (64, 4, 128)),
+        ({"units": 64, "outputs": 64}, (64, 4, None)),
+        ({"units": 64, "outputs": 64, "has_readout": True}, (64, 4, 128)),
+        ({"units": 32}, (64, 4, None)),
+        ({"outputs": 10, "has_readout": True, "returns_outputs": True}, (64, 4, None)),
+        ({"units": 128, "precision": "fp16"}, (64, 4, 168)),
+        ({"units": 128, "precision": "tf32"}, (128, 8, None)),
+        ({"units": 128, "arch": 100}, (128, 8, None)),
+        ({"units": 128, "arch": 80}, (64, 4, None)),
+        ({"units": 256, "arch": 80}, (64, 8, None)),
+        ({"units": 64, "precision": "fp32"}, (32, 4, None)),
+        ({"units": 256, "batch": 33, "rollouts": 256}, (64, 4, None)),
+        ({"units": 256, "batch": 34, "rollouts": 256}, (128, 8, None)),
+    ],
+    ids=str,
+)
+def test_resident_tiles(changes, tile):
+    """What was measured serves 16-bit operands on Hopper; elsewhere, and in tf32, tiles are as wide as rows allow."""
+    chosen = launch(**changes, **({} if changes.get("arch", 90) == 90 else {"form": "resident"}))
+    assert (chosen.block_rows, chosen.warps, chosen.registers) == tile
 
 
 @pytest.mark.parametrize(
@@ -189,7 +293,7 @@ def test_two_rows_of_the_quotient_where_they_cost_neither_spills_nor_barriers(ch
 
 
 def test_the_choice_is_the_same_every_time():
-    for arch, precision in itertools.product(ARCHES, tiles.OPERAND_BYTES):
+    for arch, precision in itertools.product(ARCHES, tiles_measured.OPERAND_BYTES):
         assert launch(arch=arch, precision=precision) == launch(arch=arch, precision=precision)
 
 
@@ -200,7 +304,7 @@ def test_rows_of_delta_a_are_padded_where_they_are_long(units, stride):
 
 @pytest.mark.parametrize(("count", "size", "quotient"), [(0, 3, 0), (1, 3, 1), (3, 3, 1), (4, 3, 2)])
 def test_ceil_div(count, size, quotient):
-    assert tiles.ceil_div(count, size) == quotient
+    assert ceil_div(count, size) == quotient
 
 
 def test_steps_at_a_time_are_as_many_as_have_room_and_at_least_one():
