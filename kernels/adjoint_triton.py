@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adjoint import by_activity, finite_rollouts, of_h, run_finite, weighted_activity
+from .adjoint import by_activity, finite_rollouts, of_h, weighted_activity
 from .launch_triton import check_cell, stored_dtype
 from .loss import Loss, loss_of_steps
 from .noise import UNITS_PER_GROUP, Counters
@@ -34,7 +34,6 @@ from .tiles import (
     activity_launch,
     fused_steps,
     noise_sum_launch,
-    stored_steps,
 )
 
 STRIDES = ("stride_step", "stride_sample", "stride_rollout")
@@ -350,9 +349,8 @@ def rollout_adjoint(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run rollouts and sum their adjoint at discount 0; see `adjoint.rollout_adjoint`.
 
-    In one kernel where a program can hold whole rollouts. Elsewhere no activity is stored where rollouts are weighted
-    by their noise, and that of a few steps at a time, read back at once, where by their activity; where those are not
-    all steps, and `finite` is None, rollouts run twice.
+    In one kernel where a program can hold whole rollouts. Elsewhere as at any discount: all steps run once, and are
+    summed once it is known which rollouts stay finite; rollouts weighted by their noise store no activity.
     """
     check_cell(options)
     launch = preferred_launch(preact, weight_hh, loss, weight_by, options)
@@ -370,39 +368,17 @@ def rollout_adjoint(
             delta_h0=delta_h0,
             finite=finite,
         )
-    (time, batch, _), units = preact.shape, weight_hh.shape[1]
-    sums = preact.new_empty((2, time, batch, units), dtype=torch.float32)
-    delta_loss = preact.new_empty((time, batch, options.rollouts), dtype=torch.float32)
     keep = options._replace(store_delta_a=by_activity(weight_by))
-    length = stored_steps(batch, options.rollouts, units * options.cell.states) if keep.store_delta_a else max(1, time)
-    delta_h = delta_h0
-    if finite is None and length < time:
-        finite = run_finite(
-            rollout, preact, hidden, weight_hh, loss, seed, options=options, counters=counters, delta_h0=delta_h0
-        )
-    for start in range(0, time, length):
-        steps = slice(start, min(start + length, time))
-        first = counters._replace(time=counters.time + start)
-        block = rollout(
-            preact[steps],
-            hidden[steps],
-            weight_hh,
-            loss_of_steps(loss, steps),
-            seed,
-            options=keep,
-            counters=first,
-            delta_h0=delta_h,
-        )
-        assert block.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
-        delta_h, delta_loss[steps] = block.delta_h, block.delta_loss
-        if finite is None:
-            finite = finite_rollouts(block.delta_loss, block.delta_h)
-        credit = torch.where(finite, block.delta_loss, 0)
-        sums[:, steps] = adjoint(
-            credit, of_h(block.delta_a, units), seed, weight_by=weight_by, units=units, options=options, counters=first
-        )
-    assert delta_h is not None  # noqa: S101  (for the type checker; time is at least 1)
-    return sums, delta_loss, delta_h
+    block = rollout(preact, hidden, weight_hh, loss, seed, options=keep, counters=counters, delta_h0=delta_h0)
+    assert block.delta_loss is not None  # noqa: S101  (for the type checker; the loss is ours)
+    if finite is None:
+        finite = finite_rollouts(block.delta_loss, block.delta_h)
+    credit = torch.where(finite, block.delta_loss, 0)
+    units = weight_hh.shape[1]
+    sums = adjoint(
+        credit, of_h(block.delta_a, units), seed, weight_by=weight_by, units=units, options=options, counters=counters
+    )
+    return sums, block.delta_loss, block.delta_h
 
 
 def _fused_adjoint(

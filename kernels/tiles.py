@@ -43,7 +43,7 @@ UNIT_SUM_BLOCK = 256
 """Stepwise: rows of a program that adds those partial sums."""
 
 STORED_BYTES = 1 << 28
-"""Activity, or partial sums, that `adjoint_triton.rollout_adjoint` keeps at a time."""
+"""Partial sums that `adjoint_triton.rollout_adjoint` keeps at a time."""
 
 MARK_COLUMNS, MARK_ROWS = 64, 32
 """Rollouts of a program that looks for values that are not finite, and steps or units that it reads at a time."""
@@ -483,11 +483,6 @@ def _split(items: int, warps: int, *, at_least: int) -> tuple[int, int]:
     splits = max(1, min(WARPS_WANTED // warps, items // at_least))
     each = ceil_div(items, splits)
     return ceil_div(items, each), each
-
-
-def stored_steps(batch: int, rollouts: int, units: int) -> int:
-    """Return how many steps' activity is kept at a time, at least 1."""
-    return max(1, STORED_BYTES // max(1, 4 * batch * rollouts * units))
 
 
 def fused_steps(tiles: int, batch: int, units: int) -> int:

@@ -201,36 +201,34 @@ def test_division_depends_on_shapes_alone_and_covers_all():
 
 @pytest.mark.parametrize("weight_by", ["noise", "activity"])
 def test_rollout_adjoint(weight_by, monkeypatch):
+    """In one pass over the rollouts, as at any other discount, of which it is never to be slower."""
     preact, weight_hh, grad = draw(4, 2, 5), draw(5, 5), draw(4, 2, 5)
     options = RolloutOptions(rollouts=3, sigma=1e-2)
     arguments = (preact, preact.tanh(), weight_hh, LinearLoss(grad), SEED)
     named = {"weight_by": weight_by, "options": options, "counters": OFFSETS[1], "delta_h0": draw(2, 3, 5, sigma=1e-2)}
     named["delta_h0"][1, 2, 0] = float("nan")
     expected = reference.rollout_adjoint(*arguments, **named)
-    for stored in (tiles.STORED_BYTES, 1, 700):
-        monkeypatch.setattr(tiles, "STORED_BYTES", stored)
-        sums, delta_loss, delta_h = adjoint_triton.rollout_adjoint(*arguments, **named)
-        assert torch.isfinite(sums).all()
-        tolerances.assert_close(sums, expected[0], "fp32_adjoint")
-        for actual, wanted in ((delta_loss, expected[1]), (delta_h, expected[2])):
-            finite = torch.isfinite(wanted)
-            assert torch.equal(torch.isfinite(actual), finite)
-            tolerances.assert_close(actual[finite], wanted[finite], "float32_long")
+    runs, run = [], adjoint_triton.rollout
+    monkeypatch.setattr(adjoint_triton, "rollout", lambda *given, **more: runs.append(given) or run(*given, **more))
+    sums, delta_loss, delta_h = adjoint_triton.rollout_adjoint(*arguments, **named)
+    assert len(runs) == 1
+    assert torch.isfinite(sums).all()
+    tolerances.assert_close(sums, expected[0], "fp32_adjoint")
+    for actual, wanted in ((delta_loss, expected[1]), (delta_h, expected[2])):
+        finite = torch.isfinite(wanted)
+        assert torch.equal(torch.isfinite(actual), finite)
+        tolerances.assert_close(actual[finite], wanted[finite], "float32_long")
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in")
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("method", ["np", "anp"])
-def test_a_rollout_that_overflows_later_adds_nothing_before(method, known, monkeypatch):
+def test_a_rollout_that_overflows_later_adds_nothing_before(method, known):
     arguments, named, finite = overflow_cases.case(7, SEED, OFFSETS[1])
     weight_by = ESTIMATORS[method].weight_by
     assert (
         rollout_fused_triton.preferred_launch(arguments[0], arguments[2], arguments[3], weight_by, named["options"])
         is None
     )
-    for stored in (tiles.STORED_BYTES, 1):
-        monkeypatch.setattr(tiles, "STORED_BYTES", stored)
-        found = adjoint_triton.rollout_adjoint(
-            *arguments, weight_by=weight_by, finite=finite if known else None, **named
-        )
-        overflow_cases.assert_left_out(found, arguments, named, finite, method, "fp32_adjoint")
+    found = adjoint_triton.rollout_adjoint(*arguments, weight_by=weight_by, finite=finite if known else None, **named)
+    overflow_cases.assert_left_out(found, arguments, named, finite, method, "fp32_adjoint")

@@ -237,7 +237,7 @@ def test_a_rollout_that_is_not_finite_stays_alone(cell, form):
 
 @pytest.mark.parametrize("weight_by", ["noise", "activity"])
 @pytest.mark.parametrize("cell", STEPS)
-def test_rollouts_that_sum_their_own_adjoint(cell, weight_by, monkeypatch):
+def test_rollouts_that_sum_their_own_adjoint(cell, weight_by):
     sizes = (3, 2, 17, 4, 5)
     arguments, options = gated(cell, sizes, "squared"), options_of(cell, sizes)
     preact, hidden, weight, loss, start = arguments
@@ -246,12 +246,9 @@ def test_rollouts_that_sum_their_own_adjoint(cell, weight_by, monkeypatch):
         preact, hidden, weight, loss, SEED, options=options._replace(precision="fp64"), delta_h0=start, **named
     )
     *tensors, start = map(narrow, arguments)
-    for steps in (None, 1):
-        if steps is not None:
-            monkeypatch.setattr(adjoint_triton, "stored_steps", lambda *_: 1)
-        found = adjoint_triton.rollout_adjoint(*tensors, SEED, options=options, delta_h0=start, **named)
-        for ours, reference in zip(found, expected, strict=True):
-            assert_close_to(ours, reference, "float32_long")
+    found = adjoint_triton.rollout_adjoint(*tensors, SEED, options=options, delta_h0=start, **named)
+    for ours, reference in zip(found, expected, strict=True):
+        assert_close_to(ours, reference, "float32_long")
 
 
 @pytest.mark.parametrize("cell", STEPS)
