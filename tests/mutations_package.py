@@ -54,8 +54,8 @@ MUTATIONS = {
         "estimators/found.py",
         "parts[:, 0].sum(0)",
         "parts[:, -1].sum(0)",
-        ("test_estimate_grad.py",),
-        ("test_estimators.py", "test_division.py"),
+        ("test_modules.py", "test_division.py"),
+        ("test_estimators.py",),
     ),
     "by segment: only one layer's lost rollouts are counted": Mutation(
         "estimators/by_segment.py",
