@@ -79,8 +79,8 @@ test-oldest: $(TESTABLE) $(OLDEST) ## compile every kernel for every architectur
 	$(PYTEST) tests/test_kernels_compile_oldest.py -m compile
 	PYTHONPATH=.venv/oldest-triton $(PYTEST) tests/test_repeated_launches.py -m compile
 
-test-slow: $(TESTABLE) $(OLDEST) ## the thorough tests
-	HYPOTHESIS_PROFILE=slow $(PYTEST) tests $(SPREAD) -m "slow and not gpu"
+test-slow: $(TESTABLE) ## the thorough tests (those of the oldest Triton: test-oldest)
+	HYPOTHESIS_PROFILE=slow $(PYTEST) tests $(SPREAD) -m "slow and not gpu" --ignore tests/test_kernels_compile_oldest.py
 
 test-gpu: $(TESTABLE) ## the tests that need a CUDA device
 	$(PYTEST) tests -m gpu
