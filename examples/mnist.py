@@ -158,6 +158,7 @@ def plot(results: list[Result], path: Path, title: str) -> None:
             right.plot(range(1, len(result.accuracy) + 1), result.accuracy, "o-", color=f"C{colour}", markersize=3)
     left.set(xlabel="updates", ylabel="training loss (nats)", yscale="log")
     right.set(xlabel="epochs", ylabel="test accuracy")
+    right.xaxis.get_major_locator().set_params(integer=True)
     left.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 import docs_tables
 import docs_tables_feedback
+import docs_tables_rivals
 from docs_tables import MINUS, Rows
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = docs_tables.TABLES | docs_tables_feedback.TABLES
+TABLES = docs_tables.TABLES | docs_tables_feedback.TABLES | docs_tables_rivals.TABLES
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 PRINTED = "figures printed by their commands"

@@ -1,0 +1,221 @@
+"""The published tables of the study of rivals, from profiling/results/rivals/rivals.json.
+
+A table has a row for each method that has run, and under them one that names what is planned and not made yet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from docs_tables import ABSENT, Rows, percent, significant, without_zero
+
+BOUNDS = (math.log(8) / 2, 0.5, 0.25)
+"""Losses, in nats, of which seconds are published: the first is half of guessing."""
+
+TUNING_SEED = 100
+
+MNIST = ("mnist-rows", "mnist-7x7", "mnist-14x14")
+SERIES = ("mackey-glass", "lorenz")
+DECIDING = ("perceptual-decision", "context-decision", "delayed-match")
+DECISIONS = (*DECIDING, "perceptual-reward")
+
+WORDS = {"bptt": "BPTT", "bptt-1": "BPTT cut to one step", "bptt-8": "BPTT cut to 8 steps"}
+CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+
+
+def name_of(row: str) -> str:
+    row, at, rate = row.partition(" at ")
+    method, _, optimiser = row.partition(", ")
+    if at:
+        return f"{name_of(row)}, rate {rate}"
+    return WORDS.get(method, f"`{method}`") + (f", {optimiser}" if optimiser else "")
+
+
+def loss(value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return without_zero(significant(value)) if math.isfinite(value) else "broke off"
+
+
+def spread(found: dict | None, show: Callable[[float], str] = loss) -> str:
+    """Return a mean with its interval, of which one seed has none."""
+    if found is None:
+        return ABSENT
+    ends = [found["low"], found["high"]]
+    bounds = f" [{', '.join(map(show, ends))}]" if all(math.isfinite(end) for end in ends) else ""
+    return show(found["mean"]) + bounds
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def bits(value: float) -> str:
+    return significant(value / math.log(2), 4)
+
+
+def count(value: float | None) -> str:
+    return ABSENT if value is None else significant(value, 2)
+
+
+def of(result: dict, *tasks: str) -> list[dict]:
+    """Return the groups of some tasks, in the order of the tasks."""
+    return [group for task in tasks for group in result["groups"] if group["task"] == task]
+
+
+def missing(group: dict, columns: int) -> Rows:
+    """Return a row that names the methods of which no seed is made, if there are any."""
+    names = [name_of(name) for name, made in group["lacking"].items() if made.startswith("0 ")]
+    return [[f"not made yet: {', '.join(names)}", *[ABSENT] * (columns - 1)]] if names else []
+
+
+def seeds(group: dict, row: dict) -> str:
+    """Return the number of seeds, "3 of 5" where more are planned."""
+    planned = group["lacking"].get(row["name"].split(" at ")[0], "").partition(" of ")[2]
+    return f"{len(row['seeds'])} of {planned}" if planned else str(len(row["seeds"]))
+
+
+def rivals_claims(result: dict) -> Rows:
+    """What learned feedback promises, beside BPTT: mean over seeds, and the bound; what is not made yet comes last."""
+
+    def shown(claim: dict, name: str) -> str:
+        return percent(claim[name], 1) if claim["figure"] == "right" else loss(claim[name])
+
+    promised = ("copying-40", *MNIST, "characters", *DECIDING)
+    made = [claim for task in promised for claim in result["claims"] if claim["task"] == task]
+    missing_tasks = [task for task in promised if task not in {claim["task"] for claim in made}]
+    rows = [
+        [
+            f"{claim['task']}, {CELLS[claim['cell']]}",
+            claim["figure"],
+            str(claim["seeds"]),
+            *(f"{rate:g}" for rate in claim["rates"]),
+            *(shown(claim, name) for name in ("bptt", "feedback")),
+            ("≥ " if claim["figure"] == "right" else "≤ ") + shown(claim, "bound"),
+            "yes" if claim["holds"] else "no",
+        ]
+        for claim in made
+    ]
+    return rows + [[task, *[ABSENT] * 7, "not made yet"] for task in missing_tasks]
+
+
+def rivals_copying(result: dict) -> Rows:
+    """Copying after 40 steps: test loss, and what it costs to solve it."""
+    rows = []
+    for group in of(result, "copying-40"):
+        for row in group["rows"]:
+            costs = [significant(1e3 * row["per_update"], 2), count(row["seconds"]), count(row["rollout_steps"])]
+            how = [str(row["rollouts"] or ABSENT), f"{row['rate']:g}", seeds(group, row)]
+            rows.append([name_of(row["name"].split(" at ")[0]), *how, spread(row["loss"]), *costs])
+        rows += missing(group, 8)
+    return rows
+
+
+def classified(result: dict, tasks: Sequence[str]) -> Rows:
+    """Return rows of tasks with a right answer."""
+    rows = []
+    for task in tasks:
+        groups = of(result, task)
+        for group in groups:
+            title = task + ("" if group["cell"] == "rnn" else f", {CELLS[group['cell']]}")
+            for row in group["rows"]:
+                how = [str(row["rollouts"] or ABSENT), seeds(group, row)]
+                figures = [spread(row["accuracy"], share), spread(row["loss"])]
+                costs = [significant(1e3 * row["per_update"], 2), count(row["seconds"]), count(row["trials"])]
+                rows.append([title, name_of(row["name"]), *how, *figures, *costs])
+            rows += [[title, *line] for line in missing(group, 8)]
+        if not groups:
+            rows.append([task, "no run is made yet", *[ABSENT] * 7])
+    return rows
+
+
+def rivals_seconds(lines: Sequence[str]) -> Rows:
+    """Seconds to a loss, medians over the seeds of study_curves.py, and over BPTT's to the middle one."""
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for run in map(json.loads, lines):
+        how = run["settings"]
+        if how["seed"] != TUNING_SEED:
+            groups.setdefault((how["method"], how["rollouts"]), []).append(run["curve"])
+
+    def reached(curve: dict, bound: float) -> float:
+        pairs = zip(curve["seconds"], curve["test"], strict=True)
+        return next((spent for spent, (score, _) in pairs if score <= bound), math.inf)
+
+    times = {
+        name: [median(reached(curve, bound) for curve in curves) for bound in BOUNDS] for name, curves in groups.items()
+    }
+    exact = next(spent for (method, _), spent in times.items() if method == "bptt")
+    rows = []
+    for (method, rollouts), spent in times.items():
+        shown = [significant(value, 2) if math.isfinite(value) else "never" for value in spent]
+        over = significant(spent[1] / exact[1], 2) if math.isfinite(spent[1]) else ABSENT
+        rows.append([name_of(method), ABSENT if method == "bptt" else str(rollouts), *shown, over])
+    return rows
+
+
+def rivals_mnist(result: dict) -> Rows:
+    """MNIST: test accuracy and loss."""
+    return [row[:-1] for row in classified(result, MNIST)]
+
+
+def rivals_decisions(result: dict) -> Rows:
+    """Tasks of neurogym: share of right decisions on new trials, and trials to 80 %."""
+    return classified(result, DECISIONS)
+
+
+def rivals_series(result: dict) -> Rows:
+    """Online NMSE beside what the sketched-RTRL release prints: mean with interval, mean ± deviation."""
+    groups = [of(result, task)[0] for task in SERIES]
+    ours = [{row["name"]: row for row in group["rows"]} for group in groups]
+    theirs = [{PRINTED_AS.get(name, name): value for name, value in group["printed"].items()} for group in groups]
+    rows = []
+    for name in dict.fromkeys(name for part in (*ours, *theirs) for name in part):
+        cells = []
+        for group, mine, published in zip(groups, ours, theirs, strict=True):
+            cells.append("{:.4f} ± {:.4f}".format(*published[name]) if name in published else ABSENT)
+            row = mine.get(name)
+            cells += (
+                [spread(row["nmse"], nmse), seeds(group, row)] if row else [ABSENT, group["lacking"].get(name, ABSENT)]
+            )
+        rows.append([name if name.startswith("sketched") else name_of(name), *cells])
+    silent = {name: made for name, made in groups[0]["lacking"].items() if name not in theirs[0]}
+    return rows + missing({"lacking": silent}, 7)
+
+
+PRINTED_AS = {"BPTT in windows of 25": "bptt"}
+"""Rows of the release by our name."""
+
+
+def nmse(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def rivals_characters(result: dict) -> Rows:
+    """Bits per character of a text's held-out part."""
+    rows = []
+    for group in of(result, "characters"):
+        exact = next((row["loss"]["mean"] for row in group["rows"] if row["name"] == "bptt"), None)
+        for row in group["rows"]:
+            over = ABSENT if exact is None else without_zero(significant(row["loss"]["mean"] / exact, 3))
+            how = [str(row["rollouts"] or ABSENT), seeds(group, row)]
+            cost = significant(1e3 * row["per_update"], 2)
+            rows.append([CELLS[group["cell"]], name_of(row["name"]), *how, spread(row["loss"], bits), over, cost])
+        rows += [[CELLS[group["cell"]], *line] for line in missing(group, 6)]
+    return rows
+
+
+TABLES: dict[str, Callable[..., Rows]] = {
+    table.__name__: table
+    for table in (
+        rivals_characters,
+        rivals_claims,
+        rivals_copying,
+        rivals_decisions,
+        rivals_mnist,
+        rivals_seconds,
+        rivals_series,
+    )
+}
