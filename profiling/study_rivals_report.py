@@ -256,9 +256,11 @@ class Claim(NamedTuple):
     bound: float
     """The largest, of an accuracy the smallest, that `feedback` may be."""
     holds: bool
+    counts: bool
+    """Whether BPTT solves the task."""
 
 
-def claims_of(group: Group, rows: Sequence[Row]) -> list[Claim]:
+def claims_of(group: Group, rows: Sequence[Row], solved: float) -> list[Claim]:
     """Return what learned feedback promises of a group, for each learning rate it has; [] where nothing is promised."""
     exact = next((row for row in rows if row.name == EXACT), None)
     if exact is None or group.task not in ("copying-40", "characters", *POINTS):
@@ -279,7 +281,7 @@ def claims_of(group: Group, rows: Sequence[Row]) -> list[Claim]:
             figure, bound = "bits per character", 1.03 * bptt
         holds = feedback >= bound if figure == "right" else feedback <= bound
         how = (group.task, group.cell, figure, (exact.rate, ours.rate), len(seeds))
-        claims.append(Claim(*how, bptt, feedback, bound, holds))
+        claims.append(Claim(*how, bptt, feedback, bound, holds, float(np.mean(exact.losses)) <= solved))
     return claims
 
 
@@ -403,7 +405,11 @@ def summarised(runs: Sequence[dict], grid: Grid) -> dict[str, object]:
     return {
         "processor_seconds": sum(run["seconds"] for run in runs),
         "runs": len(runs),
-        "claims": [claim._asdict() for group, mine in groups.items() for claim in claims_of(group, rows_of(mine))],
+        "claims": [
+            claim._asdict()
+            for group, mine in groups.items()
+            for claim in claims_of(group, rows_of(mine), mine[0]["solved"])
+        ],
         "unmade": unmade(grid, list(groups)),
         "groups": [summary_of(group, mine, grid) for group, mine in groups.items()],
     }

@@ -95,7 +95,7 @@ def rivals_claims(result: dict) -> Rows:
             *(f"{rate:g}" for rate in claim["rates"]),
             *(shown(claim, name) for name in ("bptt", "feedback")),
             ("≥ " if claim["figure"] == "right" else "≤ ") + shown(claim, "bound"),
-            "yes" if claim["holds"] else "no",
+            ("yes" if claim["holds"] else "no") + ("" if claim["counts"] else ", but BPTT does not solve it"),
         ]
         for claim in made
     ]

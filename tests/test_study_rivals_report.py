@@ -112,7 +112,7 @@ def test_rows_of_two_learning_rates_are_two():
     ]
     (group,) = tables.groups_of(lines)
     rows = [row._replace(name=row.name.replace("np", "anp-feedback")) for row in tables.rows_of(lines)]
-    claims = tables.claims_of(group._replace(task="copying-40"), [*rows[:1], rows[2]])
+    claims = tables.claims_of(group._replace(task="copying-40"), [*rows[:1], rows[2]], 1.0)
     assert [(claim.rates, claim.feedback) for claim in claims] == [((1e-3, 1e-2), 0.6)]
     assert tables.lacking(grid_of().entries[0], "rnn", rows)["anp-feedback"] == "1 of 3"
 
@@ -138,11 +138,13 @@ def test_claims_have_the_bounds_that_were_promised(task, losses, accuracies, fig
     for line in lines:
         line["task"] = task
     ((group, mine),) = tables.groups_of(lines).items()
-    (claim,) = tables.claims_of(group, tables.rows_of(mine))
+    (claim,) = tables.claims_of(group, tables.rows_of(mine), losses[0])
+    (unsolved,) = tables.claims_of(group, tables.rows_of(mine), 0.99 * losses[0])
+    assert (claim.counts, unsolved.counts) == (True, False)
     assert (claim.task, claim.figure, claim.seeds, claim.holds) == (task, figure, 2, holds)
     assert claim.bound == pytest.approx(bound)
-    assert tables.claims_of(group, tables.rows_of(mine)[:1]) == []
-    assert tables.claims_of(group._replace(task="copying-2"), tables.rows_of(mine)) == []
+    assert tables.claims_of(group, tables.rows_of(mine)[:1], 1.0) == []
+    assert tables.claims_of(group._replace(task="copying-2"), tables.rows_of(mine), 1.0) == []
 
 
 def test_a_run_that_broke_off_shows_as_such():
