@@ -49,7 +49,8 @@ SETTINGS = {
 
 
 def perturbation_of(setting, **options):
-    return Perturbation(**{"rollouts": P, "discount": 0.9, **SETTINGS[setting], **options})
+    # Two estimates of learned feedback's warm-up: Triton's interpreter takes long for thirty.
+    return Perturbation(**{"rollouts": P, "discount": 0.9, "warmup": 2, **SETTINGS[setting], **options})
 
 
 class Problem(NamedTuple):
