@@ -179,8 +179,8 @@ BUGS = {
     ),
     "both directions share noise": Bug(
         "estimators/by_layer.py",
-        "layer = _Layer(weights, activity, loss, index)",
-        "layer = _Layer(weights, activity, loss, number)",
+        "layer = _Layer(weights, activity, loss, index, ",
+        "layer = _Layer(weights, activity, loss, number, ",
         "test_details.py::test_every_layer_and_direction_has_noise_of_its_own[backward]",
     ),
     "processes share the readout's noise": Bug(
@@ -203,7 +203,7 @@ BUGS = {
     ),
     "dropout missing below, one direction": Bug(
         "estimators/by_segment.py",
-        "above = above if mask is None else above * mask",
+        "above = above if mask is None or above is None else above * mask",
         "above = above",
         "test_details.py::test_dropout_is_in_the_gradient_that_the_layer_below_answers_to[False]",
     ),
