@@ -137,7 +137,10 @@ def canonical(
     weight = None
     if step_weight is not None:
         if not canonical_targets.per_step and not kind.black_box:
-            raise ValueError("step_weight weighs a loss of each step, but targets are one for each sequence")
+            raise ValueError(
+                "step_weight weighs a loss of each step, but targets are one for each sequence: got targets of shape "
+                f"{tuple(getattr(targets, 'shape', ()))}"
+            )
         weight = _step_weight(step_weight, layout, steps.valid)
     measured = (
         BlackBox(
