@@ -14,7 +14,7 @@ endif
 ONE_THREAD := env OMP_NUM_THREADS=1
 PYTEST := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(BIN)pytest
 
-# Tests start many processes, and each would compile every module from its source.
+# Tests start many processes. Where nothing is kept, each compiles the package and rewrites hypothesis's assertions.
 unexport PYTHONDONTWRITEBYTECODE
 
 # Processes of each leg. A file's tests stay in one, so that what they share is made once.

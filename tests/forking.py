@@ -85,14 +85,19 @@ class Forks:
             server.stdin.write(json.dumps([said.name, warned.name, asked]) + "\n")
             server.stdin.flush()
             process = int(server.stdout.readline())
-            seconds = threading.TIMEOUT_MAX if timeout is None else timeout
-            clock = threading.Timer(seconds, os.kill, (process, signal.SIGKILL))
+            over = threading.Event()
+
+            def stop():
+                over.set()
+                os.kill(process, signal.SIGKILL)
+
+            clock = threading.Timer(threading.TIMEOUT_MAX if timeout is None else timeout, stop)
             clock.daemon = True
             clock.start()
             status = int(server.stdout.readline())
             clock.cancel()
             self.idle.put(server)
-            if status == -signal.SIGKILL:
+            if over.is_set():
                 raise TimeoutError(f"no end after {timeout} s")
             return status, said.read().decode(errors="replace"), warned.read().decode(errors="replace")
 

@@ -91,6 +91,8 @@ def test_the_whole_table_anew(arch):
     rows = compile_kernels.compile_all(f"sm_{arch}:")
     assert len(rows) > 30
     assert {name: row["error"] for name, row in rows.items() if "error" in row} == {}
+    test_shared_memory_within_limits(rows)
+    test_no_operand_of_the_matrix_unit_is_overwritten_while_it_is_read(rows)
     table = {name: row for name, row in STORED["rows"].items() if arch_of(name) == arch}
     assert compile_kernels.regressions(table, rows) == []
 

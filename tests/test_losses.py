@@ -334,7 +334,7 @@ def test_a_wrong_step_weight_is_named(weight, error, message, loss):
 
 def test_the_loss_of_a_sequence_has_no_steps_to_weigh():
     problem = Form("time first", nn.MSELoss(), per_sequence=True)
-    with pytest.raises(ValueError, match="step_weight weighs a loss of each step, but targets are one for each"):
+    with pytest.raises(ValueError, match=rf"but targets are one for each sequence: got targets of shape \({B},"):
         problem.estimate(CLOSE, step_weight=torch.ones(T, B))
-    with pytest.raises(ValueError, match="step_weight weighs a loss of each step, but the loss returns one"):
+    with pytest.raises(ValueError, match=rf"but the loss returns one of each sequence, shape \(B, p\) = \({B}, "):
         problem.estimate(CLOSE, lambda outputs, targets: outputs.sum((0, -1)), step_weight=torch.ones(T, B))

@@ -107,7 +107,8 @@ class BlackBox(MeasuredLoss):
             return torch.where(weight == 0, 0, values * weight)
         if self.weighted:
             raise ValueError(
-                "step_weight weighs a loss of each step, but the loss returns one of each sequence, (B, p)"
+                "step_weight weighs a loss of each step, but the loss returns one of each sequence, shape (B, p) = "
+                f"{tuple(values.shape)}"
             )
         self.per_sequence = True
         some = self.valid[0]
