@@ -48,6 +48,9 @@ STORED_BYTES = 1 << 28
 MARK_COLUMNS, MARK_ROWS = 64, 32
 """Rollouts of a program that looks for values that are not finite, and steps or units that it reads at a time."""
 
+CLEAN_LOSS_ELEMENTS, CLEAN_LOSS_COLUMNS, CLEAN_LOSS_ROWS = 2048, 512, 32
+"""Outputs that a program of the clean loss reads at a time; at most of one step; and at most how many steps it has."""
+
 QUOTIENT_BLOCK = 1024
 """Elements of a program that makes tanh's quotient rows."""
 

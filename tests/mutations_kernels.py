@@ -174,6 +174,12 @@ MUTATIONS = {
         ("test_kernels_numba.py",),
         ("test_robustness.py",),
     ),
+    "cross-entropy: a class that is ignored counts": Mutation(
+        "kernels/cross_entropy.py",
+        "slope = torch.where(each == 0, 0, step_gradients(probs, index, smoothing) * each)",
+        "slope = step_gradients(probs, index, smoothing) * each",
+        ("test_cross_entropy.py", "test_losses.py"),
+    ),
     # Kernels: Triton, in its interpreter
     "triton loss: a step without a loss keeps its difference, NaN too": Mutation(
         "kernels/loss_triton.py",
@@ -187,6 +193,20 @@ MUTATIONS = {
         "return _weighted(change, share, share / outputs)",
         "return _weighted(change, share, share)",
         ("test_rollout_interpreter.py",),
+        leg="interpreter",
+    ),
+    "triton cross-entropy: a step without a loss keeps its gradient, NaN too": Mutation(
+        "kernels/cross_entropy_triton.py",
+        "tl.where(share == 0, 0.0, slope) * share",
+        "slope * share",
+        ("test_cross_entropy_interpreter.py",),
+        leg="interpreter",
+    ),
+    "triton cross-entropy: smoothing takes its share of one class alone": Mutation(
+        "kernels/cross_entropy_triton.py",
+        "slope -= (1 - own) * ",
+        "slope -= own * ",
+        ("test_cross_entropy_interpreter.py",),
         leg="interpreter",
     ),
     "triton fused: halves by place instead of number": Mutation(

@@ -45,8 +45,8 @@ MUTATIONS = {
     ),
     "by layer: both directions read out through the forward columns": Mutation(
         "estimators/by_layer.py",
-        "loss.spec(problem.readout_of(side),",
-        "loss.spec(problem.readout_of(0),",
+        "at.spec(problem.readout_of(side),",
+        "at.spec(problem.readout_of(0),",
         ("test_estimate_grad.py",),
         ("test_estimators.py", "test_losses.py"),
     ),
@@ -161,14 +161,14 @@ MUTATIONS = {
         ("test_losses.py",),
     ),
     "losses: a clean step without a loss keeps its value, NaN too": Mutation(
-        "task/losses.py",
+        "task/measured.py",
         "return torch.where(weight == 0, 0, self.each(outputs, self.dense[steps, samples]) * weight)",
         "return self.each(outputs, self.dense[steps, samples]) * weight",
         ("test_losses.py", "test_lengths.py"),
         ("test_estimate_grad.py", "test_cases.py"),
     ),
     "losses: padding keeps its step weight": Mutation(
-        "task/losses.py",
+        "task/measured.py",
         "torch.where(counted, step_weight, 0)",
         "step_weight",
         ("test_losses.py",),

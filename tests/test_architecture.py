@@ -37,7 +37,7 @@ ORDER = (
 
 OPS = ("noise", "rollout", "adjoint")
 """Ops that every backend has."""
-STEMS = (*OPS, "cell", "cell_gated", "finite", "loss", "least_squares", "feedback")
+STEMS = (*OPS, "cell", "cell_gated", "cross_entropy", "finite", "loss", "least_squares", "feedback")
 """Stems that have a file for torch and may have one for each other backend."""
 ALONE = {
     *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba", "feedback_matrix"),

@@ -26,6 +26,7 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
 import anpgpu
 from anpgpu import Perturbation
+from anpgpu.task.measured import Steps, Targets
 
 # Modules.
 
@@ -137,7 +138,7 @@ def test_the_difference_of_a_smoothed_loss_has_no_cancellation(size):
     loss = anpgpu.task.losses.CrossEntropy
     module = nn.CrossEntropyLoss(CLASS_WEIGHT, label_smoothing=0.3)
     outputs, readout, targets = draw(T, B, O), draw(O, H), (torch.arange(T * B).view(T, B) % O)
-    canonical, steps = anpgpu.task.losses.Targets(targets, True), anpgpu.task.losses.Steps(T, B, None, targets.device)
+    canonical, steps = Targets(targets, True), Steps(T, B, None, targets.device)
     measured = loss(canonical, steps, loss.options_of(module))
     whole, everyone = slice(0, T), slice(0, B)
     spec = measured.spec(readout.float(), outputs.float(), whole, everyone, False, None)

@@ -100,12 +100,14 @@ def two_directions(job: Job) -> FoundOfProblem:
     whole, everyone = slice(0, len(problem.inputs)), slice(0, problem.inputs.shape[1])
     result.outputs, result.h_n = problem.read(run.outputs), run.h_n
     change = BlackBoxChange(problem, result.outputs, everyone) if loss.black_box else None
-    result.loss = loss.total(result.outputs, whole, everyone) if change is None else change.clean.sum()
+    reads = problem.weight_o is not None and not job.perturb_readout
+    at = loss.at(result.outputs, whole, everyone, backend=settings.backend, gradient=reads)
+    result.loss = at.total if change is None else change.clean.sum()
     if problem.weight_o is not None:
         gradient_o = (
-            perturb_readout(problem, result.outputs, settings, job.seed, everyone, job.max_memory)
-            if job.perturb_readout
-            else loss.output_gradient(result.outputs, whole, everyone)
+            at.gradient
+            if reads
+            else perturb_readout(problem, result.outputs, settings, job.seed, everyone, job.max_memory)
         )
         result.add_readout(gradient_o, run.outputs)
 
@@ -113,7 +115,7 @@ def two_directions(job: Job) -> FoundOfProblem:
         del index
         if above is not None:
             return LayerLoss(linear_loss(_of_side(above, side, problem.network.hidden_size, problem.lengths)))
-        spec = loss.spec(problem.readout_of(side), result.outputs, whole, everyone, bool(side), problem.lengths)
+        spec = at.spec(problem.readout_of(side), reverse=bool(side), lengths=problem.lengths)
         if change is None:
             return LayerLoss(functools.partial(loss_of_steps, spec))
         measure = _MeasureSide(job, result.outputs, bool(side), spec.readout)

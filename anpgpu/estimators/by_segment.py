@@ -11,10 +11,11 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from anpgpu.kernels.loss import LinearLoss, Loss
+from anpgpu.kernels.loss import LinearLoss, Loss, OutputsOnly
 from anpgpu.network.checkpoints import CheckpointedRun, keep_final
 from anpgpu.network.stack import CleanRun
 from anpgpu.runtime.memory import Division, Shape, one_after_another, segments_of, within_memory
+from anpgpu.task.measured import AtOutputs
 
 from .found import FoundOfProblem
 from .job import BlackBoxChange, Extent, Job, draw_masks
@@ -108,6 +109,10 @@ class _ChunkOfSamples:
             )
         ]
         self.top = self.sweeps[-1]
+        self.reads = job.problem.weight_o is not None and not job.perturb_readout
+        """Whether the readout's gradient is the loss's at the clean outputs."""
+        self.at: AtOutputs | None = None
+        """The loss at the clean outputs, where there is one segment."""
         self.gradient_o: Tensor | None = None
         """The estimate of dL/do, (T, b, O), if the readout is perturbed."""
         self.change: BlackBoxChange | None = None
@@ -133,28 +138,40 @@ class _ChunkOfSamples:
         for sweep in self.sweeps:
             self.result.count(sweep.skipped, sweep.ridge_grown)
 
-    def _spec(self, steps: slice) -> Loss:
-        return self.loss.spec(self.problem.weight_o, self.outputs[steps], steps, self.samples, False, None)
+    def _at(self, steps: slice, *, gradient: bool) -> AtOutputs:
+        """Return the loss at the clean outputs of a segment; that of a single one is kept."""
+        if self.at is not None:
+            return self.at
+        alone = not self.top.segmented
+        at = self.loss.at(
+            self.outputs[steps],
+            steps,
+            self.samples,
+            backend=self.job.settings.backend,
+            gradient=self.reads and (gradient or alone),
+        )
+        self.at = at if alone else None
+        return at
 
     def _clean_pass(self) -> None:
         """Run the clean network and, if time is cut, the rollouts of a loss that kernels compute, next to it."""
         result, samples, time = self.result, self.samples, len(self.problem.inputs)
         for steps in one_after_another(self.segments, self.problem.inputs.device):
             run = self.clean.segment(steps)
-            outputs = self.problem.read(run.outputs)
-            total = None if self.loss.black_box else self.loss.total(outputs, steps, samples)
-            result.place("outputs", outputs, steps, samples)
+            result.place("outputs", self.problem.read(run.outputs), steps, samples)
             self.outputs = result.outputs[:, samples]
             if self.problem.lengths is not None:
                 keep_final(result.h_n[:, samples], run, steps, self.loss.last_step[samples])
             elif steps.stop == time:
                 result.place("h_n", run.h_n, slice(None), samples)
-            if total is None:
+            if self.loss.black_box:
                 continue
-            result.add("loss", total)
+            at = self._at(steps, gradient=False)
+            result.add("loss", at.total)
             if self.top.segmented:
+                spec = at.spec(self.problem.weight_o)
                 for block in self.top.blocks:
-                    self._advance(run, steps, block)
+                    self._advance(run, steps, block, spec)
 
     def _measure(self) -> None:
         """Have the caller measure the clean run and, where time is cut, the rollouts, a block at a time."""
@@ -162,21 +179,24 @@ class _ChunkOfSamples:
         self.result.add("loss", self.change.clean.sum())
         if not self.top.segmented:
             return
-        blocks = []
+        blocks, spec = [], OutputsOnly(self.problem.weight_o)
         for block in self.top.blocks:
             ordered = one_after_another(self.segments, self.outputs.device)
-            moves = [self._advance(self.clean.segment(steps), steps, block) for steps in ordered]
+            moves = [self._advance(self.clean.segment(steps), steps, block, spec) for steps in ordered]
             blocks.append(self.change.of(torch.cat([move for move in moves if move is not None])))
         self.measured = torch.cat(blocks, dim=-1)
         self.top.finite &= torch.isfinite(self.measured).all(0)
 
-    def _advance(self, run: CleanRun, steps: slice, block: slice) -> Tensor | None:
-        """Run a block of each layer's rollouts through a segment; return the last layer's delta_o for a black box."""
+    def _advance(self, run: CleanRun, steps: slice, block: slice, spec: Loss) -> Tensor | None:
+        """Run a block of each layer's rollouts through a segment; return the last layer's delta_o for a black box.
+
+        spec: the last layer's loss in this segment.
+        """
         delta_o = None
         network = self.problem.network
         for sweep, (weights,), (layer,) in zip(self.sweeps, network.layers, run.layers, strict=True):
             preact = network.cell.preactivations(weights, layer)
-            loss = self._spec(steps) if sweep is self.top else None
+            loss = spec if sweep is self.top else None
             delta_o = sweep.advance(block, steps, preact, layer.states[1:], loss).delta_o
         return delta_o
 
@@ -184,8 +204,9 @@ class _ChunkOfSamples:
         """Credit a segment, last layer first; the loss of a lower layer is linear, from its output gradient."""
         result, cell = self.result, self.problem.network.cell
         run = self.clean.segment(steps)
-        spec = self._spec(steps)
-        self._credit_readout(run, steps, spec)
+        at = self._at(steps, gradient=True)
+        spec = at.spec(self.problem.weight_o)
+        self._credit_readout(run, steps, at)
         above: Tensor | None = self.outputs
         for number in range(len(self.sweeps) - 1, -1, -1):
             (layer,), (weights,) = run.layers[number], self.problem.network.layers[number]
@@ -221,12 +242,9 @@ class _ChunkOfSamples:
         gradient = self.change.output_gradient[steps]
         return gradient if self.problem.weight_o is None else gradient @ self.problem.weight_o
 
-    def _credit_readout(self, run: CleanRun, steps: slice, spec: Loss) -> None:
+    def _credit_readout(self, run: CleanRun, steps: slice, at: AtOutputs) -> None:
         """Add the readout's gradient of a segment."""
         if self.problem.weight_o is None:
             return
-        if self.gradient_o is not None:
-            gradient = self.gradient_o[steps]
-        else:
-            gradient = self.loss.gradient_with(spec, self.outputs[steps], steps, self.samples)
+        gradient = at.gradient if self.gradient_o is None else self.gradient_o[steps]
         self.result.add_readout(gradient, run.outputs)

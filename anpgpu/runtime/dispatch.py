@@ -31,6 +31,7 @@ PART_MODULES = {
     "deflate": "least_squares",
     "descend": "feedback",
     "mark_finite": "finite",
+    "clean_cross_entropy": "cross_entropy",
 }
 """The same for functions that some backends have, whole or as part of an op."""
 
@@ -52,6 +53,8 @@ class Backend:
     """Whether it has its own form of `least_squares`."""
     own_marks: bool = False
     """Whether it has its own form of `mark_finite`."""
+    own_cross_entropy: bool = False
+    """Whether it has its own form of `clean_cross_entropy`."""
     own_recursion: bool = False
     """Whether it has its own form of the least-squares recursion, `deflate`, and of that of learned feedback."""
 
@@ -70,7 +73,7 @@ class Triton(Backend):
     """Triton kernels, for CUDA tensors; on the CPU only in Triton's interpreter."""
 
     suffix, float64, instead = "_triton", False, "'torch' or 'cupy'"
-    fuses, narrow_activity, own_least_squares, own_marks = True, True, True, True
+    fuses, narrow_activity, own_least_squares, own_marks, own_cross_entropy = True, True, True, True, True
 
     @staticmethod
     def check(device: torch.device) -> None:
@@ -186,6 +189,12 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
 def marks_on(backend: str) -> Callable[..., Any]:
     """Return `mark_finite` of a backend, which is the reference's where it has none of its own."""
     return implementation("mark_finite", backend if BACKENDS[backend].own_marks else "torch")
+
+
+@functools.cache
+def cross_entropy_on(backend: str) -> Callable[..., Any]:
+    """Return `clean_cross_entropy` of a backend, which is the reference's where it has none of its own."""
+    return implementation("clean_cross_entropy", backend if BACKENDS[backend].own_cross_entropy else "torch")
 
 
 @functools.cache
