@@ -188,9 +188,10 @@ class Perturbed(nn.RNNBase):
                 "detach it, or use method='anp' or 'np'"
             )
         structure = Structure(cell_name(self), self.bias, 2 if self.bidirectional else 1, autocast_dtype(inputs.device))
+        settings = None
         if not estimator.exact and not torch.compiler.is_compiling():
             # Fails early on a missing backend or a wrong type; under torch.compile the backward pass does.
-            resolve(perturbation, CELLS[structure.cell], weights[1])
+            settings = resolve(perturbation, CELLS[structure.cell], weights[1])
         masks = []
         if self.dropout and self.training:
             shape = (*inputs.shape[:2], structure.directions * self.hidden_size)
@@ -204,7 +205,7 @@ class Perturbed(nn.RNNBase):
             seed = new_seed(inputs.device) if needed else None
             kept = self._kept(perturbation.method) if needed and estimator.keeps_state else 0
             outputs, final = run_perturbed(
-                self._record, perturbation, structure, seed, inputs, state, weights, masks, lengths, kept
+                self._record, perturbation, structure, seed, inputs, state, weights, masks, lengths, kept, settings
             )
         if len(states) == 1:
             return outputs, (final,)

@@ -23,12 +23,12 @@ from anpgpu.estimators.kept import kept_by_handle
 from anpgpu.network.cells import LayerRun
 from anpgpu.network.stack import CleanRun, Network, outputs_of, run_network
 from anpgpu.network.weights import in_processing_order, valid_steps
-from anpgpu.perturbation import Perturbation
+from anpgpu.perturbation import AUTO, PRECISIONS, Perturbation
 from anpgpu.registry import CELLS
 from anpgpu.runtime.memory import default_memory
 from anpgpu.runtime.processes import shared_update
 from anpgpu.runtime.ranges import within
-from anpgpu.runtime.settings import check_extent, resolve, working_dtype
+from anpgpu.runtime.settings import Settings, check_extent, resolve, working_dtype
 
 from .tensors import looped, underived
 
@@ -201,7 +201,8 @@ def backward(grad_outputs: Tensor, grad_h_n: Tensor | None, *rest: Any) -> list[
         shared_update(device) if perturbation.shard_rollouts else nullcontext(),
         torch.autocast(device.type, enabled=False),
     ):
-        with _under(structure.autocast, device):
+        # The forward pass has said which precision it is, but under torch.compile.
+        with _under(structure.autocast, device) if perturbation.precision == AUTO else nullcontext():
             settings = resolve(perturbation, CELLS[structure.cell], left.weights[1])
         if settings.estimator.keeps_state:
             settings = settings._replace(kept=kept_by_handle(kept))
@@ -361,12 +362,21 @@ def run_perturbed(
     masks: Sequence[Tensor],
     lengths: Tensor | None,
     kept: int = 0,
+    settings: Settings | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs and h_n, with a backward pass by rollouts if there is a seed; arguments as in `clean_run`."""
+    """Return outputs and h_n, with a backward pass by rollouts if there is a seed; arguments as in `clean_run`.
+
+    settings: the perturbation as it was resolved, whose backend and precision the backward pass takes; None where only
+    that can resolve it.
+    """
     if seed is None:
         outputs, h_n, _ = torch.ops.anpgpu.rnn(inputs, hx, list(weights), list(masks), lengths, *structure)
         return outputs, h_n
-    scalars = tuple(getattr(perturbation, name) for name in FIELDS)
+    known = {} if settings is None else {"backend": settings.backend, "precision": settings.options.precision}
+    if known.get("precision") not in PRECISIONS:
+        # That of float64 parameters has no name that a caller may give.
+        known.pop("precision", None)
+    scalars = tuple(known.get(name, getattr(perturbation, name)) for name in FIELDS)
     call = Call(keeper, structure, scalars, kept, len(weights))
     outputs, h_n, *_ = PerturbedRNN.apply(call, seed, lengths, inputs, hx, *weights, *masks)  # type: ignore[no-untyped-call]
     return outputs, h_n
