@@ -3,20 +3,29 @@
 Triton's launch binds the arguments, specialises on every one of them (its type, whether an address or a number is
 divisible by 16) and looks up the kernel that was compiled for that. `Repeated` lets Triton do so at its first launch.
 Those that follow differ in whole numbers alone that the kernel is not specialised on, so that the same compiled kernel
-serves; it gets them directly, with addresses in place of the tensors.
+serves; it gets them directly, with addresses in place of the tensors, and with descriptors (TMA) encoded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 NUMBERS_BELOW = 2**31
 """Whole numbers from here on have another type."""
+
+ENCODING = {"launcher", "tensordesc_indices", "tensordesc_meta"}
+"""What the function closes over through which Triton 3.6 and 3.7 launch a kernel that takes descriptors."""
 
 
 class Repeated:
@@ -51,14 +60,19 @@ class Repeated:
         self.run(*numbers)
 
     def _first(self, *numbers: int) -> None:
-        """Let Triton launch, and bind what it compiled."""
+        """Let Triton launch, which compiles."""
         compiled = self._ordinary(*numbers)
         watched = [knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook]
         # A profiler's hooks want Triton's own launches, and so do a kernel's; the interpreter compiles nothing.
         if compiled is None or self.kernel.pre_run_hooks or any(getattr(hook, "calls", hook) for hook in watched):
             self.run = self._ordinary
         else:
-            self.run = self._bound(compiled)
+            self.run = functools.partial(self._second, compiled)
+
+    def _second(self, compiled: Any, *numbers: int) -> None:
+        """Bind what Triton compiled: only now, because some kernels are launched once."""
+        self.run = self._bound(compiled)
+        self.run(*numbers)
 
     def _ordinary(self, *numbers: int) -> Any:
         changing = dict(zip(self.numbers, numbers, strict=True))
@@ -67,12 +81,12 @@ class Repeated:
     def _bound(self, compiled: Any) -> Callable[..., None]:
         """Return the launch of a compiled kernel with all arguments but the numbers bound."""
         names = self.kernel.arg_names
-        values = [_addressed(self.arguments.get(name)) for name in names]
-        places = tuple(names.index(name) for name in self.numbers)
+        bound = encoded(compiled.run, [self.arguments.get(name) for name in names])
+        places = tuple(bound.places[names.index(name)] for name in self.numbers)
         stream = driver.active.get_current_stream(driver.active.get_current_device())
         # What Triton hands to it, without hooks: grid, stream, kernel, what is known of it and of the launch.
         head = (*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None)
-        launch = compiled.run
+        launch, values = bound.launch, bound.values
 
         def run(*numbers: int) -> None:
             for place, number in zip(places, numbers, strict=True):
@@ -80,6 +94,70 @@ class Repeated:
             launch(*head, *values)
 
         return run
+
+
+class Bound(NamedTuple):
+    """A launcher and what it takes."""
+
+    launch: Callable[..., None]
+    values: list[Any]
+    places: Sequence[int]
+    """Where in `values` each argument of the kernel is, or begins."""
+
+
+def encoded(launcher: Any, arguments: list[Any]) -> Bound:
+    """Return a launcher with a kernel's arguments, in which every descriptor is encoded as CUDA takes it.
+
+    Triton's launcher encodes descriptors at each launch, in a function around the one that takes them encoded. Where it
+    is not made like that, they stay as they are, and a warning says so.
+    """
+    described = [place for place, value in enumerate(arguments) if isinstance(value, TensorDescriptor)]
+    values = [_addressed(value) for value in arguments]
+    encoding = _encoding(launcher, described) if described else None
+    if encoding is None:
+        if described:
+            warnings.warn(
+                f"Triton {triton.__version__} launches kernels with tensor descriptors in a way that anpgpu does not "
+                "know: they are encoded anew at every step, which costs the host some microseconds a step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return Bound(launcher, values, range(len(values)))
+    flat: list[Any] = []
+    places = []
+    for place, value in enumerate(values):
+        places.append(len(flat))
+        metadata = encoding.metadata
+        flat += map(_addressed, encoding.encode(value, metadata[place])) if place in metadata else [value]
+    direct = copy.copy(launcher)
+    direct.launch = encoding.launch
+    return Bound(direct, flat, places)
+
+
+class Encoding(NamedTuple):
+    """How Triton's launcher encodes the descriptors of a kernel."""
+
+    launch: Any
+    """Takes them encoded."""
+    encode: Any
+    """Returns what stands for a descriptor, from it and what the compiler knows of it."""
+    metadata: dict[int, Any]
+    """What the compiler knows of each descriptor, by its place among the arguments."""
+
+
+def _encoding(launcher: Any, described: list[int]) -> Encoding | None:
+    """Return how a launcher encodes the descriptors at some places; None where it is not made like Triton's."""
+    wrapper = getattr(launcher, "launch", None)
+    if not inspect.isfunction(wrapper):
+        return None
+    closed = inspect.getclosurevars(wrapper).nonlocals
+    encode = wrapper.__globals__.get("make_tensordesc_arg")
+    if encode is None or set(closed) != ENCODING or not all(closed.values()):
+        return None
+    places, metadata = sorted(closed["tensordesc_indices"]), closed["tensordesc_meta"]
+    if places != described or len(metadata) != len(described):
+        return None
+    return Encoding(closed["launcher"], encode, dict(zip(described, metadata, strict=True)))
 
 
 def _addressed(value: Any) -> Any:

@@ -1,14 +1,14 @@
 """What does an update cost the host, beside the GPU? Measured without a GPU.
 
     python profiling/host.py --output profiling/results/host-cpu.json
-    python profiling/host.py --checkout OLD      # beside another checkout of the package
+    python profiling/host.py --checkout OLD      # beside another checkout of the package, or several: NAME=OLD
     python profiling/host.py --table             # every operation and launch of an update, and where it is issued
 
 Operations and launches are counted with fake tensors (`tests/idle_driver.py`); views and allocations do not count, a
 clean run counts once. Times are those of updates on tensors of the CPU that say they are on CUDA: Triton compiles its
-kernels for sm_90, and its launches do all but the call of CUDA's driver. In an update's time torch's operations on tiny
-tensors of the CPU stand for its launches, so that it is an estimate of the host's; the time of a step, the slope over
-the number of steps of rollouts whose operations are the same, is all the host does for it but CUDA's own call.
+kernels for sm_90, and its launches do all but the calls of CUDA's driver. In an update's time torch's operations on
+tiny tensors of the CPU stand for its launches, so that it is an estimate of the host's; the time of a step, the slope
+over the number of steps of rollouts whose operations are the same, is all the host does for it but CUDA's own calls.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ from anpgpu.kernels import rollout_triton
 from anpgpu.kernels.loss import LinearLoss, SquaredLoss
 from anpgpu.kernels.rollout import RolloutOptions
 
+try:
+    from anpgpu.kernels import tiles_measured
+except ImportError:
+    # A checkout from before the tables, and before descriptors.
+    tiles_measured = None
+
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import idle_driver
@@ -41,8 +47,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 UPDATES = (Update("estimate"), Update("estimate", "cross_entropy"), Update("backward"))
 STEPS = (100, 500)
-UNITS = 300
-"""More than the resident form holds."""
+UNITS, ROLLOUTS = 300, 64
+"""More units than the resident form holds."""
+STEPS_OF = ("linear", "outputs", "linear, descriptors")
+"""Steps that are timed: of a linear loss, of one of the outputs, and by descriptors (TMA), as many rollouts take it."""
 
 
 def counted(update: Update) -> dict[str, Any]:
@@ -60,17 +68,19 @@ def time_of_update(update: Update, repeats: int) -> float:
 
 
 def time_of_step(kind: str, repeats: int) -> float:
-    """Return the microseconds of one step of stepwise rollouts, with a linear loss or one of the outputs."""
+    """Return the microseconds of one step of stepwise rollouts, of a row of `STEPS_OF`."""
 
     def work(steps: int) -> Any:
         preact = torch.zeros(steps, 1, UNITS)
         outputs, share = torch.zeros(steps, 1, 3), torch.ones(steps, 1)
-        loss = LinearLoss(preact) if kind == "linear" else SquaredLoss(torch.zeros(3, UNITS), outputs, share)
-        options = RolloutOptions(64, 1e-3, precision="bf16")
+        loss = SquaredLoss(torch.zeros(3, UNITS), outputs, share) if kind == "outputs" else LinearLoss(preact)
+        options = RolloutOptions(ROLLOUTS, 1e-3, precision="bf16")
         weight, seed = torch.zeros(UNITS, UNITS), torch.tensor(1)
         return lambda: rollout_triton.rollout(preact, preact, weight, loss, seed, options=options)
 
-    with as_on_cuda():
+    with as_on_cuda() as patch:
+        if kind.endswith("descriptors") and tiles_measured is not None:
+            patch.setattr(tiles_measured, "ONE_WAVE", 0)
         short, long = (_median(work(steps), repeats) for steps in STEPS)
     return 1e6 * (long - short) / (STEPS[1] - STEPS[0])
 
@@ -97,7 +107,7 @@ def measured(repeats: int) -> dict[str, Any]:
         }
         for update in UPDATES
     ]
-    steps = [{"loss": kind, "host us a step": time_of_step(kind, repeats)} for kind in ("linear", "outputs")]
+    steps = [{"loss": kind, "host us a step": time_of_step(kind, repeats)} for kind in STEPS_OF]
     return {"updates": updates, "steps": steps}
 
 
@@ -114,7 +124,12 @@ def measured_of(checkout: Path, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkout", type=Path, help="a folder with another version of the package, measured before")
+    parser.add_argument(
+        "--checkout",
+        action="append",
+        default=[],
+        help="a folder with another version of the package, which is measured before; NAME=FOLDER for several",
+    )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--table", action="store_true", help="print what an update issues, and where")
     parser.add_argument("--output", type=Path, help="JSON file; a text file is written beside it")
@@ -132,8 +147,9 @@ def main() -> None:
             print(f"{update}\n{idle_driver.issued_by(update)}\n")
         return
     versions = {}
-    if arguments.checkout is not None:
-        versions["before"] = measured_of(arguments.checkout, arguments.repeats)
+    for checkout in arguments.checkout:
+        name, _, folder = checkout.rpartition("=")
+        versions[name or "before"] = measured_of(Path(folder), arguments.repeats)
     versions["now"] = measured_of(ROOT, arguments.repeats)
     record = {"machine": machine(), "checks": checks, "results": versions}
     parts = [line(record["machine"])]

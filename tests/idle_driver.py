@@ -14,6 +14,7 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +25,7 @@ from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 
 import anpgpu
@@ -54,14 +56,46 @@ FREE = {
 
 CLEAN_RUN = "clean run"
 
+FLAT = not hasattr(nvidia, "annotate_arguments")
+"""Whether a kernel's arguments follow those of the launch one by one, as up to Triton 3.6."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A descriptor as CUDA takes it."""
+
+    address: int
+    block: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Launcher(nvidia.CudaLauncher):
+    """Triton's launcher, which encodes descriptors as that does, around a function that launches nothing."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        described = getattr(metadata, "tensordesc_meta", None)
+        self.launch = nvidia.wrap_handle_tensordesc(Driver.launch, dict(source.signature), described)
+        self.num_ctas, self.launch_cooperative_grid, self.launch_pdl = 1, False, metadata.launch_pdl
+        self.global_scratch_size = self.profile_scratch_size = 0
+        self.global_scratch_align = self.profile_scratch_align = 1
+        self.arg_annotations = self.kernel_signature = None
+
 
 class Driver:
     """A driver of Triton that knows a target, for which kernels are compiled, and whose launches do nothing."""
 
     launched: ClassVar[list[tuple[Any, ...]]] = []
-    """Arguments of every launch, from the grid on; of all drivers: Triton keeps the first one's launchers."""
+    """Of every launch: grid, stream, kernel, what is known of it and of the launch, hooks, and the kernel's arguments.
+
+    Of all drivers: Triton keeps the first one's launchers.
+    """
     keeps: ClassVar[bool] = False
     """Whether they are kept."""
+    encoded: ClassVar[int] = 0
+    """Number of descriptors that were encoded, of all drivers."""
+
+    launcher_cls = Launcher
 
     def __init__(self) -> None:
         self.utils = self
@@ -86,14 +120,33 @@ class Driver:
     def load_binary(self, name: str, *_: Any) -> tuple[object, str, int, int, int]:
         return object(), name, 255, 0, 1024
 
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        del source, metadata
-        return self._launch
+    @staticmethod
+    def fill_tma_descriptor(
+        address: int, swizzle: int, size: int, kind: int, block: Any, shape: Any, strides: Any, padding: int
+    ) -> Encoded:
+        del swizzle, size, kind, padding
+        Driver.encoded += 1
+        return Encoded(address, tuple(block), tuple(shape), tuple(strides))
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor
+    """Its name from Triton 3.7 on."""
 
     @staticmethod
-    def _launch(*arguments: Any) -> None:
-        if Driver.keeps:
-            Driver.launched.append(arguments)
+    def launch(*arguments: Any) -> None:
+        """Take what Triton hands to the function that would call CUDA."""
+        if not Driver.keeps:
+            return
+        if FLAT:
+            head, rest = (*arguments[:5], *arguments[9:13]), list(arguments[13:])
+        else:
+            head, rest = (*arguments[:5], *arguments[7:11]), list(arguments[-1])
+        values = []
+        while rest:
+            values.append(rest.pop(0))
+            if isinstance(values[-1], Encoded):
+                # Shape and strides follow.
+                del rest[: 2 * len(values[-1].shape)]
+        Driver.launched.append((*head, *values))
 
 
 class Issued(TorchDispatchMode):

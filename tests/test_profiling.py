@@ -266,13 +266,15 @@ def test_the_hosts_part_is_counted_and_timed(tmp_path):
     """Beside the same checkout, which takes about as long."""
     pytest.importorskip("triton", reason="needs Triton")
     output = tmp_path / "host.json"
-    printed = run_script("host.py", "--repeats", 2, "--checkout", ROOT, "--output", output)
+    printed = run_script(
+        "host.py", "--repeats", 2, "--checkout", ROOT, "--checkout", f"again={ROOT}", "--output", output
+    )
     versions = read(output, printed)["results"]
-    assert list(versions) == ["before", "now"]
+    assert list(versions) == ["before", "again", "now"]
     for version in versions.values():
         assert [row["update"] for row in version["updates"]] == ["estimate, mse", "estimate, cross_entropy", "backward"]
         assert all(row["both"] == row["operations"] + row["launches"] > 20 for row in version["updates"])
-        assert [row["loss"] for row in version["steps"]] == ["linear", "outputs"]
+        assert [row["loss"] for row in version["steps"]] == ["linear", "outputs", "linear, descriptors"]
         assert all(0 < row["host us a step"] < 100 for row in version["steps"])
     assert versions["before"]["updates"][0]["both"] == versions["now"]["updates"][0]["both"]
 

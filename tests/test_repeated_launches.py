@@ -1,6 +1,9 @@
 """Launches of a kernel at every step: compiled once, the arguments of Triton's own, and little of the host's time."""
 
+import dataclasses
+import functools
 import itertools
+import types
 
 import pytest
 import torch
@@ -38,6 +41,7 @@ def launched(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "_active", idle.Driver())
     monkeypatch.setattr(idle.Driver, "keeps", True)
     monkeypatch.setattr(idle.Driver, "launched", [])
+    monkeypatch.setattr(idle.Driver, "encoded", 0)
     return idle.Driver.launched
 
 
@@ -45,8 +49,8 @@ def addresses(values):
     """Return what Triton's launcher makes of arguments."""
     if isinstance(values, torch.Tensor):
         return values.data_ptr()
-    if isinstance(values, TensorDescriptor):
-        return values.base.data_ptr()
+    if isinstance(values, idle.Encoded):
+        return values.address
     return tuple(map(addresses, values)) if isinstance(values, tuple) else values
 
 
@@ -88,10 +92,10 @@ def test_every_launch_has_the_arguments_of_tritons_own(cell, loss, wave, launche
 
 def kind(value):
     """Return an argument without its address: addresses differ from call to call."""
+    if isinstance(value, idle.Encoded):
+        return dataclasses.replace(value, address=0)
     if isinstance(value, tuple):
         return tuple(map(kind, value))
-    if isinstance(value, TensorDescriptor):
-        return value.shape, value.strides, value.block_shape
     if isinstance(value, torch.Tensor):
         return "address"
     return "address" if isinstance(value, int) and value > 2**40 else value
@@ -105,9 +109,92 @@ def test_buffers_take_turns(launched, wave, monkeypatch):
     steps = [arguments[9:] for arguments in launched if arguments[4] == "step_kernel"]
     # The number of the step, and the slot of its partial sums.
     assert [arguments[7:9] for arguments in steps] == [(step, step) for step in range(6)]
-    assert [isinstance(arguments[2], TensorDescriptor) for arguments in steps] == [wave == 0] * 6
+    assert [isinstance(arguments[2], idle.Encoded) for arguments in steps] == [wave == 0] * 6
     pairs = [addresses(tuple(arguments[2:4])) for arguments in steps]
     assert all(pair[0] == before[1] and pair != before for before, pair in itertools.pairwise(pairs))
+
+
+@pytest.mark.parametrize("time", [6, 40])
+def test_descriptors_are_encoded_once_and_not_at_every_step(time, launched, monkeypatch):
+    """By the three launches that are Triton's own, and once for all others from either buffer."""
+    monkeypatch.setattr(tiles_measured, "ONE_WAVE", 0)
+    rollouts(TANH, "linear", 300, time, monkeypatch, ordinary=False)
+    assert len([arguments for arguments in launched if arguments[4] == "step_kernel"]) == time
+    # The weight and the two buffers.
+    assert idle.Driver.encoded == 3 * (3 + 2)
+    idle.Driver.encoded = 0
+    rollouts(TANH, "linear", 300, time, monkeypatch, ordinary=True)
+    assert idle.Driver.encoded == 3 * time
+
+
+def test_a_launcher_that_is_not_known_encodes_at_every_step_and_a_warning_says_so(launched, monkeypatch):
+    monkeypatch.setattr(tiles_measured, "ONE_WAVE", 0)
+    monkeypatch.setattr(repeated_triton, "ENCODING", {"another"})
+    with pytest.warns(RuntimeWarning, match="Triton .* in a way that anpgpu does not know: they are encoded anew"):
+        rollouts(TANH, "linear", 300, 6, monkeypatch, ordinary=False)
+    assert idle.Driver.encoded == 3 * 6
+    assert len([arguments for arguments in launched if arguments[4] == "step_kernel"]) == 6
+
+
+def launcher_of(wrapper):
+    return types.SimpleNamespace(launch=wrapper)
+
+
+def wrapper_of(launcher, tensordesc_indices, tensordesc_meta, *, known=True):
+    """Return a function like Triton's that encodes descriptors; known: with its function for one of them."""
+
+    def inner(*arguments):
+        return launcher(arguments, tensordesc_indices, tensordesc_meta)
+
+    names = {"make_tensordesc_arg": lambda value, metadata: [(value.base.data_ptr(), metadata), 5]} if known else {}
+    return types.FunctionType(inner.__code__, names, closure=inner.__closure__)
+
+
+DESCRIPTOR = TensorDescriptor.from_tensor(torch.zeros(8, 8), [8, 8])
+
+
+def test_each_descriptor_is_encoded_with_what_is_known_of_it_where_it_stands():
+    direct = print
+    launcher = launcher_of(wrapper_of(direct, {1, 3}, ["first", "second"]))
+    bound = repeated_triton.encoded(launcher, [7, DESCRIPTOR, (DESCRIPTOR.base, 8), DESCRIPTOR, 9])
+    address = DESCRIPTOR.base.data_ptr()
+    assert bound.values == [7, (address, "first"), 5, (address, 8), (address, "second"), 5, 9]
+    assert bound.places == [0, 1, 3, 4, 6]
+    assert bound.launch.launch is direct
+    # Triton's own launcher, which the kernel keeps, is as it was.
+    assert launcher.launch is not direct
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        object(),
+        launcher_of(None),
+        launcher_of(functools.partial(wrapper_of(print, {1}, [None]))),
+        launcher_of(lambda *_: None),
+        launcher_of(wrapper_of(print, {1}, [None], known=False)),
+        launcher_of(wrapper_of(print, {0}, [None])),
+        launcher_of(wrapper_of(print, {1}, [])),
+        launcher_of(wrapper_of(print, None, None)),
+    ],
+    ids=[
+        "no launch",
+        "None",
+        "no function",
+        "another function",
+        "no encoding",
+        "another place",
+        "less known",
+        "nothing",
+    ],
+)
+def test_descriptors_stay_as_they_are_where_the_launcher_is_not_known(launcher):
+    arguments = [7, DESCRIPTOR, 9]
+    with pytest.warns(RuntimeWarning, match="does not know"):
+        bound = repeated_triton.encoded(launcher, arguments)
+    assert bound.launch is launcher
+    assert bound.values == arguments
+    assert list(bound.places) == [0, 1, 2]
 
 
 def test_the_first_launch_is_tritons_own_and_the_others_differ_in_the_number(launched):
