@@ -4,8 +4,11 @@ import pytest
 import torch
 from cross_entropy_cases import FORMS, SHAPES, Case
 from tolerances import assert_close
+from torch import nn
 
+import anpgpu
 from anpgpu.kernels import cross_entropy as reference, tiles
+from anpgpu.runtime import memory
 
 cross_entropy_triton = pytest.importorskip("anpgpu.kernels.cross_entropy_triton", reason="needs Triton")
 
@@ -103,3 +106,37 @@ def test_an_empty_batch_has_no_loss():
     found = cross_entropy_triton.clean_cross_entropy(outputs, targets, weight, ignore_index=-100)
     assert found.losses.shape == (4, 0)
     assert found.gradient.shape == (4, 0, 5)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("form", ["plain", "everything", "lengths", "bidirectional", "per sequence", "no readout"])
+def test_an_update_is_that_of_the_torch_backend(form, segments, monkeypatch):
+    divide = memory.Shape.divide
+    monkeypatch.setattr(memory.Shape, "divide", lambda self, *rest: divide(self, *rest)._replace(segments=segments))
+    time, batch, hidden, width = 4, 2, 5, 5
+    options = {"weight": torch.linspace(0.5, 2, width), "ignore_index": 1, "label_smoothing": 0.2}
+    loss = nn.CrossEntropyLoss(**(options if form == "everything" else {}))
+    more = {}
+    if form == "lengths":
+        more = {"lengths": [4, 2], "step_weight": torch.linspace(0, 1, time * batch).view(time, batch)}
+    found = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        rnn = nn.RNN(3, hidden, bidirectional=form == "bidirectional")
+        readout = None if form == "no readout" else nn.Linear(hidden * (1 + rnn.bidirectional), width)
+        targets = torch.arange(time * batch).view(time, batch) % width
+        estimate = anpgpu.estimate_grad_(
+            rnn,
+            readout,
+            torch.randn(time, batch, 3),
+            targets[-1] if form == "per sequence" else targets,
+            loss,
+            perturbation=anpgpu.Perturbation("anp", rollouts=4, backend=backend, precision="fp32"),
+            generator=torch.Generator().manual_seed(1),
+            **more,
+        )
+        leaves = [*rnn.parameters(), *(readout.parameters() if readout is not None else ())]
+        found.append((estimate.loss, torch.cat([leaf.grad.flatten() for leaf in leaves])))
+    (value, gradient), (expected_value, expected) = found
+    assert_close(value, expected_value, "float32")
+    assert_close(gradient, expected, "float32_long")
