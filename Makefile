@@ -25,7 +25,7 @@ SPREAD := -n $(JOBS) --dist loadfile
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help setup demo test lint format test-reference test-interpreter test-compile oldest-triton test-oldest \
-	test-slow test-gpu bench gpu clean
+	test-slow gpu bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -82,13 +82,11 @@ test-oldest: $(TESTABLE) $(OLDEST) ## compile every kernel for every architectur
 test-slow: $(TESTABLE) ## the thorough tests (those of the oldest Triton: test-oldest)
 	HYPOTHESIS_PROFILE=slow $(PYTEST) tests $(SPREAD) -m "slow and not gpu" --ignore tests/test_kernels_compile_oldest.py
 
-test-gpu: $(TESTABLE) ## the tests that need a CUDA device
-	$(PYTEST) tests -m gpu
+gpu: $(TESTABLE) ## the tests that need a CUDA device, and compute-sanitizer; the result goes to profiling/results
+	$(ONE_THREAD) $(BIN)python profiling/check_gpu.py
 
-bench: $(READY) ## time the kernels
-	$(BIN)python profiling/time_ops.py
-
-gpu: test-gpu bench ## everything that needs a CUDA device: equality and sanitizer first, then the timings
+bench: $(READY) ## time updates on a CUDA device, beside their goals; the result goes to profiling/results
+	$(BIN)python profiling/goals.py
 
 clean: ## remove .venv, caches and outputs
 	rm -rf .venv output build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

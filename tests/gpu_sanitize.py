@@ -1,11 +1,15 @@
-"""Run every kernel once on small, odd shapes, for compute-sanitizer: `compute-sanitizer --tool memcheck python ...`.
+"""Run every kernel on small, odd shapes, for compute-sanitizer: `compute-sanitizer --tool memcheck python ...`.
 
-Nothing is compared here; `test_gpu_kernels.py` starts this file and the comparisons are its own.
+Nothing is compared here; `test_gpu_kernels.py` starts this file and the comparisons are its own. Most of the time goes
+into compiling kernels, so that a shape has every cell with every loss, but not every such pair with every noise and
+precision: those come in turns, and the shapes together have them all.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,79 +22,132 @@ from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.registry import CELLS
 from anpgpu.runtime.dispatch import implementation, least_squares_on
 
-OPS = ("noise", "rollout", "returns", "adjoint", "rollout_adjoint")
-SHAPES = ((1, 1, 1, 1, 1), (2, 3, 5, 17, 3), (2, 1, 33, 130, 11))
+SHAPES = {
+    "least": (1, 1, 1, 1, 1),
+    # Several samples in a tile of rows.
+    "odd": (2, 3, 5, 17, 3),
+    # Units padded to 256, and a second tile of rows with one rollout.
+    "padded": (2, 1, 33, 130, 11),
+    # Tiles of 64 rows by descriptors that clip.
+    "clipped": (3, 2, 48, 520, 10),
+    # The same, of two samples each, and more programs than one wave.
+    "halves": (2, 136, 32, 512, 5),
+}
 """(time, batch, rollouts, hidden, outputs)."""
 
+LOSSES = ("linear", "squared", "cross-entropy", "outputs alone", "hidden states")
+PARTS = ("tanh", "relu", "gru", "lstm", "least squares")
+"""What runs of a shape: blocks of rollouts of a cell, or the least squares."""
 
-def losses(time, batch, hidden, outputs, device):
-    """Return every kind of loss for a clean run of these shapes."""
+NOISES = ("rademacher", "gaussian")
+PRECISIONS = ("bf16", "fp32")
+WEIGHTS = ("noise", "activity")
+
+
+class Combination(NamedTuple):
+    """What a block of rollouts is made with."""
+
+    loss: str
+    noise: str
+    precision: str
+    weight_by: str
+    """What weights the adjoint."""
+
+
+def combinations(shape, cell):
+    """Return what a cell runs of a shape: every loss."""
+    turn = tuple(SHAPES).index(shape) + PARTS.index(cell)
+    return [
+        Combination(
+            loss, NOISES[(turn + number) % 2], PRECISIONS[(turn + number) // 2 % 2], WEIGHTS[(turn // 2 + number) % 2]
+        )
+        for number, loss in enumerate(LOSSES)
+    ]
+
+
+def loss_of(name, time, batch, hidden, outputs, device):
+    """Return a loss for a clean run of these shapes."""
     readout = torch.randn(outputs, hidden, device=device)
+    values = torch.randn(time, batch, outputs, device=device)
     weight = torch.rand(time, batch, device=device)
-    target = torch.randint(outputs, (time, batch), device=device)
-    return (
-        LinearLoss(torch.randn(time, batch, hidden, device=device)),
-        SquaredLoss(readout, torch.randn(time, batch, outputs, device=device), weight),
-        CrossEntropyLoss(readout, torch.randn(time, batch, outputs, device=device).softmax(-1), target, weight),
-        OutputsOnly(readout),
-        None,
+    if name == "linear":
+        return LinearLoss(torch.randn(time, batch, hidden, device=device))
+    if name == "squared":
+        return SquaredLoss(readout, values, weight)
+    if name == "cross-entropy":
+        target = torch.randint(outputs, (time, batch), device=device)
+        return CrossEntropyLoss(readout, values.softmax(-1), target, weight)
+    return OutputsOnly(readout) if name == "outputs alone" else None
+
+
+def run_rollouts(backend, shape, cell, device):
+    """Run the noise, and blocks of rollouts with what is summed of them."""
+    time, batch, rollouts, hidden, outputs = SHAPES[shape]
+    noise, rollout, returns, adjoint, rollout_adjoint = (
+        implementation(op, backend) for op in ("noise", "rollout", "returns", "adjoint", "rollout_adjoint")
     )
-
-
-def run(backend, shape, device):
-    """Run the ops of one backend."""
-    time, batch, rollouts, hidden, outputs = shape
-    noise, rollout, returns, adjoint, rollout_adjoint = (implementation(op, backend) for op in OPS)
-    seed = torch.tensor(1234, device=device)
-    counters = Counters(rollout=3, time=5)
-    for kind in ("rademacher", "gaussian"):
+    seed, counters, forms = torch.tensor(1234, device=device), Counters(rollout=3, time=5), CELLS[cell].forms
+    for kind in NOISES:
         noise(seed, (time, batch, rollouts, hidden), kind=kind, counters=counters)
-        for cell in ("tanh", "relu", "gru", "lstm"):
-            forms = CELLS[cell].forms
-            preact = torch.randn(time, batch, forms.clean * hidden, device=device)
-            state = preact.relu() if cell == "relu" else preact[..., : forms.states * hidden].tanh()
-            weight_hh = torch.randn(forms.gates * hidden, hidden, device=device) / hidden**0.5
-            start = 1e-3 * torch.randn(batch, rollouts, forms.states * hidden, device=device)
-            for precision in ("bf16", "fp32"):
-                options = RolloutOptions(rollouts, 1e-3, kind, forms, precision, store_delta_a=True)
-                for loss in losses(time, batch, hidden, outputs, device):
-                    named = {"options": options, "counters": counters, "delta_h0": start}
-                    part = rollout(preact, state, weight_hh, loss, seed, **named)
-                    if part.delta_loss is None:
-                        continue
-                    credit = returns(part.delta_loss, 0.9, carry=part.delta_loss[0])
-                    activity = part.delta_a[..., :hidden]
-                    for weight_by in ("noise", "activity"):
-                        rest = {"weight_by": weight_by, "options": options, "counters": counters}
-                        adjoint(credit, activity if weight_by == "activity" else None, seed, units=hidden, **rest)
-                        rollout_adjoint(preact, state, weight_hh, loss, seed, **rest, delta_h0=start)
-                    if not isinstance(loss, LinearLoss):
-                        continue
-                    # More rollouts than a program inverts, too.
-                    for count in (rollouts, 130) if cell == "tanh" and hidden >= 130 else (rollouts,):
-                        moved = torch.randn(time, batch, count, hidden, device=device).to(part.delta_a.dtype)
-                        least_squares_on(backend)(
-                            torch.randn(time, batch, count, device=device),
-                            moved,
-                            torch.randn(batch, count, device=device),
-                            seed,
-                            finite=torch.rand(batch, count, device=device) > 0.1,
-                            discount=0.9,
-                            ridge=0.01,
-                            baseline=True,
-                            options=options._replace(rollouts=count),
-                            counters=counters,
-                        )
+    preact = torch.randn(time, batch, forms.clean * hidden, device=device)
+    state = preact.relu() if cell == "relu" else preact[..., : forms.states * hidden].tanh()
+    weight_hh = torch.randn(forms.gates * hidden, hidden, device=device) / hidden**0.5
+    named = {
+        "counters": counters,
+        "delta_h0": 1e-3 * torch.randn(batch, rollouts, forms.states * hidden, device=device),
+    }
+    for made in combinations(shape, cell):
+        options = RolloutOptions(rollouts, 1e-3, made.noise, forms, made.precision, store_delta_a=True)
+        loss = loss_of(made.loss, time, batch, hidden, outputs, device)
+        part = rollout(preact, state, weight_hh, loss, seed, options=options, **named)
+        if part.delta_loss is None:
+            continue
+        credit = returns(part.delta_loss, 0.9, carry=part.delta_loss[0])
+        activity = part.delta_a[..., :hidden] if made.weight_by == "activity" else None
+        rest = {"weight_by": made.weight_by, "options": options}
+        adjoint(credit, activity, seed, units=hidden, counters=counters, **rest)
+        rollout_adjoint(preact, state, weight_hh, loss, seed, **rest, **named)
+
+
+def run_least_squares(backend, shape, device):
+    """Run the least squares on random activity, some of its rollouts lost."""
+    time, batch, rollouts, hidden, _ = SHAPES[shape]
+    for precision, kind in zip(PRECISIONS, NOISES, strict=True):
+        # Of the shape that has several tiles of one sample, more rollouts than a program inverts, too.
+        for count in (rollouts, 130) if shape == "padded" else (rollouts,):
+            operand = torch.bfloat16 if precision == "bf16" else torch.float32
+            least_squares_on(backend)(
+                torch.randn(time, batch, count, device=device),
+                torch.randn(time, batch, count, hidden, device=device).to(operand),
+                torch.randn(batch, count, device=device),
+                torch.tensor(1234, device=device),
+                finite=torch.rand(batch, count, device=device) > 0.1,
+                discount=0.9,
+                ridge=0.01,
+                baseline=True,
+                options=RolloutOptions(count, 1e-3, kind, CELLS["tanh"].forms, precision, store_delta_a=True),
+                counters=Counters(rollout=3, time=5),
+            )
+
+
+def run(backend, shape, part, device):
+    """Run a part of a shape on one backend."""
+    torch.manual_seed(0)
+    if part == "least squares":
+        run_least_squares(backend, shape, device)
+    else:
+        run_rollouts(backend, shape, part, device)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=("triton", "cupy"), default="triton")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=("triton", "cupy", "torch"), default="triton")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    for shape in SHAPES:
-        run(arguments.backend, shape, torch.device(arguments.device))
+    for shape, part in itertools.product(arguments.shapes, arguments.parts):
+        run(arguments.backend, shape, part, torch.device(arguments.device))
     if arguments.device == "cuda":
         torch.cuda.synchronize()
 

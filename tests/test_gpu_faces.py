@@ -1,7 +1,7 @@
 """Both faces on a device: RNN's backward pass and `estimate_grad_` against float64 on the CPU, and what users do.
 
 A test's body takes a device. With "cpu" it runs in the reference leg, which shows that the test itself is right; with
-"cuda" in `make test-gpu`. Only CUDA graphs, and running out of a GPU's memory, have no form on a CPU. The comparison
+"cuda" in `make gpu`. Only CUDA graphs, and running out of a GPU's memory, have no form on a CPU. The comparison
 with the oracle also runs the Triton kernels in their interpreter.
 """
 

@@ -1,7 +1,7 @@
 """GRU and LSTM on a device: updates by both faces against float64 on the CPU, and what users do.
 
 A test's body takes a device. With "cpu" it runs in the reference leg, which shows that the test itself is right; with
-"cuda" in `make test-gpu`.
+"cuda" in `make gpu`.
 """
 
 import pytest

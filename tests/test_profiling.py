@@ -124,6 +124,43 @@ def test_memory_keeps_its_bound_at_any_length(tmp_path):
     assert rows[-1]["delta_a whole MiB"] > rows[-1]["max_memory MiB"]
 
 
+def test_goals_writes_every_row(tmp_path):
+    output = tmp_path / "goals.json"
+    printed = run_script("goals.py", "--output", output)
+    assert "no GPU was found" in printed
+    record = read(output, printed)
+    assert record["left_out"] == []
+    assert [row["update"] for row in record["results"]] == ["anp", "anp-ls", "BPTT, nn.RNN fp32"]
+    for row in record["results"]:
+        assert row["ms"] > 0
+        assert row["goal"] is None
+
+
+def test_goals_says_what_it_left_out(tmp_path):
+    output = tmp_path / "goals.json"
+    with pytest.raises(AssertionError, match="left out: 1 of 1 shapes: 0 minutes were over"):
+        run_script("goals.py", "--minutes", 0, "--output", output)
+
+
+def test_check_gpu_says_what_failed(tmp_path):
+    tests, output = tmp_path / "test_three.py", tmp_path / "tests.json"
+    tests.write_text(
+        "def test_right(): assert True\n"
+        "def test_wrong(): assert 1 + 1 == 3\n"
+        "def test_compute_sanitizer(): assert True\n"
+    )
+    with pytest.raises(AssertionError):
+        run_script("check_gpu.py", "--jobs", 1, "--output", output, tests)
+    record = json.loads(output.read_text())
+    assert record["status"] == 1
+    assert sorted(test["outcome"] for test in record["tests"]) == ["failed", "passed", "passed"]
+    text = output.with_suffix(".txt").read_text()
+    assert str(record["machine"]["cpu"]) in text.splitlines()[0]
+    assert "2 passed, 1 failed" in text
+    assert "test_wrong: assert (1 + 1) == 3" in text
+    assert "1 of them under compute-sanitizer" in text
+
+
 def test_time_ops_writes_every_row(tmp_path):
     output = tmp_path / "time_ops.json"
     printed = run_script("time_ops.py", "--quick", "--output", output)

@@ -1,0 +1,51 @@
+"""What compute-sanitizer is given on a GPU: every combination of what kernels are made with, and scripts that run."""
+
+import itertools
+
+import gpu_sanitize
+import pytest
+import torch
+
+CELLS = [part for part in gpu_sanitize.PARTS if part != "least squares"]
+
+
+def test_the_shapes_together_have_every_cell_and_loss_with_every_noise_and_precision():
+    found = {
+        (cell, made.loss, made.noise, made.precision)
+        for shape, cell in itertools.product(gpu_sanitize.SHAPES, CELLS)
+        for made in gpu_sanitize.combinations(shape, cell)
+    }
+    wanted = itertools.product(CELLS, gpu_sanitize.LOSSES, gpu_sanitize.NOISES, gpu_sanitize.PRECISIONS)
+    assert found == set(wanted)
+
+
+def test_both_weights_of_the_adjoint_come_with_every_noise_and_precision():
+    found = {
+        (made.weight_by, made.noise, made.precision)
+        for shape, cell in itertools.product(gpu_sanitize.SHAPES, CELLS)
+        for made in gpu_sanitize.combinations(shape, cell)
+        if made.loss not in {"outputs alone", "hidden states"}
+    }
+    assert found == set(itertools.product(gpu_sanitize.WEIGHTS, gpu_sanitize.NOISES, gpu_sanitize.PRECISIONS))
+
+
+@pytest.mark.parametrize("part", gpu_sanitize.PARTS)
+def test_a_part_runs_every_kernel_of_it(part, monkeypatch):
+    ran = set()
+
+    def noted(name, work):
+        def run(*arguments, **named):
+            ran.add(name)
+            return work(*arguments, **named)
+
+        return run
+
+    implementation, least_squares_on = gpu_sanitize.implementation, gpu_sanitize.least_squares_on
+    monkeypatch.setattr(
+        gpu_sanitize, "implementation", lambda name, backend: noted(name, implementation(name, backend))
+    )
+    monkeypatch.setattr(gpu_sanitize, "least_squares_on", lambda on: noted("least squares", least_squares_on(on)))
+    gpu_sanitize.run("torch", "odd", part, torch.device("cpu"))
+    assert ran == (
+        {"least squares"} if part == "least squares" else {"noise", "rollout", "returns", "adjoint", "rollout_adjoint"}
+    )
