@@ -51,14 +51,14 @@ POINTS = 40
 """Points of a plotted curve."""
 
 
-def trials_of(environment: str, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Return endless trials of an environment: observations (T, I) and the right actions (T,)."""
+def trials_of(environment: str, seed: int, **options: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Return endless trials of an environment with its options: observations (T, I) and the right actions (T,)."""
     with warnings.catch_warnings():
         # gymnasium finds fault with neurogym's metadata.
         warnings.simplefilter("ignore")
         import neurogym
 
-        made = neurogym.make(environment).unwrapped
+        made = neurogym.make(environment, **options).unwrapped
     made.seed(seed)
     while True:
         made.new_trial()

@@ -62,6 +62,11 @@ def short_name(record: dict[str, object]) -> str:
     return "-".join(name.lower().removeprefix("nvidia ").split())
 
 
+def processor(device: str = "cpu") -> str:
+    """Return the name of what computes on a device, for results that are gathered on several machines."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu()
+
+
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")]

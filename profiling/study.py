@@ -174,12 +174,18 @@ def attended(queue: Queue, command: Sequence[str], jobs: int, *, gpu: bool = Fal
 
 
 def note_machine(folder: Path) -> None:
-    """Check that estimates are right; write the machine, and the commits of all its runs so far, to machine.json."""
+    """Check that estimates are right; write this machine, those of earlier runs, and all commits to machine.json."""
     checks = require([estimate_check()])
     path, host = folder / "machine.json", machine()
-    before = json.loads(path.read_text()).get("commits", []) if path.exists() else []
-    commits = list(dict.fromkeys([*before, host["commit"]]))
-    path.write_text(json.dumps({"machine": host, "commits": commits, "checks": checks}, indent=1) + "\n")
+    before = json.loads(path.read_text()) if path.exists() else {}
+    earlier = [*before.get("earlier", []), *([before["machine"]] if before else [])]
+    record = {
+        "machine": host,
+        "earlier": [other for other in earlier if (other["cpu"], other["gpu"]) != (host["cpu"], host["gpu"])],
+        "commits": list(dict.fromkeys([*before.get("commits", []), host["commit"]])),
+        "checks": checks,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def study(arguments: argparse.Namespace, folder: Path) -> None:

@@ -100,8 +100,9 @@ FULL = Grid(
         Entry("perceptual-decision", 1000, 16, hidden=64, seeds=5, claim=True),
         # In batches of 16 even the exact gradient of the reward settles on one side.
         Entry("perceptual-reward", 400, 64, hidden=32, seeds=5, rollouts=32, claim=True),
-        Entry("context-decision", 2000, 16, hidden=64, seeds=3, claim=True),
-        Entry("delayed-match", 1500, 16, hidden=64, seeds=3, cells=("rnn", "gru"), claim=True, without=SLOW),
+        # BPTT of an nn.RNN stays at chance in delayed-match for twice as many updates.
+        Entry("context-decision", 1000, 16, hidden=64, seeds=3, cells=("gru",), claim=True),
+        Entry("delayed-match", 1000, 16, hidden=64, seeds=3, cells=("gru",), claim=True),
         # At 1e-3 BPTT itself falls back to chance.
         Entry("mnist-14x14", 1200, 32, seeds=3, rates=(2e-4,), claim=True, without=(*SLOW, "np", "anp")),
         Entry("copying-10", 1000, 8, hidden=32, seeds=10, starts=BOTH),
@@ -171,8 +172,8 @@ def ways(entry: Entry, cell: str) -> list[Way]:
         return [Way(name) for name in ("np", "wp", "anp", "anp-ls")]
     chosen = [Way(name) for name in METHODS if defined(name, cell) and name not in left_out(entry, cell)]
     chosen.insert(1 + chosen.index(Way("bptt-1")), Way("bptt-1", "rmsprop"))
-    # A short run can choose a rate that a long one does not stand: beside it, the same rate as BPTT.
-    return [*chosen, Way("anp-feedback", rate_of="bptt")]
+    # A short run can choose a rate that a long one does not stand: beside it, both at the other's rate.
+    return [*chosen, Way("anp-feedback", rate_of="bptt"), Way("bptt", rate_of="anp-feedback")]
 
 
 def left_out(entry: Entry, cell: str) -> tuple[str, ...]:

@@ -2,13 +2,15 @@
 
 A group is a task with a cell, a start and sizes; its rows are methods. Where not even BPTT comes to the loss that
 counts as solved, the text above the table says so, and the table says nothing of credit through time. Runs that the
-plan has and that are not made are said to be missing.
+plan has and that are not made are said to be missing. Runs may come from several machines: losses are of all of them,
+seconds of one, which is named.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -93,16 +95,18 @@ class Row(NamedTuple):
     accuracies: tuple[float, ...]
     """Empty for a regression."""
     areas: tuple[float, ...]
-    per_update: float
-    """Seconds: the median over seeds."""
+    per_update: float | None
+    """Seconds: the median over the seeds that ran on the machine of `timed_on`; None without any."""
     seconds: float | None
-    """Median over seeds to the loss that counts as solved; None where half of them or more never come there."""
+    """Median over those seeds to the loss that counts as solved; None where half of them or more never come there."""
     rollout_steps: float | None
     trials: float | None
     """Median number of sequences to `CRITERION`."""
     online: tuple[float, ...]
     """NMSE of online runs, as the sketched-RTRL release computes it."""
     curves: tuple[dict, ...]
+    timed: tuple[dict, ...]
+    """Those of the curves whose seconds count."""
 
 
 def name_of(method: str, optimiser: str) -> str:
@@ -123,8 +127,17 @@ def groups_of(runs: Sequence[dict]) -> dict[Group, list[dict]]:
     return groups
 
 
+def timed_on(runs: Sequence[dict]) -> str:
+    """Return the machine whose seconds count for a group: where most of its methods ran, of equal ones the latest."""
+    methods = {(run["machine"], name_of(run["settings"]["method"], run["settings"]["optimiser"])) for run in runs}
+    rows, latest = Counter(machine for machine, _ in methods), {run["machine"]: place for place, run in enumerate(runs)}
+    return max(rows, key=lambda machine: (rows[machine], latest[machine]))
+
+
 def median_cost(runs: Sequence[dict], column: str, height: Callable[[dict], list[float]], bound: float) -> float | None:
     """Return the median over runs of what was spent until a curve fell to a bound; None where half never did."""
+    if not runs:
+        return None
     spent = [reached(run["curve"][column], height(run["curve"]), bound) for run in runs]
     middle = float(np.median([math.inf if value is None else value for value in spent]))
     return middle if math.isfinite(middle) else None
@@ -144,6 +157,7 @@ def area_of(run: dict) -> float:
 
 def rows_of(runs: Sequence[dict]) -> list[Row]:
     """Return the rows of one group, in the order of `METHODS`."""
+    where = timed_on(runs)
     by_rate: dict[str, dict[float, list[dict]]] = {}
     for run in runs:
         how = run["settings"]
@@ -159,7 +173,8 @@ def rows_of(runs: Sequence[dict]) -> list[Row]:
         mine = sorted(unordered, key=lambda run: run["settings"]["seed"])
         ends = [final(run, "test") for run in mine]
         how, solved = mine[0]["settings"], mine[0]["solved"]
-        times = [run["curve"]["seconds"][-1] / run["curve"]["updates"][-1] for run in mine if run["curve"]["updates"]]
+        timed = [run for run in mine if run["machine"] == where]
+        times = [run["curve"]["seconds"][-1] / run["curve"]["updates"][-1] for run in timed if run["curve"]["updates"]]
         whole = [run for run, end in zip(mine, ends, strict=True) if math.isfinite(end[0])]
         to_criterion = median_cost(mine, "updates", wrong, 1 - CRITERION)
         rows.append(
@@ -171,27 +186,34 @@ def rows_of(runs: Sequence[dict]) -> list[Row]:
                 tuple(loss for loss, _ in ends),
                 tuple(accuracy for _, accuracy in ends if accuracy is not None),
                 tuple(math.inf if math.isinf(end[0]) else area_of(run) for run, end in zip(mine, ends, strict=True)),
-                float(np.median(times)) if times else math.nan,
-                median_cost(mine, "seconds", test_losses, solved),
+                float(np.median(times)) if times else None,
+                median_cost(timed, "seconds", test_losses, solved),
                 median_cost(mine, "rollout_steps", test_losses, solved) if how["rollouts"] else None,
                 None if to_criterion is None else to_criterion * how["batch"],
                 tuple(nmse(run["curve"]["records"]) for run in mine) if how["window"] else (),
                 tuple(run["curve"] for run in whole),
+                tuple(run["curve"] for run in whole if run["machine"] == where),
             )
         )
     return rows
 
 
+def exact_of(rows: Sequence[Row]) -> Row | None:
+    """Return BPTT's row, of several learning rates that of the lowest mean loss; None where BPTT has not run."""
+    mine = [row for row in rows if row.name.split(AT)[0] == EXACT]
+    return min(mine, key=lambda row: float(np.mean(row.losses)), default=None)
+
+
 def against(rows: Sequence[Row]) -> dict[str, float]:
     """Return Holm's p of every row's losses against BPTT's, over the seeds that both have; {} without BPTT."""
-    exact = next((row for row in rows if row.name == EXACT), None)
+    exact = exact_of(rows)
     if exact is None:
         return {}
     reference = dict(zip(exact.seeds, exact.losses, strict=True))
     names, p_values = [], []
     for row in rows:
         pairs = [(loss, reference[seed]) for seed, loss in zip(row.seeds, row.losses, strict=True) if seed in reference]
-        if row.name != EXACT and pairs:
+        if row.name != exact.name and pairs:
             names.append(row.name)
             p_values.append(paired(*zip(*pairs, strict=True)))
     return dict(zip(names, holm(p_values), strict=True))
@@ -201,7 +223,7 @@ def sentence(runs: Sequence[dict], rows: Sequence[Row]) -> str:
     """Say whether BPTT solves the task, and what the bound is."""
     chance, solved, unit = (runs[0][name] for name in ("chance", "solved", "unit"))
     bound = f"{solved:.4g} {unit} (a guess that looks at nothing: {chance:.4g})"
-    exact = next((row for row in rows if row.name == EXACT), None)
+    exact = exact_of(rows)
     if exact is None:
         return f"Solved means {bound}. BPTT has not run: nothing says whether the task can be solved so."
     mean = float(np.mean(exact.losses))
@@ -262,7 +284,7 @@ class Claim(NamedTuple):
 
 def claims_of(group: Group, rows: Sequence[Row], solved: float) -> list[Claim]:
     """Return what learned feedback promises of a group, for each learning rate it has; [] where nothing is promised."""
-    exact = next((row for row in rows if row.name == EXACT), None)
+    exact = exact_of(rows)
     if exact is None or group.task not in ("copying-40", "characters", *POINTS):
         return []
     claims = []
@@ -308,7 +330,7 @@ def table(group: Group, runs: Sequence[dict], rows: Sequence[Row]) -> str:
         "online NMSE": [spelled(interval(row.online)) if row.online else "" for row in rows],
         "mean of the curve": [spelled(interval(row.areas)) for row in rows],
         "p against BPTT": [f"{p_values[row.name]:.3f}" if row.name in p_values else "" for row in rows],
-        "ms an update": [f"{1e3 * row.per_update:.1f}" for row in rows],
+        "ms an update": ["" if row.per_update is None else f"{1e3 * row.per_update:.1f}" for row in rows],
         "s until solved": [count.get(row.seconds, f"{row.seconds or 0:.1f}") for row in rows],
         "rollout-steps until solved": [count.get(row.rollout_steps, f"{row.rollout_steps or 0:.2g}") for row in rows],
         "sequences until 80 % right": [count.get(row.trials, f"{row.trials or 0:.0f}") for row in rows],
@@ -347,9 +369,11 @@ def plot(group: Group, unit: str, rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for number, row in enumerate(row for row in rows if row.curves):
         losses = np.array([test_losses(curve) for curve in row.curves])
-        times = np.mean([curve["seconds"] for curve in row.curves], axis=0)
         shares = np.arange(1, losses.shape[1] + 1) / losses.shape[1]
-        for axis, horizontal in zip(axes, (shares * group.amount, times), strict=True):
+        horizontals = [shares * group.amount]
+        if row.timed:
+            horizontals.append(np.mean([curve["seconds"] for curve in row.timed], axis=0))
+        for axis, horizontal in zip(axes, horizontals, strict=False):
             axis.plot(horizontal, losses.mean(0), "-" if number < 10 else "--", color=f"C{number % 10}", label=row.name)
             axis.fill_between(horizontal, losses.min(0), losses.max(0), color=f"C{number % 10}", alpha=0.1)
     axes[0].set(xlabel="time steps" if group.window else "updates", ylabel=f"test loss ({unit})", yscale="log")
@@ -365,7 +389,7 @@ def summary_of(group: Group, runs: Sequence[dict], grid: Grid) -> dict[str, obje
     rows, entry = rows_of(runs), entry_of(group, grid)
     kept = [
         {
-            **row._replace(curves=())._asdict(),
+            **{name: value for name, value in row._asdict().items() if name not in {"curves", "timed"}},
             "loss": interval(row.losses)._asdict(),
             "accuracy": interval(row.accuracies)._asdict() if row.accuracies else None,
             "nmse": interval(row.online)._asdict() if row.online else None,
@@ -381,6 +405,7 @@ def summary_of(group: Group, runs: Sequence[dict], grid: Grid) -> dict[str, obje
         "sentence": sentence(runs, rows),
         "planned": planned(group, grid, rows),
         "lacking": lacking(entry, group.cell, rows) if entry else {},
+        "timed_on": timed_on(runs),
         "p": against(rows),
         "printed": PRINTED.get(group.task, {}),
         "rows": kept,
@@ -399,12 +424,21 @@ def unmade(grid: Grid, groups: Sequence[Group]) -> list[str]:
     ]
 
 
+def spent_on(runs: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Return the number of runs that each machine made, and their processor time in seconds, tests included."""
+    spent: dict[str, dict[str, float]] = {}
+    for run in runs:
+        so_far = spent.setdefault(run["machine"], {"runs": 0, "processor_seconds": 0.0})
+        so_far["runs"] += 1
+        so_far["processor_seconds"] += run["seconds"]
+    return spent
+
+
 def summarised(runs: Sequence[dict], grid: Grid) -> dict[str, object]:
     """Return what rivals.json has beside the machine: all of it follows from the runs."""
     groups = groups_of(runs)
     return {
-        "processor_seconds": sum(run["seconds"] for run in runs),
-        "runs": len(runs),
+        "spent": spent_on(runs),
         "claims": [
             claim._asdict()
             for group, mine in groups.items()
@@ -423,16 +457,21 @@ def report(folder: Path, runs: Sequence[dict], grid: Grid) -> None:
         name = "-".join(str(value) for value in (group.task, group.cell, group.start, group.hidden, group.amount))
         picture = f"{name}.png" if group.device == "cpu" else f"{name}-{group.device.replace(':', '')}.png"
         plot(group, mine[0]["unit"], rows, folder / picture)
-        said = [f"## {title_of(group)}", sentence(mine, rows), planned(group, grid, rows), table(group, mine, rows)]
-        said.append(printed(group.task))
+        said = [f"## {title_of(group)}", sentence(mine, rows), planned(group, grid, rows)]
+        said += [f"Seconds: {timed_on(mine)}.", table(group, mine, rows), printed(group.task)]
         parts.append("\n\n".join([part for part in said if part] + [f"![{group.task}]({picture})"]))
     machine = folder / "machine.json"
     record = json.loads(machine.read_text()) if machine.exists() else {}
-    result, spent = summarised(runs, grid), sum(run["seconds"] for run in runs)
+    result, machines = summarised(runs, grid), [*record.get("earlier", []), *([record["machine"]] if record else [])]
+    amounts = [
+        f"{spent['runs']} on {name}, {spent['processor_seconds'] / 60:.0f} minutes of processor time"
+        for name, spent in result["spent"].items()
+    ]
     head = [
         "# Rivals",
-        f"`python profiling/study_rivals.py`: {len(runs)} runs, {spent / 60:.0f} minutes of processor time.",
-        f"{line(record['machine'])}; runs of commits {', '.join(record['commits'])}" if record else "",
+        f"`python profiling/study_rivals.py`: {len(runs)} runs; {'; '.join(amounts)}.",
+        *map(line, machines),
+        f"Runs of commits {', '.join(record['commits'])}." if record else "",
         CONDITIONS,
         f"No run is made yet of: {'; '.join(result['unmade'])}." if result["unmade"] else "",
     ]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from machine import processor
 from rivals import CELLS, RIVALS, Outcome, State
 from study_grid import tasks, training
 from study_tasks import RESET, Benchmark
@@ -219,5 +220,6 @@ def made(task: Benchmark, settings: Settings) -> dict[str, object]:
         "chance": task.chance,
         "solved": task.solved,
         "seconds": time.process_time() - started,
+        "machine": processor(settings.device),
     }
     return line if reason is None else {**line, "broke_off": reason}

@@ -31,12 +31,15 @@ from neurogym_task import ABSENT, decided, expected_reward, padded, trials_of
 
 __all__ = ["ABSENT", "ENVIRONMENTS", "by_name", "decided", "expected_reward", "padded"]
 
-ENVIRONMENTS = {
-    "perceptual-decision": "PerceptualDecisionMaking-v0",
-    "context-decision": "ContextDecisionMaking-v0",
-    "delayed-match": "DelayMatchSample-v0",
-    "perceptual-reward": "PerceptualDecisionMaking-v0",
+ENVIRONMENTS: dict[str, tuple[str, dict[str, object]]] = {
+    "perceptual-decision": ("PerceptualDecisionMaking-v0", {}),
+    # By default one feature is relevant in all trials and no cue is shown.
+    "context-decision": ("ContextDecisionMaking-v0", {"use_expl_context": True}),
+    "delayed-match": ("DelayMatchSample-v0", {}),
+    "perceptual-reward": ("PerceptualDecisionMaking-v0", {}),
 }
+"""Environments and their options; noise and timing are neurogym's."""
+
 REWARDED = ("perceptual-reward",)
 """Tasks of which training sees the reward alone."""
 
@@ -45,10 +48,10 @@ CHOICES = 2
 
 def decision(name: str, _window: int = 0) -> Benchmark:
     """Make a task of trials that are drawn afresh for every update."""
-    environment = ENVIRONMENTS[name]
+    environment, options = ENVIRONMENTS[name]
 
     def drawn(seed: int, batch: int) -> Iterator[tasks.Batch]:
-        trials = trials_of(environment, seed)
+        trials = trials_of(environment, seed, **options)
         while True:
             yield padded([next(trials) for _ in range(batch)])
 

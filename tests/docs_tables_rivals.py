@@ -23,6 +23,7 @@ DECIDING = ("perceptual-decision", "context-decision", "delayed-match")
 DECISIONS = (*DECIDING, "perceptual-reward")
 
 WORDS = {"bptt": "BPTT", "bptt-1": "BPTT cut to one step", "bptt-8": "BPTT cut to 8 steps"}
+MACHINES = {"AMD EPYC": "EPYC", "Intel(R) Xeon(R) Processor": "Xeon"}
 CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
 
@@ -59,6 +60,15 @@ def bits(value: float) -> str:
 
 def count(value: float | None) -> str:
     return ABSENT if value is None else significant(value, 2)
+
+
+def milliseconds(value: float | None) -> str:
+    return ABSENT if value is None else significant(1e3 * value, 2)
+
+
+def machine(group: dict, row: dict) -> str:
+    """Return the machine of a row's seconds, if it has any."""
+    return ABSENT if row["per_update"] is None else MACHINES.get(group["timed_on"], group["timed_on"])
 
 
 def of(result: dict, *tasks: str) -> list[dict]:
@@ -107,10 +117,11 @@ def rivals_copying(result: dict) -> Rows:
     rows = []
     for group in of(result, "copying-40"):
         for row in group["rows"]:
-            costs = [significant(1e3 * row["per_update"], 2), count(row["seconds"]), count(row["rollout_steps"])]
+            costs = [milliseconds(row["per_update"]), count(row["seconds"]), machine(group, row)]
+            costs.append(count(row["rollout_steps"]))
             how = [str(row["rollouts"] or ABSENT), f"{row['rate']:g}", seeds(group, row)]
             rows.append([name_of(row["name"].split(" at ")[0]), *how, spread(row["loss"]), *costs])
-        rows += missing(group, 8)
+        rows += missing(group, 9)
     return rows
 
 
@@ -124,11 +135,11 @@ def classified(result: dict, tasks: Sequence[str]) -> Rows:
             for row in group["rows"]:
                 how = [str(row["rollouts"] or ABSENT), seeds(group, row)]
                 figures = [spread(row["accuracy"], share), spread(row["loss"])]
-                costs = [significant(1e3 * row["per_update"], 2), count(row["seconds"]), count(row["trials"])]
-                rows.append([title, name_of(row["name"]), *how, *figures, *costs])
-            rows += [[title, *line] for line in missing(group, 8)]
+                costs = [milliseconds(row["per_update"]), count(row["seconds"]), machine(group, row)]
+                rows.append([title, name_of(row["name"]), *how, *figures, *costs, count(row["trials"])])
+            rows += [[title, *line] for line in missing(group, 9)]
         if not groups:
-            rows.append([task, "no run is made yet", *[ABSENT] * 7])
+            rows.append([task, "no run is made yet", *[ABSENT] * 8])
     return rows
 
 
@@ -201,9 +212,9 @@ def rivals_characters(result: dict) -> Rows:
         for row in group["rows"]:
             over = ABSENT if exact is None else without_zero(significant(row["loss"]["mean"] / exact, 3))
             how = [str(row["rollouts"] or ABSENT), seeds(group, row)]
-            cost = significant(1e3 * row["per_update"], 2)
-            rows.append([CELLS[group["cell"]], name_of(row["name"]), *how, spread(row["loss"], bits), over, cost])
-        rows += [[CELLS[group["cell"]], *line] for line in missing(group, 6)]
+            costs = [milliseconds(row["per_update"]), machine(group, row)]
+            rows.append([CELLS[group["cell"]], name_of(row["name"]), *how, spread(row["loss"], bits), over, *costs])
+        rows += [[CELLS[group["cell"]], *line] for line in missing(group, 7)]
     return rows
 
 

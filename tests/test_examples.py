@@ -210,7 +210,7 @@ def neurogym(monkeypatch):
     made = []
     module = types.ModuleType("neurogym")
     module.__spec__ = importlib.machinery.ModuleSpec("neurogym", None)
-    module.make = lambda name: made.append(name) or Choice()
+    module.make = lambda name, **options: made.append(name) or Choice()
     monkeypatch.setitem(sys.modules, "neurogym", module)
     return made
 

@@ -200,13 +200,15 @@ def test_what_a_claim_stands_on_comes_first():
     assert list(dict.fromkeys(first)) == [task for task, _ in itertools.groupby(first)]
 
 
-def test_learned_feedback_also_has_the_learning_rate_of_bptt():
+def test_learned_feedback_and_bptt_have_each_others_learning_rate_too():
     planned = plan(FULL, ["copying-40", "mnist-rows", "perceptual-reward"], METHODS, 1, "cpu")
     mine = [run for run in planned if run.settings.method == "anp-feedback" and run.settings.seed == 0]
     (own, exact), (single,) = ([run for run in mine if run.task == task] for task in ("copying-40", "mnist-rows"))
     assert own.settings == exact.settings
     assert {json.loads(candidate)[1]["method"] for candidate in own.candidates} == {"anp-feedback"}
     assert {json.loads(candidate)[1]["method"] for candidate in exact.candidates} == {"bptt"}
+    other = [run for run in planned if run.settings.method == "bptt" and run.candidates == own.candidates]
+    assert [run.task for run in other] == ["copying-40"]
     # Where there is one rate it is everybody's.
     assert single.settings.lr == 1e-3
     tuning = [run for run in planned if run.settings.seed == TUNING_SEED and run.settings.method == "bptt"]

@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "profiling"))
 
-import study_rivals  # noqa: E402  (found through the line above)
+import study  # noqa: E402  (found through the line above)
+import study_rivals  # noqa: E402
 import study_rivals_report as tables  # noqa: E402
 from study_grid import TUNING_SEED, training  # noqa: E402
 from study_rivals_plan import FULL, Entry, Grid  # noqa: E402
 from study_rivals_runs import Settings  # noqa: E402
 
 
-def line_of(method, seed, losses, *, seconds=1.0, accuracy=None, **changes):
+def line_of(method, seed, losses, *, seconds=1.0, accuracy=None, machine="here", **changes):
     settings = Settings(method, seed, **{"updates": 240, "rollouts": 0, **changes})
     count = training.SHARES
     heights = [*losses, *[losses[-1]] * (count - len(losses))]
@@ -31,7 +32,7 @@ def line_of(method, seed, losses, *, seconds=1.0, accuracy=None, **changes):
         "test": scores,
         "records": [9.0, 1.0, 2.0, 3.0, 4.0, 5.0] if settings.window else [],
     }
-    common = {"unit": "nats", "chance": 2.0, "solved": 1.0, "seconds": 2.0}
+    common = {"unit": "nats", "chance": 2.0, "solved": 1.0, "seconds": 2.0, "machine": machine}
     return {"task": "copying-2", "settings": settings._asdict(), "curve": curve, **common}
 
 
@@ -70,6 +71,53 @@ def test_a_table_computed_by_hand():
     }  # fmt: skip
     assert "1.6e+03" in text
     assert "right, %" not in text
+
+
+def test_seconds_are_of_one_machine():
+    lines = [
+        *(
+            line_of("bptt", seed, [0.5], seconds=1.0 + 9 * (seed > 0), machine="there" if seed else "here")
+            for seed in range(3)
+        ),
+        *(line_of("np", seed, [0.7], seconds=2.0, rollouts=4) for seed in range(2)),
+        line_of("wp", 0, [0.9], seconds=5.0, rollouts=4, machine="there"),
+        line_of("anp", 0, [0.6], seconds=3.0, rollouts=4),
+    ]
+    # Three methods ran here, two there; of two and two the latest counts.
+    assert tables.timed_on(lines) == tables.timed_on(lines[::-1]) == "here"
+    assert tables.timed_on(lines[:-1]) == "there"
+    assert tables.timed_on(lines[-2::-1]) == "here"
+    rows = rows_by_name(lines)
+    assert rows["bptt"].losses == (0.5, 0.5, 0.5)
+    assert (rows["bptt"].per_update, rows["bptt"].seconds) == (0.1, 1.0)
+    assert (rows["wp"].per_update, rows["wp"].seconds, rows["wp"].rollout_steps) == (None, None, 400)
+    assert [len(rows[name].curves) for name in ("bptt", "wp")] == [3, 1]
+    assert [len(rows[name].timed) for name in ("bptt", "wp")] == [1, 0]
+    (group,) = tables.groups_of(lines)
+    text = tables.table(group, lines, tables.rows_of(lines))
+    assert next(row for row in text.splitlines() if row.startswith("| wp ")).count("|  |") == 1
+    result = tables.summarised(lines, grid_of())
+    assert result["groups"][0]["timed_on"] == "here"
+    assert result["spent"] == {
+        "here": {"runs": 4, "processor_seconds": 8.0},
+        "there": {"runs": 3, "processor_seconds": 6.0},
+    }
+
+
+def test_every_machine_of_a_study_is_kept(tmp_path, monkeypatch):
+    def noted(cpu, date, commit):
+        monkeypatch.setattr(study, "machine", lambda: {"cpu": cpu, "gpu": None, "date": date, "commit": commit})
+        study.note_machine(tmp_path)
+        return json.loads((tmp_path / "machine.json").read_text())
+
+    monkeypatch.setattr(study, "require", list)
+    monkeypatch.setattr(study, "estimate_check", dict)
+    assert noted("one", 1, "a")["earlier"] == []
+    record = noted("two", 2, "b")
+    assert (record["machine"]["cpu"], [other["cpu"] for other in record["earlier"]]) == ("two", ["one"])
+    record = noted("one", 3, "b")
+    assert (record["machine"]["date"], [other["cpu"] for other in record["earlier"]]) == (3, ["two"])
+    assert record["commits"] == ["a", "b"]
 
 
 def test_a_task_counts_where_bptt_solves_it():
@@ -115,6 +163,20 @@ def test_rows_of_two_learning_rates_are_two():
     claims = tables.claims_of(group._replace(task="copying-40"), [*rows[:1], rows[2]], 1.0)
     assert [(claim.rates, claim.feedback) for claim in claims] == [((1e-3, 1e-2), 0.6)]
     assert tables.lacking(grid_of().entries[0], "rnn", rows)["anp-feedback"] == "1 of 3"
+
+
+def test_bptt_at_several_rates_is_the_better_one():
+    lines = [line_of("bptt", seed, [loss], lr=lr) for lr, loss in ((1e-2, 0.9), (1e-3, 0.2)) for seed in range(2)]
+    lines += [line_of("anp-feedback", seed, [0.25], lr=1e-2) for seed in range(2)]
+    rows = tables.rows_of(lines)
+    assert tables.exact_of(rows).name == "bptt at 0.001"
+    assert tables.exact_of(rows[2:]) is None
+    assert set(tables.against(rows)) == {"bptt at 0.01", "anp-feedback"}
+    assert "BPTT solves it: 0.2;" in tables.sentence(lines, rows)
+    (group,) = tables.groups_of(lines)
+    (claim,) = tables.claims_of(group._replace(task="copying-40"), rows, 1.0)
+    assert (claim.bptt, claim.rates) == (0.2, (1e-3, 1e-2))
+    assert "bptt" not in tables.lacking(grid_of(seeds=2).entries[0], "rnn", rows)
 
 
 @pytest.mark.parametrize(

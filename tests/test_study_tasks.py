@@ -206,6 +206,25 @@ def test_neurogyms_trials_repeat_with_the_seed(name):
     assert task.score(outputs, task.test.targets).accuracy == 1.0
 
 
+@needs_neurogym
+def test_a_cue_says_which_feature_decides():
+    task = study_tasks_neurogym.by_name()["context-decision"](0)
+    inputs, targets, _ = next(task.batches(0, 512))
+    valid = inputs[..., 0].cumsum(0) > 0
+    cues = inputs[..., 5:]
+    assert cues.shape[-1] == 2
+    # Fixation is shown before the decision, the cue throughout.
+    assert (cues[valid & (inputs[..., 0] > 0)].sum(-1) == 1).all()
+    cued, right = cues[0].argmax(-1), targets.max(0).values
+    evidence = torch.stack((inputs[..., 1] - inputs[..., 2], inputs[..., 3] - inputs[..., 4]), -1).sum(0)
+    for cue in (0, 1):
+        chosen = 1 + (evidence[cued == cue] < 0).long()
+        shares = [float((chosen[:, feature] == right[cued == cue]).float().mean()) for feature in (0, 1)]
+        # Among 256 trials or so; the other feature is right by chance, in more than 62 % with probability 1e-4.
+        assert shares[cue] > 0.8
+        assert 0.38 < shares[1 - cue] < 0.62
+
+
 def test_without_neurogym_there_are_none_of_its_tasks(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert study_tasks_neurogym.by_name() == {}
