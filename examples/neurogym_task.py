@@ -2,7 +2,6 @@
 
     pip install 'anpgpu[neurogym]'                          into an environment of its own: neurogym pins numpy
     python examples/neurogym_task.py --output output/       which of two noisy signals was stronger
-    python examples/neurogym_task.py --task ContextDecisionMaking-v0 --updates 1500
     python examples/neurogym_task.py --reward               by reward alone, one number a trial
 
 The network is an nn.RNN whose weights are computed from what is learnt, h_t = tanh((1 - a) h_{t-1} + a (|V| s h_{t-1} +
