@@ -196,6 +196,7 @@ def feedback(
     first: tuple[int, int],
     draw: Callable[..., Tensor],
     recursion: Callable[..., tuple[Tensor, Tensor]] | None,
+    factors: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Carry, Tensor]:
     """Estimate the adjoint of a segment of steps from all rollouts of its samples, and add to the sums.
 
@@ -219,6 +220,7 @@ def feedback(
         first: the segment's first step and first sample in the whole batch.
         draw: generates the noise again; a backend's `noise`.
         recursion: a backend's own `descend` for the dual form with Rademacher noise; None where it has none.
+        factors: a backend's own `least_squares.factored`; None where it has none.
 
     Returns:
         The estimate, (T, B, H); the carry for the step before the first; and the number of systems that had no factor
@@ -239,7 +241,7 @@ def feedback(
         if baseline:
             activity = _centred(activity, finite.unsqueeze(-1), -2)
         activity, gram, size_of = in_units(activity)
-        factor, bad = factored(gram, ridge, finite)
+        factor, bad = (factors or factored)(gram, ridge, finite)
         grown += bad
         unit = _unit(delta_loss[steps] / options.sigma, known.gradient[steps], carry)
         rows = unit.unsqueeze(-1)

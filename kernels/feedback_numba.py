@@ -81,7 +81,7 @@ def _step(
     step: Any,
     delta_loss: Any,
     activity: Any,
-    factor: Any,
+    upper: Any,
     slope: Any,
     gradient: Any,
     fed_back: Any,
@@ -120,13 +120,13 @@ def _step(
         share = counted / (after + _FLOOR * bound * bound)
         share = share if counted else _F(0)
         solved[:] = predicted
-        solve_in_place(factor, step, sample, solved)
+        solve_in_place(upper[step, sample], solved)
         totals[sample, _MEASURED] += share * (_dot(unexplained, solved) + _dot(predicted, solved))
         totals[sample, _PREDICTED] += share * _dot(predicted, solved)
         totals[sample, _NUMBER] += counted
         totals[sample, _GAIN] += counted * gain
-        solve_in_place(factor, step, sample, unexplained)
-        solve_in_place(factor, step, sample, remaining)
+        solve_in_place(upper[step, sample], unexplained)
+        solve_in_place(upper[step, sample], remaining)
         result, rest = adjoint[step, sample], residual[step, sample]
         result[:] = gain * prior
         rest[:] = _F(0)
@@ -159,7 +159,7 @@ def descend(
     fed_back = recurrent.new_empty((batch, units))
     delta_loss, gradient = block.delta_loss.contiguous(), known.gradient.contiguous()
     arrays = [
-        tensor.contiguous().numpy() for tensor in (delta_loss, rows_of(block.activity), block.factor, known.slope)
+        tensor.contiguous().numpy() for tensor in (delta_loss, rows_of(block.activity), block.factor.mT, known.slope)
     ]
     arrays += [gradient.numpy(), fed_back.numpy(), words, how.unit.contiguous().numpy()]
     sigma, discount, finite = _F(how.sigma), _F(how.discount), how.finite.contiguous().numpy()

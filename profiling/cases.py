@@ -61,6 +61,13 @@ CPU_SHAPES = {
 """What `compare.py` and `compare_commits.py` time on a CPU: the same kinds of shape, smaller, so that an update takes
 about a second."""
 
+METHOD_SHAPES = [
+    Case(time, batch, hidden // fraction, hidden)
+    for time, batch, hidden in ((100, 16, 64), (100, 16, 128), (50, 8, 256), (25, 4, 512))
+    for fraction in (4, 1)
+]
+"""What `time_methods.py` times: P = H / 4 and P = H."""
+
 QUICK_SHAPES = {"quick": [Case(12, 2, 8, 16)]}
 
 MEMORY = {

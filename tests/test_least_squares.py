@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import anpgpu
 from anpgpu.kernels import least_squares as least_squares_module
-from anpgpu.kernels.least_squares import BLOCK_BYTES, LeastSquares, _cholesky, least_squares
+from anpgpu.kernels.least_squares import BLOCK_BYTES, LeastSquares, _cholesky, least_squares, smaller_gram
 from anpgpu.kernels.noise import Counters, noise
 from anpgpu.kernels.rollout import RolloutOptions
 
@@ -178,8 +178,8 @@ def test_a_rollout_that_does_not_count_is_as_one_that_never_was() -> None:
 def indefinite(monkeypatch: pytest.MonkeyPatch, *where: int) -> None:
     """Make Gram matrices, or those of one step and sample, of which no ridge makes a positive definite one."""
 
-    def gram(activity: Tensor) -> Tensor:
-        product = usual(activity)
+    def gram(activity: Tensor, room: Tensor | None = None) -> Tensor:
+        product = usual(activity, room)
         chosen = product[where]
         chosen[..., 0, -1] = chosen[..., -1, 0] = 9 * product.diagonal(dim1=-2, dim2=-1).sum(-1)[where]
         return product
@@ -199,6 +199,16 @@ def test_a_system_without_a_factor_is_counted_and_harms_nothing(rollouts: int, m
     assert torch.isfinite(regression.adjoint).all()
     torch.testing.assert_close(regression.adjoint[:, :, 1], clean.adjoint[:, :, 1])
     torch.testing.assert_close(regression.adjoint[:, 2], clean.adjoint[:, 2])
+
+
+@pytest.mark.parametrize("rollouts", [1, 33, 63, 64, 67, 130, 300])
+@pytest.mark.parametrize("units", [40, 300])
+def test_the_lower_triangle_of_a_gram_matrix_is_that_of_the_whole_product(rollouts: int, units: int) -> None:
+    activity = torch.randn(2, 3, rollouts, units, generator=torch.Generator().manual_seed(1)).double()
+    whole = activity @ activity.mT if rollouts <= units else activity.mT @ activity
+    room = torch.full((4, *whole.shape[1:]), torch.nan).double()
+    for gram in (smaller_gram(activity), smaller_gram(activity, room)):
+        torch.testing.assert_close(gram.tril(), whole.tril(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 32, 33, 67, 128])

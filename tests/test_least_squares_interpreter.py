@@ -210,8 +210,8 @@ def test_systems_without_a_factor_are_those_of_the_reference(monkeypatch):
         gram = systems.gram_ptr[2]
         gram[0, 3] = gram[3, 0] = 9 * gram.diagonal().sum()
 
-    def spoilt_reference(activity):
-        gram = usual(activity)
+    def spoilt_reference(activity, room=None):
+        gram = usual(activity, room)
         gram[1, 0, 0, 3] = gram[1, 0, 3, 0] = 9 * gram[1, 0].trace()
         return gram
 

@@ -165,6 +165,18 @@ BUGS = {
         "(credit[step, sample, rollout] + later)",
         "test_kernels_numba.py::test_deflation_is_the_references[0.9-True-(4, 3, 7, 20)]",
     ),
+    "compiled: a pivot that is not positive passes": Bug(
+        "kernels/least_squares_numba.py",
+        "fine = fine and pivot > 0",
+        "fine = fine and pivot != 0",
+        "test_least_squares_numba.py::test_factors_are_those_of_float64[0.01-33]",
+    ),
+    "bands of a Gram matrix leave out its last rows": Bug(
+        "kernels/least_squares.py",
+        "for start in range(0, size, band):",
+        "for start in range(0, size - band, band):",
+        "test_least_squares.py::test_the_lower_triangle_of_a_gram_matrix_is_that_of_the_whole_product[300-67]",
+    ),
     "carry lost between segments": Bug(
         "estimators/rules.py",
         "carry=self.carries.get(block.rollouts.start)",

@@ -328,6 +328,17 @@ def test_gated_cells_are_timed_beside_the_plain_one(tmp_path):
         assert rows[name]["goal"] == goal
 
 
+def test_methods_are_timed_beside_anp(tmp_path):
+    output = tmp_path / "methods.json"
+    small = ("--hidden", 64, "--fractions", 4, "--repeats", 3, "--methods", "anp-ls,np")
+    printed = run_script("time_methods.py", *small, "--threads", 1, "--clock", "cpu", "--output", output)
+    rows = {row["method"]: row for row in read(output, printed)["results"]}
+    assert list(rows) == ["anp-ls", "np"]
+    assert all(0 < row["lower"] <= row["over anp's"] <= row["upper"] for row in rows.values())
+    assert (rows["anp-ls"]["goal"], rows["np"]["goal"]) == (1.4, None)
+    assert rows["anp-ls"]["P"] * 4 == rows["anp-ls"]["H"] == 64
+
+
 def test_curves_are_of_runs_that_are_made_once(tmp_path):
     record = read(tmp_path / "curves.json", run_script("study_curves.py", "--quick", "--output", tmp_path))
     finished = (tmp_path / "runs.jsonl").read_text()

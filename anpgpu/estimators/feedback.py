@@ -204,6 +204,7 @@ class LearnedFeedback(Rule):
                 first=(block.counters.time, block.counters.sample),
                 draw=implementation("noise", backend),
                 recursion=implementation("descend", backend) if BACKENDS[backend].own_recursion else None,
+                factors=implementation("factored", backend) if BACKENDS[backend].own_recursion else None,
             )
         self.add_sums(estimate.unsqueeze(0))
         self.add_grown(grown)

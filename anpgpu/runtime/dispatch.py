@@ -29,6 +29,7 @@ OP_MODULES = {
 PART_MODULES = {
     "least_squares": "least_squares",
     "deflate": "least_squares",
+    "factored": "least_squares",
     "descend": "feedback",
     "mark_finite": "finite",
     "clean_cross_entropy": "cross_entropy",
@@ -56,7 +57,8 @@ class Backend:
     own_cross_entropy: bool = False
     """Whether it has its own form of `clean_cross_entropy`."""
     own_recursion: bool = False
-    """Whether it has its own form of the least-squares recursion, `deflate`, and of that of learned feedback."""
+    """Whether it has its own form of the least-squares recursion, `deflate`, of that of learned feedback, and of the
+    factors that both solve with."""
 
     @staticmethod
     def check(device: torch.device) -> None:
@@ -202,5 +204,7 @@ def least_squares_on(backend: str) -> Callable[..., Any]:
     """Return `least_squares` of a backend: its own form, or the reference with what the backend has of its parts."""
     if BACKENDS[backend].own_least_squares:
         return implementation("least_squares", backend)
-    recursion = implementation("deflate", backend) if BACKENDS[backend].own_recursion else None
-    return functools.partial(least_squares, draw=implementation("noise", backend), recursion=recursion)
+    own = BACKENDS[backend].own_recursion
+    recursion, factors = (implementation(part, backend) if own else None for part in ("deflate", "factored"))
+    draw = implementation("noise", backend)
+    return functools.partial(least_squares, draw=draw, recursion=recursion, factors=factors)
