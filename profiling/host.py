@@ -9,6 +9,7 @@ clean run counts once. Times are those of updates on tensors of the CPU that say
 kernels for sm_90, and its launches do all but the calls of CUDA's driver. In an update's time torch's operations on
 tiny tensors of the CPU stand for its launches, so that it is an estimate of the host's; the time of a step, the slope
 over the number of steps of rollouts whose operations are the same, is all the host does for it but CUDA's own calls.
+The least of many times counts, of processes that take turns: what else a machine does only adds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from gate import estimate_check, require
 from machine import line, machine
-from report import quartiles, table, write
+from report import table, write
 from triton.runtime import driver
 
 from anpgpu.kernels import rollout_triton
@@ -64,7 +65,7 @@ def time_of_update(update: Update, repeats: int) -> float:
     """Return the milliseconds of an update on tiny tensors."""
     with as_on_cuda():
         run = update._replace(time=2, batch=1, rollouts=64).prepared()
-        return 1e3 * _median(run, repeats)
+        return 1e3 * _least(run, repeats)
 
 
 def time_of_step(kind: str, repeats: int) -> float:
@@ -81,11 +82,11 @@ def time_of_step(kind: str, repeats: int) -> float:
     with as_on_cuda() as patch:
         if kind.endswith("descriptors") and tiles_measured is not None:
             patch.setattr(tiles_measured, "ONE_WAVE", 0)
-        short, long = (_median(work(steps), repeats) for steps in STEPS)
+        short, long = (_least(work(steps), repeats) for steps in STEPS)
     return 1e6 * (long - short) / (STEPS[1] - STEPS[0])
 
 
-def _median(run: Any, repeats: int) -> float:
+def _least(run: Any, repeats: int) -> float:
     for _ in range(3):
         run()
     taken = []
@@ -93,7 +94,7 @@ def _median(run: Any, repeats: int) -> float:
         start = time.process_time()
         run()
         taken.append(time.process_time() - start)
-    return quartiles(taken).median
+    return min(taken)
 
 
 def measured(repeats: int) -> dict[str, Any]:
@@ -122,6 +123,18 @@ def measured_of(checkout: Path, repeats: int) -> dict[str, Any]:
     return result
 
 
+def least(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the least time of each row: other work of the machine only adds."""
+    result = {}
+    for part, rows in rounds[0].items():
+        result[part] = [dict(row) for row in rows]
+        for place, row in enumerate(result[part]):
+            for name in row:
+                if name.startswith("host "):
+                    row[name] = min(measured[part][place][name] for measured in rounds)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -130,7 +143,8 @@ def main() -> None:
         default=[],
         help="a folder with another version of the package, which is measured before; NAME=FOLDER for several",
     )
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=30, help="of which the least time counts")
+    parser.add_argument("--rounds", type=int, default=3, help="over all versions in turn, of which it counts, too")
     parser.add_argument("--table", action="store_true", help="print what an update issues, and where")
     parser.add_argument("--output", type=Path, help="JSON file; a text file is written beside it")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -146,11 +160,16 @@ def main() -> None:
         for update in UPDATES:
             print(f"{update}\n{idle_driver.issued_by(update)}\n")
         return
-    versions = {}
+    folders = {}
     for checkout in arguments.checkout:
         name, _, folder = checkout.rpartition("=")
-        versions[name or "before"] = measured_of(Path(folder), arguments.repeats)
-    versions["now"] = measured_of(ROOT, arguments.repeats)
+        folders[name or "before"] = Path(folder)
+    folders["now"] = ROOT
+    rounds = [
+        {name: measured_of(folder, arguments.repeats) for name, folder in folders.items()}
+        for _ in range(arguments.rounds)
+    ]
+    versions = {name: least([measured[name] for measured in rounds]) for name in folders}
     record = {"machine": machine(), "checks": checks, "results": versions}
     parts = [line(record["machine"])]
     for part in ("updates", "steps"):
