@@ -14,8 +14,10 @@ from .tiles_measured import (
     OPERAND_BYTES,
     StepTile,
     ceil_div,
+    gated_tile,
     next_power_of_two,
     pieces_of,
+    plain_tile,
     resident_tile,
     samples_of_step,
     step_tile,
@@ -406,11 +408,11 @@ def _stepwise_launch(
         tile = StepTile(32, 32, 4, 3, inner=16)
     elif gates > 1:
         # One accumulator for each gate.
-        tile = _gated_tile(gates, wide, rollouts, precision, arch)
+        tile = gated_tile(gates, wide, rollouts, precision, arch)
     elif arch // 10 == 9 and size == 2:
         tile, reason = step_tile(units, batch, rollouts)
     else:
-        tile = _plain_tile(rollouts, precision, arch)
+        tile = plain_tile(rollouts, precision, arch)
     return RolloutLaunch(
         form="stepwise",
         block_rows=tile.rows,
@@ -427,33 +429,6 @@ def _stepwise_launch(
         parts=tile.parts,
         dependent=tile.dependent,
     )
-
-
-def _plain_tile(rollouts: int, precision: str, arch: int) -> StepTile:
-    """Return the stepwise form's program where none was measured."""
-    if precision == "fp32":
-        return StepTile(64, 64, 4, 2, inner=32)
-    if precision == "tf32":
-        return StepTile(128, 128, 8, 3, inner=32)
-    if arch // 10 not in {9, 10}:
-        return StepTile(128, 128, 8, 3, inner=32)
-    # Clean values of several samples are a whole tile: a wider one spills.
-    return StepTile(128, 256 if rollouts >= 128 else 128, 8, 3)
-
-
-def _gated_tile(gates: int, wide: bool, rollouts: int, precision: str, arch: int) -> StepTile:
-    """Return the program of a gated cell's step, which has an accumulator for each gate.
-
-    More units would leave too few registers: in the product's loop, or behind it, where each clean value is a whole
-    tile because the rows are of several samples.
-    """
-    if precision == "fp32":
-        return StepTile(64, 32, 4, 2, inner=16)
-    if precision == "tf32":
-        return StepTile(128, 32, 8, 3, inner=32)
-    warpgroups, rows = arch // 10 in {9, 10}, 128
-    room = rollouts >= rows and (gates < 4 or (warpgroups and not wide))
-    return StepTile(rows, 64 if room else 32, 8, 3, inner=64 if warpgroups else 32)
 
 
 def activity_launch(rows: int, rollouts: int, units: int) -> ActivityLaunch:

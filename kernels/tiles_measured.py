@@ -128,6 +128,33 @@ def step_tile(units: int, batch: int, rollouts: int) -> tuple[StepTile, str]:
     return tile, "tiles by descriptors"
 
 
+def plain_tile(rollouts: int, precision: str, arch: int) -> StepTile:
+    """Return the stepwise form's program where none was measured."""
+    if precision == "fp32":
+        return StepTile(64, 64, 4, 2, inner=32)
+    if precision == "tf32":
+        return StepTile(128, 128, 8, 3, inner=32)
+    if arch // 10 not in {9, 10}:
+        return StepTile(128, 128, 8, 3, inner=32)
+    # Clean values of several samples are a whole tile: a wider one spills.
+    return StepTile(128, 256 if rollouts >= 128 else 128, 8, 3)
+
+
+def gated_tile(gates: int, wide: bool, rollouts: int, precision: str, arch: int) -> StepTile:
+    """Return the program of a gated cell's step, which has an accumulator for each gate.
+
+    More units would leave too few registers: in the product's loop, or behind it, where each clean value is a whole
+    tile because the rows are of several samples.
+    """
+    if precision == "fp32":
+        return StepTile(64, 32, 4, 2, inner=16)
+    if precision == "tf32":
+        return StepTile(128, 32, 8, 3, inner=32)
+    warpgroups, rows = arch // 10 in {9, 10}, 128
+    room = rollouts >= rows and (gates < 4 or (warpgroups and not wide))
+    return StepTile(rows, 64 if room else 32, 8, 3, inner=64 if warpgroups else 32)
+
+
 def samples_of_step(tile: StepTile, rollouts: int) -> int:
     """Return the samples of a tile: 1, several whole ones, or 0 where it would be emptier than by a quarter."""
     if rollouts < tile.rows and rollouts == next_power_of_two(rollouts):
