@@ -219,6 +219,7 @@ LOSSES = {
 """How each kind of loss is computed; "outputs" returns the deviation of the outputs, for the caller to measure."""
 
 NO_LOSS = LossForm("", of_outputs=False, measured=False, of_tile=None)
+NO_LOSS_ROWS = LossRows(rows_of(None), scalars_of(None), scalars_of(None))
 
 
 class LossArguments(NamedTuple):
@@ -243,7 +244,7 @@ def loss_arguments(loss: Loss | None) -> LossArguments:
     """
     check_loss(loss)
     if loss is None:
-        return LossArguments(NO_LOSS, LossRows(rows_of(None), scalars_of(None), scalars_of(None)), None)
+        return LossArguments(NO_LOSS, NO_LOSS_ROWS, None)
     if loss.kind not in LOSSES:
         raise ValueError(f"backend triton has no loss of kind {loss.kind!r}, only {sorted(LOSSES)}")
     form = LOSSES[loss.kind]

@@ -3,7 +3,7 @@
 Contract and equations: `rollout.py`, `cell_gated.py`. Any size, any device. W_hh's rows are arranged by blocks of
 units, so that a program has all gates of its units, in the same lanes. Operands are delta_h in the operand type; what
 goes from step to step past the products, delta_h of a GRU and delta_c of an LSTM, stays float32. Losses of the outputs
-are measured by the second kernel of the other cells, `rollout_stepwise_triton.measure_kernel`.
+are measured as those of the other cells (`measure_triton.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from .cell_gated_triton import CleanStep
 from .launch_triton import OPERAND_DTYPES, flags, gated_cell_of, state_scale
 from .loss_triton import LossArguments, linear_sum
-from .measure_triton import measurement
+from .measure_triton import clean_outputs, measure_outputs, measurement
 from .noise import Counters
 from .noise_triton import counter_words, noise_tile, pin, unpack_counters
 from .place_triton import Rows, gather_rows, rows_of, stored_in, tile_of_program
@@ -51,18 +51,20 @@ class GatedLinear(NamedTuple):
 
 @triton.jit
 def _gate_products(
-    state_ptr, first_ptr, inner,
+    state_ptr, first_ptr, output_ptr, inner,
     GATES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr, BLOCK_INNER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Return W_hh delta_h / scale of four gates, (rows, units) each; of three, the fourth is zero.
+    """Return W_hh delta_h / scale of four gates, (rows, units) each, and W_o delta_h / scale, (rows, outputs).
 
-    state_ptr: the first states, (rows, lanes). first_ptr: the first columns of the first gate, (lanes, units).
+    Of three gates, the fourth is zero. state_ptr: the first states, (rows, lanes). first_ptr: the first columns of the
+    first gate, (lanes, units). output_ptr: those of the readout, (lanes, outputs); None: outputs are zero.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "fp32" else "tf32"
     gate = BLOCK_UNITS * inner
     first = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
     second, third, fourth = first, first, first
+    outputs = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
     for _ in tl.range(0, inner, BLOCK_INNER, num_stages=STAGES):
         state = tl.load(state_ptr)
         first = tl.dot(state, tl.load(first_ptr), first, input_precision=DOT)
@@ -70,9 +72,12 @@ def _gate_products(
         third = tl.dot(state, tl.load(first_ptr + 2 * gate), third, input_precision=DOT)
         if GATES == 4:
             fourth = tl.dot(state, tl.load(first_ptr + 3 * gate), fourth, input_precision=DOT)
+        if output_ptr is not None:
+            outputs = tl.dot(state, tl.load(output_ptr), outputs, input_precision=DOT)
+            output_ptr += BLOCK_INNER
         state_ptr += BLOCK_INNER
         first_ptr += BLOCK_INNER
-    return first, second, third, fourth
+    return first, second, third, fourth, outputs
 
 
 @triton.jit
@@ -87,6 +92,7 @@ def gated_step_kernel(
     weight_ptr,  # (unit tiles, gates, BLOCK_UNITS, inner): W_hh padded with zeros to whole tiles, operand type
     states,  # GatedStates
     linear,  # GatedLinear
+    measured,  # MeasuredPart
     stored,  # Stored: the states' deviations (time, rows, stride); None where they are not kept
     seed_ptr,  # ()
     step,
@@ -104,15 +110,19 @@ def gated_step_kernel(
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     WIDE: tl.constexpr,
+    ADD: tl.constexpr,  # as in `measure_kernel`
+    FINISH: tl.constexpr,
     ONE_SAMPLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,  # of the readout, all in one tile
     BLOCK_INNER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Make one step: a program owns BLOCK_ROWS rollouts and BLOCK_UNITS units of them, with all their gates.
 
-    Programs of the same rollouts are neighbours, so that they find the state in the cache.
+    Programs of the same rollouts are neighbours, so that they find the state in the cache. That of the last units has
+    the readout, too, and measures the step before.
     """
     SCALED: tl.constexpr = PRECISION == "fp16"
     inner = sizes.inner
@@ -127,10 +137,20 @@ def gated_step_kernel(
     lane = tl.arange(0, BLOCK_INNER)
     state_ptr = states.before + row.to(tl.int64) * inner + lane[None, :]
     first_ptr = weight_ptr + (unit_tile * (GATES * BLOCK_UNITS) + column).to(tl.int64) * inner + lane[:, None]
-    first, second, third, fourth = _gate_products(
-        state_ptr, first_ptr, inner, GATES, PRECISION, BLOCK_ROWS, BLOCK_UNITS, BLOCK_INNER, STAGES
-    )
     scale = tl.cast(sigma, tl.float32)
+    if measured.readout is not None and (unit_tile == unit_tiles - 1) & (step > 0):
+        signal = clean_outputs(measured, step - 1, sample, BLOCK_OUTPUTS)
+        output_ptr = measured.readout + tl.arange(0, BLOCK_OUTPUTS)[None, :].to(tl.int64) * inner + lane[:, None]
+        first, second, third, fourth, delta_o = _gate_products(
+            state_ptr, first_ptr, output_ptr, inner,
+            GATES, PRECISION, BLOCK_ROWS, BLOCK_UNITS, BLOCK_OUTPUTS, BLOCK_INNER, STAGES,
+        )  # fmt: skip
+        measure_outputs(delta_o, measured, signal, step - 1, place, rows, scale, PRECISION, ADD, FINISH)
+    else:
+        first, second, third, fourth, _ = _gate_products(
+            state_ptr, first_ptr, None, inner,
+            GATES, PRECISION, BLOCK_ROWS, BLOCK_UNITS, BLOCK_OUTPUTS, BLOCK_INNER, STAGES,
+        )  # fmt: skip
     if SCALED:
         first, second, third, fourth = first * scale, second * scale, third * scale, fourth * scale
     carried_ptr = states.carried + row.to(tl.int64) * inner + unit
@@ -171,7 +191,7 @@ def run_gated(
     delta_h0: Tensor | None,
     results: Rollout,
 ) -> None:
-    """Fill `results` by one launch per step, or two where the loss is one of the outputs; see `rollout.rollout`."""
+    """Fill `results` by one launch per step, or two where outputs are measured apart; see `rollout.rollout`."""
     (time, batch, _), units = preact.shape, weight_hh.shape[1]
     rows, cell = batch * options.rollouts, options.cell
     operand, scale = OPERAND_DTYPES[options.precision], state_scale(options)
@@ -198,6 +218,7 @@ def run_gated(
         of_memory = grad[..., units:] if grad.shape[-1] > units else None
         sums = preact.new_empty((slots, unit_tiles, rows), dtype=torch.float32)
         linear = GatedLinear(sums, rows_of(grad[..., :units]), rows_of(of_memory))
+    measure = measurement(launch, loss, options, inner, units, results)
     low, high = counter_words(counters)
     arguments = {
         "clean": clean,
@@ -215,17 +236,19 @@ def run_gated(
         "CELL": form.deviation,
         "GATES": cell.gates,
         "MEMORY": cell.states > 1,
+        **measure.joined,
         "ONE_SAMPLE": launch.samples == 1,
     }
-    measure = measurement(launch, loss, options, inner, units, results)
     moves = [
         Move(
             stepped(gated_step_kernel, launch, row_tiles * unit_tiles, {**arguments, "states": pair}, time, slots),
-            None if measure is None else measure(pair.after),
+            None if measure.every is None else measure.every(pair.after),
         )
         for pair in (states, GatedStates(after, before, states.carried))
     ]
     run_steps(moves, time, slots, results.delta_loss, linear.sums)
+    if measure.last is not None:
+        measure.last(after if time % 2 else before)(time - 1)
     last = results.delta_h.view(rows, -1)
     last[:, -units:] = states.carried[:rows, :units]
     if cell.states > 1:

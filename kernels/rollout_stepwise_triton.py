@@ -1,7 +1,8 @@
 """Stepwise rollouts: one matrix product per time step, with the noise, the cell and a linear loss in its epilogue.
 
 Contract and equations: `rollout.py`. Any size, any device. The deviation of the state goes from step to step through
-two buffers in the operand type; losses of the outputs are measured by a second kernel on the new buffer.
+two buffers in the operand type. Losses of the outputs are measured by the step behind or by a second kernel
+(`measure_triton.py`).
 
 `tiles.py` chooses how a step is made (`RolloutLaunch`): tensors by pointers or by descriptors (TMA), which clip at the
 last rollout of a sample; clean rows before the product or behind it; the epilogue in one part or two; and whether a
@@ -23,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch_triton import OPERAND_DTYPES, clean_of, constexprs, state_scale
 from .loss_triton import LossArguments, linear_sum
-from .measure_triton import measurement, padded_to
+from .measure_triton import clean_outputs, measure_outputs, measurement, padded_to
 from .noise import Counters
 from .noise_triton import counter_words, noise_tile, pin, unpack_counters
 from .place_triton import Rows, TilePlace, gather_rows, rows_of, spread, stored_in, tile_of_program
@@ -92,29 +93,40 @@ def place_of_step(program, step, rows, rollouts, BLOCK_ROWS: tl.constexpr, SAMPL
 
 @triton.jit
 def product_of_step(
-    before, weight, place, unit0, inner,
-    ACCURATE: tl.constexpr, DESCRIBED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr, BLOCK_INNER: tl.constexpr, STAGES: tl.constexpr,
+    before, weight, readout, place, unit0, inner,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, BLOCK_UNITS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of W_hh delta_h / scale, (rows, units), float32; arguments as in `step_kernel`."""
+    """Return tiles of W_hh delta_h / scale, (rows, units), and of W_o delta_h / scale, (rows, outputs), float32.
+
+    readout: `MeasuredPart.readout`; None: outputs are zero. Other arguments as in `step_kernel`.
+    """
+    DOT: tl.constexpr = "ieee" if PRECISION == "fp32" else "tf32"
+    BLOCK_ROWS: tl.constexpr = place.tile.row.shape[0]
     product = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
+    outputs = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
     if DESCRIBED:
         for start in tl.range(0, inner, BLOCK_INNER, num_stages=STAGES):
             state = tl.reshape(before.load([place.outer, place.first, start]), (BLOCK_ROWS, BLOCK_INNER))
-            columns = weight.load([unit0, start]).T
-            product = tl.dot(state, columns, product, input_precision="ieee" if ACCURATE else "tf32")
+            product = tl.dot(state, weight.load([unit0, start]).T, product, input_precision=DOT)
+            if readout is not None:
+                outputs = tl.dot(state, readout.load([0, start]).T, outputs, input_precision=DOT)
     else:
         lane = tl.arange(0, BLOCK_INNER)
         unit = unit0 + tl.arange(0, BLOCK_UNITS)[None, :]
         state_ptr = before + place.tile.row.to(tl.int64) * inner + lane[None, :]
         column_ptr = weight + unit.to(tl.int64) * inner + lane[:, None]
+        if readout is not None:
+            output_ptr = readout + tl.arange(0, BLOCK_OUTPUTS)[None, :].to(tl.int64) * inner + lane[:, None]
         for _ in tl.range(0, inner, BLOCK_INNER, num_stages=STAGES):
-            product = tl.dot(
-                tl.load(state_ptr), tl.load(column_ptr), product, input_precision="ieee" if ACCURATE else "tf32"
-            )
+            state = tl.load(state_ptr)
+            product = tl.dot(state, tl.load(column_ptr), product, input_precision=DOT)
+            if readout is not None:
+                outputs = tl.dot(state, tl.load(output_ptr), outputs, input_precision=DOT)
+                output_ptr += BLOCK_INNER
             state_ptr += BLOCK_INNER
             column_ptr += BLOCK_INNER
-    return product
+    return product, outputs
 
 
 @triton.jit
@@ -173,6 +185,8 @@ def finish_step(
     part = tl.zeros((ROWS,), tl.float32)
     if linear.sums is not None:
         part = linear_sum(delta_h, clean_value(grad, linear.grad, place, unit, inside, EARLY))
+        if SCALED:
+            part = part * scale
     return part
 
 
@@ -183,6 +197,7 @@ def step_kernel(
     before,  # delta_h / scale before the step, (rows, inner), operand type
     after,  # and after it
     linear,  # LinearPart
+    measured,  # MeasuredPart
     stored,  # Stored: delta_a (time, rows, stride); None where it is not kept
     seed_ptr,  # ()
     step,
@@ -198,9 +213,12 @@ def step_kernel(
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     WIDE: tl.constexpr,
+    ADD: tl.constexpr,  # as in `measure_kernel`
+    FINISH: tl.constexpr,
     SAMPLES: tl.constexpr,  # of a tile: 1, or several whole ones, or 0: rows are taken as they come
     BLOCK_ROWS: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,  # of the readout, all in one tile
     BLOCK_INNER: tl.constexpr,
     STAGES: tl.constexpr,
     DESCRIBED: tl.constexpr,  # weight, before, after and stored are tensor descriptors
@@ -210,9 +228,9 @@ def step_kernel(
 ):
     """Make one step: a program owns BLOCK_ROWS rollouts and BLOCK_UNITS units of them.
 
-    Programs of the same rollouts are neighbours, so that they find the state in the cache.
+    Programs of the same rollouts are neighbours, so that they find the state in the cache. That of the last units has
+    the readout, too, and measures the step before.
     """
-    ACCURATE: tl.constexpr = PRECISION == "fp32"
     unit_tiles = tl.cdiv(sizes.units, BLOCK_UNITS)
     unit_tile = tl.program_id(0) % unit_tiles
     unit0 = unit_tile * BLOCK_UNITS
@@ -233,9 +251,18 @@ def step_kernel(
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    delta_a = product_of_step(
-        before, weight, place, unit0, sizes.inner, ACCURATE, DESCRIBED, BLOCK_ROWS, BLOCK_UNITS, BLOCK_INNER, STAGES
-    )
+    if measured.readout is not None and (unit_tile == unit_tiles - 1) & (step > 0):
+        signal = clean_outputs(measured, step - 1, place.tile.sample, BLOCK_OUTPUTS)
+        delta_a, delta_o = product_of_step(
+            before, weight, measured.readout, place, unit0, sizes.inner,
+            PRECISION, DESCRIBED, BLOCK_UNITS, BLOCK_OUTPUTS, BLOCK_INNER, STAGES,
+        )  # fmt: skip
+        measure_outputs(delta_o, measured, signal, step - 1, place.tile, rows, noise.scale, PRECISION, ADD, FINISH)
+    else:
+        delta_a, _ = product_of_step(
+            before, weight, None, place, unit0, sizes.inner,
+            PRECISION, DESCRIBED, BLOCK_UNITS, BLOCK_OUTPUTS, BLOCK_INNER, STAGES,
+        )  # fmt: skip
     if PARTS == 2:
         HALF: tl.constexpr = BLOCK_UNITS // 2
         left, right = tl.split(tl.permute(tl.reshape(delta_a, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
@@ -253,8 +280,6 @@ def step_kernel(
             NOISE, CELL, PRECISION, FAST, WIDE, DESCRIBED, EARLY,
         )  # fmt: skip
     if linear.sums is not None:
-        if PRECISION == "fp16":
-            part = part * noise.scale
         offset = (tl.cast(slot, tl.int64) * unit_tiles + unit_tile) * rows + place.tile.row
         tl.store(linear.sums + offset, part[:, None], place.tile.exists)
 
@@ -289,7 +314,7 @@ def run_stepwise(
     delta_h0: Tensor | None,
     results: Rollout,
 ) -> None:
-    """Fill `results` by one launch per step, or two where the loss is one of the outputs; see `rollout.rollout`."""
+    """Fill `results` by one launch per step, or two where outputs are measured apart; see `rollout.rollout`."""
     time, batch, units = preact.shape
     rows = batch * options.rollouts
     operand, scale = OPERAND_DTYPES[options.precision], state_scale(options)
@@ -308,6 +333,7 @@ def run_stepwise(
     linear = LinearPart(None, rows_of(None))
     if loss.form.measured and not loss.form.of_outputs:
         linear = LinearPart(preact.new_empty((slots, unit_tiles, rows), dtype=torch.float32), loss.rows.signal)
+    measure = measurement(launch, loss, options, inner, units, results)
     low, high = counter_words(counters)
     tensors = described(launch, weight, states, results.delta_a, batch, options.rollouts)
     arguments = {
@@ -323,13 +349,13 @@ def run_stepwise(
         "counters_low": low,
         "counters_high": high,
         **constexprs(options),
+        **measure.joined,
         "SAMPLES": launch.samples,
         "DESCRIBED": launch.described,
         "EARLY": launch.early,
         "PARTS": launch.parts,
         "DEPENDENT": launch.dependent,
     }
-    measure = measurement(launch, loss, options, inner, units, results)
 
     def move(old: int, dependent: bool) -> Move:
         """Return what makes a step from buffer `old` into the other."""
@@ -337,13 +363,15 @@ def run_stepwise(
         named = {"launch_pdl": True} if dependent else {}
         return Move(
             stepped(step_kernel, launch, row_tiles * unit_tiles, {**arguments, **pair}, time, slots, **named),
-            None if measure is None else measure(states[1 - old]),
+            None if measure.every is None else measure.every(states[1 - old]),
         )
 
     moves = [move(0, launch.dependent), move(1, launch.dependent)]
     # Not the first: what comes before it may be what made the clean run.
     first = [move(0, dependent=False)] if launch.dependent else []
     run_steps(moves, time, slots, results.delta_loss, linear.sums, first)
+    if measure.last is not None:
+        measure.last(states[time % 2])(time - 1)
     results.delta_h.view(rows, units).copy_(states[time % 2][:rows, :units].float() * scale)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from .noise import UNITS_PER_GROUP
 from .tiles_measured import (
     ALIGNED_UNITS,
+    JOINED_GATED_OUTPUTS,
+    JOINED_OUTPUTS,
     OPERAND_BYTES,
     StepTile,
     ceil_div,
@@ -120,6 +122,8 @@ class RolloutLaunch:
     """Stepwise: parts of the epilogue."""
     dependent: bool = False
     """Stepwise: a step's programs start while those of the step before finish."""
+    joined: bool = False
+    """Stepwise: the programs of a step's last units read out the step before and measure its loss."""
 
     @property
     def measuring(self) -> tuple[int, int]:
@@ -238,6 +242,8 @@ def rollout_launch(
     if form == "auto" and not drawback:
         return resident
     stepwise = _stepwise_launch(units, outputs, batch, rollouts, precision, arch, gates, wide)
+    if has_readout:
+        stepwise = _with_readout(stepwise, outputs, precision, arch, gates)
     reason = drawback if form == "auto" else "asked for"
     return replace(stepwise, reason=f"{reason}; {stepwise.reason}" if stepwise.reason else reason)
 
@@ -429,6 +435,16 @@ def _stepwise_launch(
         parts=tile.parts,
         dependent=tile.dependent,
     )
+
+
+def _with_readout(launch: RolloutLaunch, outputs: int, precision: str, arch: int, gates: int) -> RolloutLaunch:
+    """Return a stepwise launch whose steps measure the outputs of the step before, where those and memory allow it."""
+    columns = launch.stages * launch.block_outputs * launch.block_inner * OPERAND_BYTES[precision]
+    shared = launch.shared_bytes + columns
+    most = JOINED_GATED_OUTPUTS if gates > 1 else JOINED_OUTPUTS
+    if not 0 < outputs <= most or shared > shared_limit(arch):
+        return launch
+    return replace(launch, joined=True, shared_bytes=shared)
 
 
 def activity_launch(rows: int, rollouts: int, units: int) -> ActivityLaunch:

@@ -6,7 +6,7 @@ On an H200 an update waits more than it computes, so the model counts waits:
 
     rollouts   T x waves of programs x the time of a wave: of a resident tile a constant, of a stepwise one
                epilogue + H x product (`TILES`)
-    losses     stepwise: a launch and one read of the state, every step
+    losses     stepwise: a launch and one read of the state, every step; of a narrow readout once, behind the last step
     adjoint    one read of delta_a
     clean run  of cuDNN, every step; up to 256 units as one launch, above with launches that grow as H^2
     weights    the products over T B samples in float32
@@ -197,11 +197,11 @@ class Estimate(NamedTuple):
 
 
 def launch_of(case: Case, arch: int) -> RolloutLaunch:
-    """Return the launch that the kernels would choose for a linear loss."""
+    """Return the launch that the kernels would choose for a measured loss of the outputs."""
     return rollout_launch(
         units=case.hidden,
-        outputs=0,
-        has_readout=False,
+        outputs=case.outputs,
+        has_readout=True,
         returns_outputs=False,
         batch=case.batch,
         rollouts=case.rollouts,
@@ -290,12 +290,14 @@ def estimate(gpu: Gpu, case: Case, launch: RolloutLaunch, *, slower: float = 1.0
     if case.hidden <= PERSISTENT_UNITS:
         clean = REST.clean_unit * case.hidden
     rest = REST.constant + REST.value * case.rollout_steps
+    # What a step adds where it measures the step before is not known; it is left out.
+    measured = 0 if not stepwise else 1 if launch.joined else case.time
     if gpus > 1:
         weights = 4 * (case.hidden**2 + case.hidden * (case.inputs + 1))
         rest += ALL_REDUCE_S + 2 * (gpus - 1) / gpus * weights / gpu.link
     return Estimate(
         rollouts=slower * rollout_time(launch, case),
-        losses=case.time * (REST.measure + read) if stepwise else 0.0,
+        losses=measured * (REST.measure + read),
         adjoint=case.time * read,
         clean=case.time * clean,
         weights=REST.weight * case.time * case.batch * case.hidden,

@@ -1,6 +1,19 @@
 """Rollouts of gated cells as the compile-only leg compiles it, with the launch configurations of `tiles.py`."""
 
-from compile_cases_rollout import ARCHES, MANY, NO_ROWS, NONE, OPERANDS, STORED, _case, _launch, _size, rows
+from compile_cases_rollout import (
+    ARCHES,
+    MANY,
+    NO_ROWS,
+    NONE,
+    OPERANDS,
+    STORED,
+    _case,
+    _launch,
+    _size,
+    joined_functions,
+    measured_part,
+    rows,
+)
 
 from anpgpu.kernels.cell_gated_triton import GATED_CELLS
 from anpgpu.kernels.place_triton import Stored
@@ -24,6 +37,7 @@ def gated_case(
         "linear": GatedLinear(
             "*fp32" if linear else NONE, rows(units) if linear else NO_ROWS, rows(units) if memory_grad else NO_ROWS
         ),
+        "measured": measured_part(launch, loss, operand),
         "stored": Stored(STORED[precision], "i32:16") if store else NONE,
         "seed_ptr": "*i64",
         "step": "i32",
@@ -43,6 +57,7 @@ def gated_case(
         "PRECISION": precision,
         "FAST": precision != "fp32",
         "WIDE": wide or precision == "fp32",
+        **joined_functions(launch, loss),
         "ONE_SAMPLE": launch.samples == 1,
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_UNITS": launch.block_units,
@@ -97,9 +112,12 @@ def cases():
     for cell in ("gru", "lstm"):
         for arch in ARCHES:
             found[f"sm_{arch}:{cell}-512-bf16"] = gated_case(arch, cell)
+            found[f"sm_{arch}:{cell}-512-bf16-cross_entropy"] = gated_case(arch, cell, loss="cross_entropy")
     found["sm_90:lstm-512-bf16-few_rollouts"] = gated_case(90, "lstm", rollouts=32, memory_grad=True)
     found["sm_90:lstm-512-bf16-wide"] = gated_case(90, "lstm", wide=True)
     found["sm_80:gru-500-fp32"] = gated_case(80, "gru", "fp32", 500, noise="gaussian")
+    found["sm_80:gru-500-fp32-squared"] = gated_case(80, "gru", "fp32", 500, "squared", noise="gaussian")
+    found["sm_90:lstm-512-bf16-cross_entropy-few_rollouts"] = gated_case(90, "lstm", loss="cross_entropy", rollouts=32)
     for cell in ("gru", "lstm"):
         for units in (64, 128):
             found[f"sm_90:{cell}-resident-{units}-bf16"] = resident_case(90, cell, units)

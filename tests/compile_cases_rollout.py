@@ -8,12 +8,12 @@ from anpgpu.kernels import measure_triton, noise_triton, rollout_resident_triton
 from anpgpu.kernels.cell_triton import CELLS
 from anpgpu.kernels.launch_triton import Weights
 from anpgpu.kernels.loss_triton import LOSSES, NO_LOSS, LossRows
-from anpgpu.kernels.measure_triton import OutputSizes
+from anpgpu.kernels.measure_triton import MeasuredPart, OutputSizes
 from anpgpu.kernels.place_triton import CleanRows, Rows, Scalars, Stored
 from anpgpu.kernels.rollout_resident_triton import Results, Sizes
 from anpgpu.kernels.rollout_stepwise_triton import LinearPart, StepSizes
 from anpgpu.kernels.tiles import NOISE_LAUNCH, UNIT_SUM_BLOCK, rollout_launch, takes_quotient_rows
-from anpgpu.kernels.tiles_measured import next_power_of_two
+from anpgpu.kernels.tiles_measured import JOINED_OUTPUTS, next_power_of_two
 
 ARCHES = (80, 89, 90, 100)
 OPERANDS = {"bf16": "*bf16", "fp16": "*fp16", "tf32": "*fp32", "fp32": "*fp32"}
@@ -22,6 +22,20 @@ NONE = ("=", None)
 NO_ROWS, NO_SCALARS = Rows(NONE, NONE, NONE, NONE), Scalars(NONE, NONE, NONE)
 MANY = 1024
 OUTPUTS = 10
+
+
+READ_OUT = {
+    "squared": {"loss": "squared"},
+    "outputs": {"loss": "outputs"},
+    "cross_entropy-few_rollouts": {"rollouts": 32},
+    "cross_entropy-loose": {"rollouts": 5},
+    "cross_entropy-few_rows": {"rollouts": 128, "batch": 1},
+    "cross_entropy-few_rows-few_rollouts": {"rollouts": 32, "batch": 4},
+    "cross_entropy-gaussian": {"noise": "gaussian"},
+    "cross_entropy-relu": {"cell": "relu"},
+    "cross_entropy-wide": {"wide": True},
+}
+"""More cases of steps that measure the step before."""
 
 
 def form_of(loss):
@@ -63,12 +77,12 @@ def _flags(precision, cell, wide):
     }
 
 
-def _launch(units, loss, readout, precision, arch, form, rollouts=MANY, batch=MANY, **cell):
+def _launch(units, loss, readout, precision, arch, form, rollouts=MANY, batch=MANY, outputs=OUTPUTS, **cell):
     form_of_loss = form_of(loss)
     behind = form_of_loss.of_outputs and readout
     return rollout_launch(
         units=units,
-        outputs=(OUTPUTS if behind else units) if form_of_loss.of_outputs else 0,
+        outputs=(outputs if behind else units) if form_of_loss.of_outputs else 0,
         has_readout=behind,
         returns_outputs=form_of_loss.returned,
         batch=batch,
@@ -128,18 +142,32 @@ def resident_case(
     return _case(rollout_resident_triton.resident_kernel, signature, constexprs, launch)
 
 
+def measured_part(launch, loss, readout):
+    """Return what a step measures of the step before."""
+    if not launch.joined:
+        return MeasuredPart(NONE, loss_rows("none"), NONE, NONE)
+    return MeasuredPart(readout, loss_rows(loss), "*fp32", "i32")
+
+
+def joined_functions(launch, loss):
+    """Return the constants with which a step measures the step before."""
+    form = form_of(loss if launch.joined else "none")
+    return {"ADD": form.add, "FINISH": form.finish, "BLOCK_OUTPUTS": launch.block_outputs if launch.joined else 1}
+
+
 def step_case(
     arch, units, precision="bf16", loss="linear", store=False, noise="rademacher", cell="tanh", wide=False,
-    rollouts=MANY, batch=MANY,
+    rollouts=MANY, batch=MANY, outputs=OUTPUTS,
 ):  # fmt: skip
-    launch = _launch(units, loss, True, precision, arch, "stepwise", rollouts, batch=batch)
+    launch = _launch(units, loss, True, precision, arch, "stepwise", rollouts, batch, outputs)
     linear = loss == "linear"
     state, stored = OPERANDS[precision], Stored(STORED[precision], "i32:16")
-    weight, before, after = state, state, state
+    weight, before, after, readout = state, state, state, state
     if launch.described:
         kind, kept = state.removeprefix("*"), STORED[precision].removeprefix("*")
         part = [1, launch.block_rows, launch.block_units // launch.parts]
         weight = f"tensordesc<{kind}[{launch.block_units}, {launch.block_inner}]>"
+        readout = f"tensordesc<{kind}[{launch.block_outputs}, {launch.block_inner}]>"
         before = f"tensordesc<{kind}[1, {launch.block_rows}, {launch.block_inner}]>"
         after, stored = f"tensordesc<{kind}{part}>", f"tensordesc<{kept}{part}>"
     signature = {
@@ -148,6 +176,7 @@ def step_case(
         "before": before,
         "after": after,
         "linear": LinearPart("*fp32" if linear else NONE, rows() if linear else NO_ROWS),
+        "measured": measured_part(launch, loss, readout),
         "stored": stored if store else NONE,
         "seed_ptr": "*i64",
         "step": "i32",
@@ -162,6 +191,7 @@ def step_case(
     constexprs = {
         **_flags(precision, cell, wide),
         "NOISE": noise,
+        **joined_functions(launch, loss),
         "SAMPLES": launch.samples,
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_UNITS": launch.block_units,
@@ -235,6 +265,8 @@ def cases():
             found[f"sm_{arch}:resident-{units}-{precision}"] = resident_case(arch, units, precision, store=True)
             found[f"sm_{arch}:step-512-{precision}"] = step_case(arch, 512, precision, store=True)
             found[f"sm_{arch}:measure-cross_entropy-{precision}"] = measure_case(arch, "cross_entropy", precision)
+            read = step_case(arch, 512, precision, "cross_entropy", store=True)
+            found[f"sm_{arch}:step-512-{precision}-cross_entropy"] = read
         found[f"sm_{arch}:resident-128-bf16-cross_entropy"] = resident_case(arch, 128, loss="cross_entropy", store=True)
     for units in (16, 64, 128, 256):
         found[f"sm_90:resident-{units}-bf16-no_loss"] = resident_case(90, units, loss="none")
@@ -273,6 +305,14 @@ def cases():
     found["sm_90:step-512-bf16-gaussian"] = step_case(90, 512, noise="gaussian")
     found["sm_90:step-512-bf16-relu"] = step_case(90, 512, cell="relu")
     found["sm_90:step-512-bf16-wide"] = step_case(90, 512, wide=True)
+    for arch, units, precision in (
+        *((90, 512, "bf16"), (90, 1024, "bf16"), (80, 512, "tf32"), (90, 512, "tf32"), (100, 512, "tf32")),
+        *((80, 512, "fp32"), (100, 512, "fp32"), (100, 512, "bf16")),
+    ):
+        wide = step_case(arch, units, precision, "cross_entropy", store=True, outputs=JOINED_OUTPUTS)
+        found[f"sm_{arch}:step-{units}-{precision}-cross_entropy-{JOINED_OUTPUTS}"] = wide
+    for name, changes in READ_OUT.items():
+        found[f"sm_90:step-512-bf16-{name}"] = step_case(90, 512, **{"loss": "cross_entropy", "store": True, **changes})
     for kind in ("rademacher", "gaussian"):
         found[f"noise-{kind}-fp32"] = noise_case(kind, "*fp32")
     found["sm_90:noise-rademacher-bf16"] = noise_case("rademacher", "*bf16")

@@ -13,7 +13,6 @@ import pytest
 import tolerances
 import torch
 
-from anpgpu.kernels import tiles_measured
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
@@ -160,27 +159,6 @@ def test_rollout(shape, loss, nonlinearity, precision):
                 assert relative_error(actual, expected) <= max(PRECISIONS[precision], stored), (
                     f"{name} at sigma {sigma}"
                 )
-
-
-@pytest.mark.parametrize("wave", [0, 132], ids=["descriptors", "pointers"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("loss", ["linear", "squared"])
-@pytest.mark.parametrize("shape", [(6, 3, 32, 512), (6, 5, 48, 500), (6, 2, 130, 1030), (6, 3, 16, 800)], ids=str)
-def test_stepwise_tiles(shape, loss, precision, wave, monkeypatch):
-    """Whole samples, tiles that clip, halves; steps that start before the one before is done, and every time alike."""
-    monkeypatch.setattr(tiles_measured, "ONE_WAVE", wave)
-    arguments, options = setting(*shape, loss=loss, precision=precision)
-    narrow = to(arguments, dtype=torch.float32)
-    named = {"options": options, "counters": COUNTERS[1]}
-    fast = implementation("rollout", "triton")(*narrow, **named)
-    oracle = implementation("rollout", "cupy")(*to(narrow, dtype=torch.float64), **named)
-    for name, actual, expected in zip(fast._fields, fast, oracle, strict=True):
-        if actual is not None:
-            stored = torch.finfo(actual.dtype).eps
-            assert relative_error(actual, expected) <= max(PRECISIONS[precision], stored), name
-    for _ in range(50):
-        again = implementation("rollout", "triton")(*narrow, **named)
-        assert all(torch.equal(left, right) for left, right in zip(again, fast, strict=True) if left is not None)
 
 
 @pytest.mark.parametrize("form", ["resident", "stepwise"])

@@ -115,6 +115,17 @@ def test_an_update_by_hand(model, script):
     assert found.eager == pytest.approx(max(found.host, 1.5e-3 + found.graph))
 
 
+def test_a_narrow_readout_is_read_once(model, script):
+    launches = {
+        outputs: model.launch_of(script("cases").Case(100, 128, 128, 512, 10, outputs), 90) for outputs in (10, 99)
+    }
+    assert {outputs: launch.joined for outputs, launch in launches.items()} == {10: True, 99: False}
+    case, gpu = script("cases").Case(100, 128, 128, 512), model.GPUS["H200"]
+    once, every = (model.estimate(gpu, case, launch).losses for launch in launches.values())
+    assert every == pytest.approx(100 * once)
+    assert once == pytest.approx(3e-6 + 2 * 16384 * 512 / (4.8e12 * 0.67))
+
+
 def test_a_resident_update_by_hand(model, script):
     case = script("cases").Case(64, 16, 1024, 128)
     found = model.estimate(model.GPUS["H200"], case, model.first_launch(case))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from anpgpu.kernels import tiles
 from anpgpu.kernels.tiles import INTERPRETED
 
 idle = pytest.importorskip("idle_driver", reason="needs Triton")
@@ -38,11 +39,17 @@ def test_neither_length_nor_sizes_change_the_number_of_operations(way):
 
 @pytest.mark.parametrize("way", ["estimate", "backward"])
 def test_a_stepwise_update_adds_a_launch_a_step(way):
-    """Or two, where the loss is one of the outputs; and one for the partial sums of a linear loss."""
+    """Beside it: the last step's loss, where it is one of the outputs, and the partial sums of a linear loss."""
     few, many = (idle.issued_by(idle.Update(way, time=time, hidden=512)) for time in (10, 20))
     assert many.operations == few.operations
-    assert many.launches.total() - few.launches.total() == 10 * (2 if way == "estimate" else 1)
+    assert many.launches.total() - few.launches.total() == 10
     assert few.operations.total() <= 48
+
+
+def test_a_wide_readout_adds_two(monkeypatch):
+    monkeypatch.setattr(tiles, "JOINED_OUTPUTS", 7)
+    few, many = (idle.issued_by(idle.Update("estimate", time=time, hidden=512)) for time in (10, 20))
+    assert many.launches.total() - few.launches.total() == 20
 
 
 def test_what_is_counted():

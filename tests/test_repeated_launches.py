@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from anpgpu.kernels import tiles_measured
+from anpgpu.kernels import tiles, tiles_measured
 from anpgpu.kernels.cell import RELU, TANH
 from anpgpu.kernels.cell_gated import GRU
 from anpgpu.kernels.loss import LinearLoss, SquaredLoss
@@ -75,16 +75,20 @@ def rollouts(cell, loss, units, time, monkeypatch, *, ordinary):
 
 @pytest.mark.parametrize("wave", [132, 0], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("cell", [TANH, RELU, GRU], ids=["tanh", "relu", "gru"])
-@pytest.mark.parametrize("loss", ["linear", "squared"])
+@pytest.mark.parametrize("loss", ["linear", "squared", "wide"])
 def test_every_launch_has_the_arguments_of_tritons_own(cell, loss, wave, launched, monkeypatch):
-    """But for addresses, which are those of other tensors."""
+    """But for addresses, which are those of other tensors. A wide readout takes a launch of its own at every step."""
     monkeypatch.setattr(tiles_measured, "ONE_WAVE", wave)
+    if loss == "wide":
+        monkeypatch.setattr(tiles, "JOINED_OUTPUTS", 2)
+        monkeypatch.setattr(tiles, "JOINED_GATED_OUTPUTS", 2)
     rollouts(cell, loss, 300, 5, monkeypatch, ordinary=False)
     ours = [(head, tail) for *head, tail in ((arguments[:5], arguments[9:]) for arguments in launched)]
     launched.clear()
     rollouts(cell, loss, 300, 5, monkeypatch, ordinary=True)
     theirs = [(head, tail) for *head, tail in ((arguments[:5], arguments[9:]) for arguments in launched)]
-    assert len(ours) == len(theirs) == 5 * (1 if loss == "linear" else 2) + (loss == "linear")
+    # Behind the steps: the partial sums of a linear loss, or the loss of the last step.
+    assert len(ours) == len(theirs) == (10 if loss == "wide" else 5 + 1)
     for (head, values), (expected_head, expected) in zip(ours, theirs, strict=True):
         assert head == expected_head
         assert [kind(value) for value in values] == [kind(value) for value in expected]
@@ -101,17 +105,22 @@ def kind(value):
     return "address" if isinstance(value, int) and value > 2**40 else value
 
 
+@pytest.mark.parametrize("loss", ["linear", "squared"])
 @pytest.mark.parametrize("wave", [132, 0], ids=["pointers", "descriptors"])
-def test_buffers_take_turns(launched, wave, monkeypatch):
-    """The step kernel reads what the step before has written."""
+def test_buffers_take_turns(launched, loss, wave, monkeypatch):
+    """The step kernel reads what the step before has written, and so does what measures the last one."""
     monkeypatch.setattr(tiles_measured, "ONE_WAVE", wave)
-    rollouts(TANH, "linear", 300, 6, monkeypatch, ordinary=False)
+    rollouts(TANH, loss, 300, 6, monkeypatch, ordinary=False)
     steps = [arguments[9:] for arguments in launched if arguments[4] == "step_kernel"]
     # The number of the step, and the slot of its partial sums.
-    assert [arguments[7:9] for arguments in steps] == [(step, step) for step in range(6)]
+    assert [arguments[8:10] for arguments in steps] == [(step, step) for step in range(6)]
     assert [isinstance(arguments[2], idle.Encoded) for arguments in steps] == [wave == 0] * 6
     pairs = [addresses(tuple(arguments[2:4])) for arguments in steps]
     assert all(pair[0] == before[1] and pair != before for before, pair in itertools.pairwise(pairs))
+    if loss == "squared":
+        name, *measured = launched[-1][4], *launched[-1][9:]
+        assert name == "measure_kernel"
+        assert (addresses(measured[0]), measured[4]) == (pairs[-1][1], 5)
 
 
 @pytest.mark.parametrize("time", [6, 40])

@@ -77,6 +77,22 @@ def test_equals_the_reference(cell, sizes, form, kind):
     assert_close(run(form, arguments, options), oracle(arguments, options))
 
 
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "outputs", "rollouts"), [("squared", 16, 32), ("cross_entropy", 10, 5), ("outputs", 17, 40)]
+)
+@pytest.mark.parametrize("cell", STEPS)
+def test_outputs_of_the_step_before(monkeypatch, cell, kind, outputs, rollouts, joined):
+    """Measured by the programs of the last units, or by a launch behind every step; the last step by one anyway."""
+    choose, block = rollout_triton.rollout_launch, 16 * -(-outputs // 16)
+    monkeypatch.setattr(
+        rollout_triton, "rollout_launch", lambda **named: replace(choose(**named), joined=joined, block_outputs=block)
+    )
+    sizes = (3, 2, 37, outputs, rollouts)
+    arguments, options = gated(cell, sizes, kind), options_of(cell, sizes, noise="gaussian")
+    assert_close(run("stepwise", arguments, options), oracle(arguments, options))
+
+
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("sizes", [(2, 5, 16, 1, 20), (3, 2, 32, 1, 70), (2, 3, 20, 1, 64)], ids=str)
 @pytest.mark.parametrize("cell", STEPS)

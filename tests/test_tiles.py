@@ -239,6 +239,48 @@ def test_stepwise_tiles(changes, tile, reason):
 
 
 @pytest.mark.parametrize(
+    ("changes", "joined", "block"),
+    [
+        ({"outputs": 1}, True, 16),
+        ({"outputs": 17}, True, 32),
+        ({"outputs": 32}, True, 32),
+        ({"outputs": 33}, False, 64),
+        ({"outputs": 10, "returns_outputs": True}, True, 16),
+        ({"outputs": 0}, False, 0),
+        ({"outputs": 512, "has_readout": False}, False, 64),
+        ({"outputs": 16, "gates": 3}, True, 16),
+        ({"outputs": 17, "gates": 4}, False, 32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", ARCHES)
+def test_narrow_readouts_are_measured_by_the_step_behind(changes, joined, block, arch):
+    """A step holds all outputs in one tile."""
+    chosen = launch(**{"units": 512, "has_readout": True, "arch": arch, "form": "stepwise", **changes})
+    assert (chosen.joined, chosen.block_outputs) == (joined, block)
+    assert not launch(**{"units": 64, "has_readout": True, "arch": 90, **changes, "gates": 1}).joined
+
+
+@pytest.mark.parametrize(
+    ("changes", "programs"), [({"units": 512}, 2), ({"units": 1024}, 2), ({"batch": 1}, 2)], ids=str
+)
+def test_a_joined_readout_leaves_as_many_programs_on_a_multiprocessor(changes, programs):
+    """By hand: on Hopper, whose multiprocessors have 228 KB, 1 KB of each program's the driver's."""
+    named = {"units": 512, "outputs": tiles_measured.JOINED_OUTPUTS, **changes}
+    alone, joined = (launch(**named, has_readout=readout) for readout in (False, True))
+    assert joined.joined
+    assert joined.shared_bytes - alone.shared_bytes == 2 * joined.stages * 32 * 64
+    assert [228 * 1024 // (chosen.shared_bytes + 1024) for chosen in (alone, joined)] == [2, 2]
+
+
+def test_a_readout_for_which_there_is_no_shared_memory_is_measured_apart():
+    """By hand: three stages of 32 units in 4 bytes, 256 rows and 16 outputs, are 102 KB; such a GPU has 99."""
+    for arch, joined in ((90, True), (89, False)):
+        named = {"units": 512, "outputs": 10, "has_readout": True, "precision": "tf32", "arch": arch}
+        assert launch(**named).joined == joined
+
+
+@pytest.mark.parametrize(
     ("changes", "tile"),
     [
         ({"units": 60}, (64, 4, 128)),
