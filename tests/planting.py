@@ -86,7 +86,8 @@ def changed(source, right, wrong):
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
     "OMP_NUM_THREADS": "1"
 }
-RUNS = Forks(TESTS / "planted_run.py", ENVIRONMENT)
+# Triton reads its variable when it is imported, which the process that forks has done.
+RUNS = {leg: Forks(TESTS / "planted_run.py", ENVIRONMENT | variables) for leg, (_, variables) in LEGS.items()}
 
 
 def run_tests(folder, detectors, *, tests=TESTS, leg="named", options=(), timeout=None):
@@ -97,12 +98,12 @@ def run_tests(folder, detectors, *, tests=TESTS, leg="named", options=(), timeou
     """
     report = folder / "report.xml"
     report.unlink(missing_ok=True)
-    selected, variables = LEGS[leg]
+    selected, _ = LEGS[leg]
     config = ["-c", str(tests.parent / "pyproject.toml"), "-p", "no:cacheprovider", f"--junitxml={report}"]
     names = [str(tests / detector) for detector in detectors]
     arguments = ["-q", *config, *selected, *options, *names]
-    environment = {"PYTHONPATH": str(folder), **variables}
-    status, said, warned = RUNS.ask(str(folder), arguments, environment, timeout=timeout)
+    environment = {"PYTHONPATH": str(folder)}
+    status, said, warned = RUNS[leg].ask(str(folder), arguments, environment, timeout=timeout)
     cases = ET.parse(report).getroot().iter("testcase") if report.exists() else ()
     wrong = [(case, case.find("failure")) for case in cases if not {"failure", "error"}.isdisjoint(e.tag for e in case)]
     failures = {case.get("name"): failure.get("message") for case, failure in wrong if failure is not None}

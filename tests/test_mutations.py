@@ -6,7 +6,7 @@
 import mutations_kernels
 import mutations_package
 import pytest
-from planting import LEGS, PACKAGE, TESTS, changed
+from planting import LEGS, PACKAGE, TESTS, changed, copy_package, run_tests
 from test_planted_bugs import BUGS
 
 MUTATIONS = {**mutations_kernels.MUTATIONS, **mutations_package.MUTATIONS}
@@ -42,3 +42,18 @@ def test_a_mutations_tests_exist(name):
 def test_a_text_that_does_not_occur_once_is_an_error(source):
     with pytest.raises(ValueError, match=f"found {source.count('two')} times, not once: two"):
         changed(source, "two", "three")
+
+
+@pytest.mark.parametrize(
+    ("leg", "test"),
+    [
+        ("reference", "test_finite.py"),
+        ("interpreter", "test_finite_interpreter.py::test_marks_are_the_references[loss-True-(1, 1, 1, 1)]"),
+    ],
+)
+def test_tests_of_a_leg_pass_where_nothing_is_planted(leg, test, tmp_path):
+    if leg == "interpreter":
+        pytest.importorskip("triton", reason="needs Triton")
+    copy_package(tmp_path)
+    outcome = run_tests(tmp_path, [test], leg=leg)
+    assert (outcome.status, outcome.ids) == (0, []), outcome.said
