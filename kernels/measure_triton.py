@@ -88,10 +88,11 @@ def _output_of_target(state_ptr, readout_ptr, row, target, inner, BLOCK_INNER: t
 
 
 class MeasuredPart(NamedTuple):
-    """What a step measures of the step before: a loss of its outputs; absent where that is left to `measure_kernel`."""
+    """What a step measures of the step before: a loss of its outputs; absent where that is left to `measure_kernel`.
 
-    readout: Any
-    """W_o padded with zeros, (BLOCK_OUTPUTS, inner), operand type, or a descriptor of it."""
+    W_o is not in it: Triton encodes no descriptor inside a tuple.
+    """
+
     loss: LossRows
     result: Any
     """delta_loss (time, rows), or delta_o (time, rows, outputs), float32."""
@@ -224,8 +225,8 @@ def measurement(
     results: Rollout,
 ) -> Measurement:
     """Return how losses of the outputs are measured: by the step behind, or by a launch for every step."""
-    part = MeasuredPart(None, NO_LOSS_ROWS, None, None)
-    joined: dict[str, Any] = {"measured": part, "ADD": None, "FINISH": None, "BLOCK_OUTPUTS": 1}
+    part = MeasuredPart(NO_LOSS_ROWS, None, None)
+    joined: dict[str, Any] = {"readout": None, "measured": part, "ADD": None, "FINISH": None, "BLOCK_OUTPUTS": 1}
     if not loss.form.of_outputs:
         return Measurement(joined)
     outputs, readout = loss.outputs(units), None
@@ -239,7 +240,7 @@ def measurement(
         rows = readout
         if launch.described:
             rows = TensorDescriptor.from_tensor(readout, [launch.block_outputs, launch.block_inner])
-        joined = {"measured": MeasuredPart(rows, loss.rows, result, outputs), **functions}
+        joined = {"readout": rows, "measured": MeasuredPart(loss.rows, result, outputs), **functions}
     time, batch, rollouts = result.shape[:3]
     block_rows, warps = launch.measuring
     one_sample = rollouts >= block_rows

@@ -92,6 +92,7 @@ def gated_step_kernel(
     weight_ptr,  # (unit tiles, gates, BLOCK_UNITS, inner): W_hh padded with zeros to whole tiles, operand type
     states,  # GatedStates
     linear,  # GatedLinear
+    readout,  # W_o padded with zeros, (BLOCK_OUTPUTS, inner), operand type; None where a step measures nothing
     measured,  # MeasuredPart
     stored,  # Stored: the states' deviations (time, rows, stride); None where they are not kept
     seed_ptr,  # ()
@@ -138,9 +139,9 @@ def gated_step_kernel(
     state_ptr = states.before + row.to(tl.int64) * inner + lane[None, :]
     first_ptr = weight_ptr + (unit_tile * (GATES * BLOCK_UNITS) + column).to(tl.int64) * inner + lane[:, None]
     scale = tl.cast(sigma, tl.float32)
-    if measured.readout is not None and (unit_tile == unit_tiles - 1) & (step > 0):
+    if readout is not None and (unit_tile == unit_tiles - 1) & (step > 0):
         signal = clean_outputs(measured, step - 1, sample, BLOCK_OUTPUTS)
-        output_ptr = measured.readout + tl.arange(0, BLOCK_OUTPUTS)[None, :].to(tl.int64) * inner + lane[:, None]
+        output_ptr = readout + tl.arange(0, BLOCK_OUTPUTS)[None, :].to(tl.int64) * inner + lane[:, None]
         first, second, third, fourth, delta_o = _gate_products(
             state_ptr, first_ptr, output_ptr, inner,
             GATES, PRECISION, BLOCK_ROWS, BLOCK_UNITS, BLOCK_OUTPUTS, BLOCK_INNER, STAGES,

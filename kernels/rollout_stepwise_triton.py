@@ -99,7 +99,7 @@ def product_of_step(
 ):  # fmt: skip
     """Return tiles of W_hh delta_h / scale, (rows, units), and of W_o delta_h / scale, (rows, outputs), float32.
 
-    readout: `MeasuredPart.readout`; None: outputs are zero. Other arguments as in `step_kernel`.
+    readout: None: outputs are zero. Other arguments as in `step_kernel`.
     """
     DOT: tl.constexpr = "ieee" if PRECISION == "fp32" else "tf32"
     BLOCK_ROWS: tl.constexpr = place.tile.row.shape[0]
@@ -197,6 +197,7 @@ def step_kernel(
     before,  # delta_h / scale before the step, (rows, inner), operand type
     after,  # and after it
     linear,  # LinearPart
+    readout,  # W_o padded with zeros, (BLOCK_OUTPUTS, inner), operand type; None where a step measures nothing
     measured,  # MeasuredPart
     stored,  # Stored: delta_a (time, rows, stride); None where it is not kept
     seed_ptr,  # ()
@@ -221,7 +222,7 @@ def step_kernel(
     BLOCK_OUTPUTS: tl.constexpr,  # of the readout, all in one tile
     BLOCK_INNER: tl.constexpr,
     STAGES: tl.constexpr,
-    DESCRIBED: tl.constexpr,  # weight, before, after and stored are tensor descriptors
+    DESCRIBED: tl.constexpr,  # weight, before, after, readout and stored are tensor descriptors
     EARLY: tl.constexpr,  # clean rows are loaded before the product
     PARTS: tl.constexpr,  # 1 or 2: the epilogue takes the tile's units at once or in two halves
     DEPENDENT: tl.constexpr,  # programs may start before the step before is done
@@ -251,10 +252,10 @@ def step_kernel(
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    if measured.readout is not None and (unit_tile == unit_tiles - 1) & (step > 0):
+    if readout is not None and (unit_tile == unit_tiles - 1) & (step > 0):
         signal = clean_outputs(measured, step - 1, place.tile.sample, BLOCK_OUTPUTS)
         delta_a, delta_o = product_of_step(
-            before, weight, measured.readout, place, unit0, sizes.inner,
+            before, weight, readout, place, unit0, sizes.inner,
             PRECISION, DESCRIBED, BLOCK_UNITS, BLOCK_OUTPUTS, BLOCK_INNER, STAGES,
         )  # fmt: skip
         measure_outputs(delta_o, measured, signal, step - 1, place.tile, rows, noise.scale, PRECISION, ADD, FINISH)

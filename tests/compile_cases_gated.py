@@ -37,7 +37,7 @@ def gated_case(
         "linear": GatedLinear(
             "*fp32" if linear else NONE, rows(units) if linear else NO_ROWS, rows(units) if memory_grad else NO_ROWS
         ),
-        "measured": measured_part(launch, loss, operand),
+        **measured_part(launch, loss, operand),
         "stored": Stored(STORED[precision], "i32:16") if store else NONE,
         "seed_ptr": "*i64",
         "step": "i32",

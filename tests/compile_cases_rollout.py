@@ -143,10 +143,10 @@ def resident_case(
 
 
 def measured_part(launch, loss, readout):
-    """Return what a step measures of the step before."""
+    """Return what a step takes to measure the step before."""
     if not launch.joined:
-        return MeasuredPart(NONE, loss_rows("none"), NONE, NONE)
-    return MeasuredPart(readout, loss_rows(loss), "*fp32", "i32")
+        return {"readout": NONE, "measured": MeasuredPart(loss_rows("none"), NONE, NONE)}
+    return {"readout": readout, "measured": MeasuredPart(loss_rows(loss), "*fp32", "i32")}
 
 
 def joined_functions(launch, loss):
@@ -176,7 +176,7 @@ def step_case(
         "before": before,
         "after": after,
         "linear": LinearPart("*fp32" if linear else NONE, rows() if linear else NO_ROWS),
-        "measured": measured_part(launch, loss, readout),
+        **measured_part(launch, loss, readout),
         "stored": stored if store else NONE,
         "seed_ptr": "*i64",
         "step": "i32",

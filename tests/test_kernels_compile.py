@@ -47,6 +47,25 @@ def test_shared_memory_within_limits(rows):
     assert beyond == {}
 
 
+def described_inside(values):
+    """Return whether a tuple of types, or one in it, has a tensor descriptor."""
+    return any(described_inside(value) if isinstance(value, tuple) else "tensordesc" in str(value) for value in values)
+
+
+def test_no_descriptor_is_inside_a_tuple():
+    """Triton's launcher encodes only those that are arguments themselves, though its compiler takes others, too."""
+    cases = compile_kernels.found_cases()
+    signatures = {name: signature for name, (_, signature, *_) in cases.items()}
+    inside = [
+        (name, argument)
+        for name, signature in signatures.items()
+        for argument, kind in signature.items()
+        if isinstance(kind, tuple) and described_inside(kind)
+    ]
+    assert inside == []
+    assert any("tensordesc" in str(kind) for signature in signatures.values() for kind in signature.values())
+
+
 def test_no_operand_of_the_matrix_unit_is_overwritten_while_it_is_read(rows):
     assert {name: row["overwritten"] for name, row in rows.items() if row["overwritten"]} == {}
 

@@ -113,7 +113,7 @@ def test_buffers_take_turns(launched, loss, wave, monkeypatch):
     rollouts(TANH, loss, 300, 6, monkeypatch, ordinary=False)
     steps = [arguments[9:] for arguments in launched if arguments[4] == "step_kernel"]
     # The number of the step, and the slot of its partial sums.
-    assert [arguments[8:10] for arguments in steps] == [(step, step) for step in range(6)]
+    assert [arguments[9:11] for arguments in steps] == [(step, step) for step in range(6)]
     assert [isinstance(arguments[2], idle.Encoded) for arguments in steps] == [wave == 0] * 6
     pairs = [addresses(tuple(arguments[2:4])) for arguments in steps]
     assert all(pair[0] == before[1] and pair != before for before, pair in itertools.pairwise(pairs))
