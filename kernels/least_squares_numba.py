@@ -153,11 +153,18 @@ def _add_rows(total: Any, shares: Any, activity: Any, first: Any) -> None:
 def signed_sum(words: Any, step: Any, sample: Any, rollout: Any, values: Any) -> Any:
     """Return the sum over units of the signs times the values."""
     total, units = _F(0), values.shape[2]
-    for number in range((units + 31) // 32):
-        word, start = words[step, sample, rollout, number], 32 * number
-        for i in range(min(32, units - start)):
-            value = values[step, sample, start + i]
-            total += value if (word >> np.uint32(i)) & np.uint32(1) else -value
+    signs, row = words[step, sample, rollout], values[step, sample]
+    # Two words at a time, which halves the sums across a vector.
+    for pair in range(units // 64):
+        word, other, start = signs[2 * pair], signs[2 * pair + 1], 64 * pair
+        first, second = row[start : start + 32], row[start + 32 : start + 64]
+        for i in range(len(first)):
+            value = first[i] if (word >> np.uint32(i)) & np.uint32(1) else -first[i]
+            total += value + (second[i] if (other >> np.uint32(i)) & np.uint32(1) else -second[i])
+    for number in range(units // 64 * 2, (units + 31) // 32):
+        word, rest = signs[number], row[32 * number : 32 * number + 32]
+        for i in range(len(rest)):
+            total += rest[i] if (word >> np.uint32(i)) & np.uint32(1) else -rest[i]
     return total
 
 
