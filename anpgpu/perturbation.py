@@ -39,7 +39,8 @@ class Perturbation:
         readout: "exact" computes the readout's gradient in closed form, "perturbed" estimates it from perturbed
             outputs. Only `estimate_grad_` uses it.
         precision: operand type of the rollouts' matrix products: "bf16", "fp16", "tf32", "fp32", or "auto" (float64 for
-            float64 parameters, the autocast dtype under autocast, bf16 on CUDA, float32 on the CPU).
+            float64 parameters, the autocast dtype under autocast, bf16 on CUDA, float32 on the CPU). Triton's weight
+            gradients are float32 with "fp32", and otherwise round their operands to TF32.
         backend: "triton", "cupy", "numba", "torch", or "auto": triton for CUDA tensors; numba for float32 on the
             CPU, where it is installed; torch otherwise.
         max_memory: bytes the rollouts may use; None is an eighth of the device's total memory. Processes that share

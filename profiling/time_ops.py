@@ -24,6 +24,7 @@ from torch import nn
 
 import anpgpu
 from anpgpu import functional
+from anpgpu.runtime.dispatch import choose_backend, weight_gradients_on
 
 SIGMA = 1e-3
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -106,6 +107,13 @@ def our_ops(case: Case, clean: Clean, backend: str) -> Iterable[tuple[str, Calla
         credit = functional.returns(run.delta_loss, 0.9, backend=backend)
         return lambda: functional.adjoint(credit, run.delta_a, seed, sigma=SIGMA, backend=backend)
 
+    def weight_gradients(precision: str) -> Work:
+        # Of a layer's two halves of rollouts, for W_ih, W_hh and their bias.
+        halves = torch.stack((clean.grad, clean.grad))
+        inputs = torch.randn(case.time, case.batch, case.inputs, device=device)
+        products = weight_gradients_on(choose_backend(backend, device, torch.float32), precision)
+        return lambda: products(halves, (inputs, clean.hidden))
+
     yield "noise", noise
     yield "rollout", rollout
     yield "rollout, delta_a not stored", lambda: rollout(store_delta_a=False)
@@ -113,6 +121,8 @@ def our_ops(case: Case, clean: Clean, backend: str) -> Iterable[tuple[str, Calla
     if device.type == "cuda":
         yield "rollout, CUDA graph", lambda: graphed(rollout())
     yield "adjoint", adjoint
+    for name, precision in (("weight gradients", "tf32"), ("weight gradients, fp32", "fp32")):
+        yield name, lambda precision=precision: weight_gradients(precision)
     for name, rule in UPDATES.items():
         yield name, lambda rule=rule: update(case, device, backend, **rule)
     if device.type == "cuda":
@@ -139,7 +149,7 @@ def update(case: Case, device: torch.device, backend: str, **rule: object) -> Wo
 
 def row_of(name: str, case: Case, times: Quartiles, peak: float, rollout_s: float | None) -> dict[str, object]:
     """Return one row of the table; only ops with the recurrent products have a TFLOP/s."""
-    multiplies = name.partition(",")[0] not in {"noise", "adjoint"} and not name.startswith("BPTT")
+    multiplies = name.partition(",")[0] not in {"noise", "adjoint", "weight gradients"} and not name.startswith("BPTT")
     tflops = case.flops / times.median / 1e12 if multiplies else None
     steps = None if name.startswith("BPTT") else case.rollout_steps / times.median
     milliseconds = [1e3 * taken for taken in (times.median, times.low, times.high)]

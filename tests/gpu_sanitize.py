@@ -20,7 +20,7 @@ from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, Squar
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.registry import CELLS
-from anpgpu.runtime.dispatch import implementation, least_squares_on
+from anpgpu.runtime.dispatch import cross_entropy_on, implementation, least_squares_on, weight_gradients_on
 
 SHAPES = {
     "least": (1, 1, 1, 1, 1),
@@ -36,8 +36,9 @@ SHAPES = {
 """(time, batch, rollouts, hidden, outputs)."""
 
 LOSSES = ("linear", "squared", "cross-entropy", "outputs alone", "hidden states")
-PARTS = ("tanh", "relu", "gru", "lstm", "least squares")
-"""What runs of a shape: blocks of rollouts of a cell, or the least squares."""
+CELL_NAMES = ("tanh", "relu", "gru", "lstm")
+PARTS = (*CELL_NAMES, "least squares", "clean")
+"""What runs of a shape: blocks of rollouts of a cell, the least squares, or what an update computes beside rollouts."""
 
 NOISES = ("rademacher", "gaussian")
 PRECISIONS = ("bf16", "fp32")
@@ -130,11 +131,28 @@ def run_least_squares(backend, shape, device):
             )
 
 
+def run_clean(backend, shape, device):
+    """Run weight gradients, of two weights and added to earlier ones, and cross-entropy at the clean outputs."""
+    time, batch, _, hidden, outputs = SHAPES[shape]
+    halves, states = torch.randn(2, time, batch, hidden, device=device), torch.randn(time, batch, hidden, device=device)
+    inputs = torch.randn(batch, time, outputs, device=device).transpose(0, 1)
+    for precision in PRECISIONS:
+        products = weight_gradients_on(backend, precision)
+        products(halves, (inputs, states), products(halves, (inputs, states)))
+    targets, weight = (
+        torch.randint(outputs, (time, batch), device=device),
+        torch.rand(time, batch, device=device).double(),
+    )
+    cross_entropy_on(backend)(torch.randn(time, batch, outputs, device=device), targets, weight, ignore_index=-100)
+
+
 def run(backend, shape, part, device):
     """Run a part of a shape on one backend."""
     torch.manual_seed(0)
     if part == "least squares":
         run_least_squares(backend, shape, device)
+    elif part == "clean":
+        run_clean(backend, shape, device)
     else:
         run_rollouts(backend, shape, part, device)
 

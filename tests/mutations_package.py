@@ -66,8 +66,8 @@ MUTATIONS = {
     ),
     "found: the recurrent bias gets the input's gradient": Mutation(
         "estimators/found.py",
-        'biases["bias_hh"] = gates.recurrent',
-        'biases["bias_hh"] = gates.inputs',
+        'gates.recurrent, ("weight_hh", "bias_hh")',
+        'gates.recurrent, ("weight_hh", "bias_ih")',
         ("test_details.py::test_each_bias_has_the_gradient_of_its_own_product",),
         ("test_conformance.py",),
     ),

@@ -37,12 +37,22 @@ ORDER = (
 
 OPS = ("noise", "rollout", "adjoint")
 """Ops that every backend has."""
-STEMS = (*OPS, "cell", "cell_gated", "cross_entropy", "finite", "loss", "least_squares", "feedback")
+STEMS = (
+    *OPS,
+    "cell",
+    "cell_gated",
+    "cross_entropy",
+    "finite",
+    "loss",
+    "least_squares",
+    "feedback",
+    "weight_gradients",
+)
 """Stems that have a file for torch and may have one for each other backend."""
 ALONE = {
     *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba", "feedback_matrix"),
     *("rollout_resident_triton", "rollout_stepwise_triton", "rollout_fused_triton", "rollout_gated_triton"),
-    *("tiles_least_squares", "tiles_measured", "gram_triton", "inverse_triton"),
+    *("tiles_least_squares", "tiles_measured", "tiles_weight_gradients", "gram_triton", "inverse_triton"),
     *("rollout_gated_resident_triton", "repeated_triton", "measure_triton"),
 }
 """The other files of kernels/."""

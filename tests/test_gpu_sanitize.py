@@ -6,7 +6,10 @@ import gpu_sanitize
 import pytest
 import torch
 
-CELLS = [part for part in gpu_sanitize.PARTS if part != "least squares"]
+CELLS = gpu_sanitize.CELL_NAMES
+OPS = {"noise", "rollout", "returns", "adjoint", "rollout_adjoint"}
+BESIDE = {"least squares": {"least_squares_on"}, "clean": {"weight_gradients_on", "cross_entropy_on"}}
+"""What runs of a part that is no cell's, by the functions that return it."""
 
 
 def test_the_shapes_together_have_every_cell_and_loss_with_every_noise_and_precision():
@@ -40,12 +43,10 @@ def test_a_part_runs_every_kernel_of_it(part, monkeypatch):
 
         return run
 
-    implementation, least_squares_on = gpu_sanitize.implementation, gpu_sanitize.least_squares_on
-    monkeypatch.setattr(
-        gpu_sanitize, "implementation", lambda name, backend: noted(name, implementation(name, backend))
-    )
-    monkeypatch.setattr(gpu_sanitize, "least_squares_on", lambda on: noted("least squares", least_squares_on(on)))
+    one = gpu_sanitize.implementation
+    monkeypatch.setattr(gpu_sanitize, "implementation", lambda name, backend: noted(name, one(name, backend)))
+    for name in set().union(*BESIDE.values()):
+        found = getattr(gpu_sanitize, name)
+        monkeypatch.setattr(gpu_sanitize, name, lambda *of, name=name, found=found: noted(name, found(*of)))
     gpu_sanitize.run("torch", "odd", part, torch.device("cpu"))
-    assert ran == (
-        {"least squares"} if part == "least squares" else {"noise", "rollout", "returns", "adjoint", "rollout_adjoint"}
-    )
+    assert ran == BESIDE.get(part, OPS)

@@ -29,6 +29,7 @@ TOLERANCES = {
     "least_squares": Tolerance(1e-4, "sigma 1e-7 and ridge 1e-10, times the condition of a square-ish Gram matrix"),
     "bf16_adjoint": Tolerance(1e-2, "promised with bfloat16 operands; their rounding is 4e-3, averaged over units"),
     "fp32_adjoint": Tolerance(1e-5, "promised with float32 operands over 50 steps"),
+    "weight_gradients": Tolerance(1e-3, "promised of TF32 operands, each rounded by 3e-4 of its size at the root mean"),
     "gaussian": Tolerance(2e-6, "absolute, in units of sigma: float32 logarithm, cosine and angle; sigma reaches 6.6"),
     "z": Tolerance(4.3, "|z| of one combined statistic: correct code misses it once in 60,000 (two-sided normal)"),
     "z_many": Tolerance(6.5, "largest |z| of at most 100,000 statistics: correct code misses it once in 100,000"),

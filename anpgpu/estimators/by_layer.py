@@ -69,7 +69,7 @@ class Backward(NamedTuple):
         """A new `Found`, filled with zeros."""
         first = self.run.layers[0][0]
         states = first.states.new_empty((self.network.directions * len(self.network.layers), *first.states.shape[1:]))
-        return Found(self.network, first.inputs, states, self.settings.parts)
+        return Found(self.network, first.inputs, states, self.settings)
 
 
 def layers_backward(backward: Backward) -> Found:
@@ -90,7 +90,7 @@ def layers_backward(backward: Backward) -> Found:
 def two_directions(job: Job) -> FoundOfProblem:
     """Estimate all gradients of a bidirectional network, for `estimate_grad_`."""
     problem, settings, loss = job.problem, job.settings, job.problem.loss
-    result = FoundOfProblem(problem, settings.parts)
+    result = FoundOfProblem(problem, settings)
     masks = draw_masks(problem)
     job = job.agreed(*masks)
     drawn = iter(masks)
@@ -191,7 +191,7 @@ def _estimate_layer(layer: _Layer, backward: Backward, division: Division) -> Fo
     weights, settings, device = layer.weights, backward.settings, backward.seed.device
     network = backward.network._replace(layers=((weights,),))
     time, batch, _ = layer.run.inputs.shape
-    result = Found(network, layer.run.inputs, layer.run.states[:1], settings.parts)
+    result = Found(network, layer.run.inputs, layer.run.states[:1], settings)
     segments = segments_of(time, division)
     own = settings.share.samples(batch)
     if settings.estimator.keeps_state:

@@ -50,7 +50,7 @@ def one_direction(job: Job) -> FoundOfProblem:
 def _estimate(job: Job, masks: tuple[Tensor, ...], shape: Shape, division: Division) -> FoundOfProblem:
     """Estimate all gradients by a division."""
     job = job._replace(max_memory=min(job.max_memory, shape.needed_bytes(division)))
-    result = FoundOfProblem(job.problem, job.settings.parts)
+    result = FoundOfProblem(job.problem, job.settings)
     segments = segments_of(shape.time, division)
     own = job.settings.share.samples(shape.batch)
     if job.settings.estimator.keeps_state:

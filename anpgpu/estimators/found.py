@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from anpgpu.kernels.weight_gradients import weight_gradients
 from anpgpu.network.cells import Cell, GateAdjoints, LayerRun
 from anpgpu.network.stack import Network
 from anpgpu.network.weights import LayerWeights
 from anpgpu.runtime.processes import Share
 from anpgpu.runtime.ranges import within
+from anpgpu.runtime.settings import Settings
 from anpgpu.task.problem import Problem
 
 
@@ -78,22 +80,25 @@ class Made:
             held.made[self.name] = held.zeros(self.name)
         return held.made[self.name]
 
-    def __set__(self, held: Any, tensor: Tensor) -> None:
+    def __set__(self, held: Any, tensor: Tensor | None) -> None:
         held.made[self.name] = tensor
 
 
 class GradientSums:
     """Gradients of one layer's weights, in parts that add up to the estimate, (parts, ...) each.
 
-    The first two parts come from the even and from the odd rollouts, a third from all rollouts together.
+    The first two parts come from the even and from the odd rollouts, a third from all rollouts together. `products`: a
+    backend's `weight_gradients`.
     """
 
     weight_ih, weight_hh, bias_ih = Made(), Made(), Made()
     bias_hh = Made()
     """The same tensor as `bias_ih` unless the two biases have different gradients."""
 
-    def __init__(self, weights: LayerWeights, parts: int = 2) -> None:
-        self.like, self.parts, self.made = weights, parts, dict[str, Tensor]()
+    def __init__(
+        self, weights: LayerWeights, parts: int = 2, products: Callable[..., list[Tensor]] = weight_gradients
+    ) -> None:
+        self.like, self.parts, self.products, self.made = weights, parts, products, dict[str, Tensor]()
 
     def zeros(self, name: str) -> Tensor:
         """Return the sums to which nothing has been added."""
@@ -112,22 +117,16 @@ class GradientSums:
     @within("weight_gradients")
     def add(self, gates: GateAdjoints, run: LayerRun) -> None:
         """Add sum_t A_t (x_t, 1)^T and sum_t R_t (h_{t-1}, 1)^T of some steps, A and R the fields of `gates`."""
-        for name, adjoint, presynaptic in (
-            ("weight_ih", gates.inputs, run.inputs),
-            ("weight_hh", gates.recurrent, run.states[:-1, :, : self.like.weight_hh.shape[1]]),
-        ):
-            rows = adjoint.flatten(1, 2).transpose(1, 2)
-            columns = presynaptic.flatten(0, 1).expand(len(rows), -1, -1)
-            if name in self.made:
-                self.made[name].baddbmm_(rows, columns)
-            else:
-                self.made[name] = rows @ columns
-        biases = {"bias_ih": gates.inputs}
-        if gates.recurrent is not gates.inputs:
-            biases["bias_hh"] = gates.recurrent
-        for name, adjoint in biases.items():
-            total = adjoint.sum((1, 2))
-            self.made[name] = self.made[name].add_(total) if name in self.made else total
+        states = run.states[:-1, :, : self.like.weight_hh.shape[1]]
+        if gates.recurrent is gates.inputs:
+            self._add(gates.inputs, ("weight_ih", "weight_hh", "bias_ih"), (run.inputs, states))
+        else:
+            self._add(gates.inputs, ("weight_ih", "bias_ih"), (run.inputs,))
+            self._add(gates.recurrent, ("weight_hh", "bias_hh"), (states,))
+
+    def _add(self, adjoint: Tensor, names: Sequence[str], presynaptic: Sequence[Tensor]) -> None:
+        sums = [getattr(self, name) for name in names] if names[0] in self.made else None
+        self.made.update(zip(names, self.products(adjoint, presynaptic, sums), strict=True))
 
     def totals(self, *, biases: bool) -> tuple[Tensor, ...]:
         """Return the gradients in the order of the layer's parameters, each in memory of its own."""
@@ -182,7 +181,8 @@ class Found:
         network: in the working type.
         inputs: (T, B, I).
         h_0: (layers * D, B, S).
-        parts: number of parts of the weights' gradients, see `GradientSums`.
+        settings: the resolved perturbation, which says in how many parts weights' gradients come, and who computes
+            them; None is two parts, and the reference.
     """
 
     inputs, h_0 = Made(), Made()
@@ -190,9 +190,11 @@ class Found:
     skipped, ridge_grown = Made(), Made()
     """See `Estimate`."""
 
-    def __init__(self, network: Network, inputs: Tensor, h_0: Tensor, parts: int = 2) -> None:
+    def __init__(self, network: Network, inputs: Tensor, h_0: Tensor, settings: Settings | None = None) -> None:
         self.cell: type[Cell] = network.cell
-        self.layers = [GradientSums(weights, parts) for layer in network.layers for weights in layer]
+        parts = 2 if settings is None else settings.parts
+        self.products = weight_gradients if settings is None else settings.weight_gradients
+        self.layers = [GradientSums(weights, parts, self.products) for layer in network.layers for weights in layer]
         number = inputs.new_empty((), dtype=torch.int64)
         self.like: dict[str, Tensor | None] = {
             "inputs": inputs, "h_0": h_0, "skipped": number, "ridge_grown": number
@@ -273,12 +275,14 @@ class FoundOfProblem(Found):
     weight_o, bias_o = Made(), Made()
     """Gradients of the readout, (O, D * H) and (O,); None where there is none."""
 
-    def __init__(self, problem: Problem, parts: int = 2) -> None:
-        super().__init__(problem.network, problem.inputs, problem.h_0, parts)
+    def __init__(self, problem: Problem, settings: Settings | None = None) -> None:
+        super().__init__(problem.network, problem.inputs, problem.h_0, settings)
         time, batch, _ = problem.inputs.shape
         outputs = problem.inputs.new_empty((1, 1, 1)).expand(time, batch, problem.outputs_size)
         self.like |= {"outputs": outputs, "h_n": problem.h_0, "loss": problem.inputs.new_empty(())}
         self.like |= {"weight_o": problem.weight_o, "bias_o": problem.bias_o}
+        self.readout: list[Tensor] | None = None
+        """The readout's gradient from exact products, as they return it."""
         self.moved = None if problem.loss.moved is None else problem.loss.moved.zero_()
 
     def taken(self, name: str) -> Tensor | None:
@@ -288,7 +292,7 @@ class FoundOfProblem(Found):
         return found
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add to "loss", "weight_o" or "bias_o"."""
+        """Add to "loss"."""
         self.made[name] = self.made[name].add_(value) if name in self.made else value
 
     def sum_(self, share: Share) -> None:
@@ -305,7 +309,8 @@ class FoundOfProblem(Found):
 
     def add_readout(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add the readout's gradient from dL/do, (L, b, O), and the states it read, (L, b, D * H)."""
-        if self.like["weight_o"] is not None:
-            self.add("weight_o", gradient.flatten(0, 1).t() @ hidden.flatten(0, 1))
-        if self.like["bias_o"] is not None:
-            self.add("bias_o", gradient.sum((0, 1)))
+        if self.like["weight_o"] is None:
+            return
+        self.readout = self.products(gradient.unsqueeze(0), (hidden,), self.readout)
+        weight, bias = (total[0] for total in self.readout)
+        self.weight_o, self.bias_o = weight, None if self.like["bias_o"] is None else bias

@@ -198,7 +198,7 @@ def _outputs_each(problem: Problem, segments: int) -> int:
 def _estimate(job: Job, division: Division) -> FoundOfProblem:
     """Estimate all gradients by a division."""
     problem, loss = job.problem, job.problem.loss
-    result = FoundOfProblem(problem)
+    result = FoundOfProblem(problem, job.settings)
     time, batch, _ = problem.inputs.shape
     both = problem.network.directions == 2
     segments = segments_of(time, division)

@@ -33,6 +33,7 @@ PART_MODULES = {
     "descend": "feedback",
     "mark_finite": "finite",
     "clean_cross_entropy": "cross_entropy",
+    "weight_gradients": "weight_gradients",
 }
 """The same for functions that some backends have, whole or as part of an op."""
 
@@ -56,6 +57,8 @@ class Backend:
     """Whether it has its own form of `mark_finite`."""
     own_cross_entropy: bool = False
     """Whether it has its own form of `clean_cross_entropy`."""
+    own_weight_gradients: bool = False
+    """Whether it has its own form of `weight_gradients`."""
     own_recursion: bool = False
     """Whether it has its own form of the least-squares recursion, `deflate`, of that of learned feedback, and of the
     factors that both solve with."""
@@ -75,7 +78,8 @@ class Triton(Backend):
     """Triton kernels, for CUDA tensors; on the CPU only in Triton's interpreter."""
 
     suffix, float64, instead = "_triton", False, "'torch' or 'cupy'"
-    fuses, narrow_activity, own_least_squares, own_marks, own_cross_entropy = True, True, True, True, True
+    fuses, narrow_activity, own_least_squares, own_marks = True, True, True, True
+    own_cross_entropy, own_weight_gradients = True, True
 
     @staticmethod
     def check(device: torch.device) -> None:
@@ -197,6 +201,13 @@ def marks_on(backend: str) -> Callable[..., Any]:
 def cross_entropy_on(backend: str) -> Callable[..., Any]:
     """Return `clean_cross_entropy` of a backend, which is the reference's where it has none of its own."""
     return implementation("clean_cross_entropy", backend if BACKENDS[backend].own_cross_entropy else "torch")
+
+
+@functools.cache
+def weight_gradients_on(backend: str, precision: str) -> Callable[..., Any]:
+    """Return `weight_gradients` of a backend, or the reference's, for rollouts of a precision."""
+    own = BACKENDS[backend].own_weight_gradients
+    return functools.partial(implementation("weight_gradients", backend if own else "torch"), precision=precision)
 
 
 @functools.cache

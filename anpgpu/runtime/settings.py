@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from anpgpu.kernels.rollout import RolloutOptions
 from anpgpu.perturbation import Perturbation
 from anpgpu.registry import ESTIMATORS, Estimator
 
-from .dispatch import choose_backend
+from .dispatch import choose_backend, weight_gradients_on
 from .memory import Shape
 from .processes import Share, share_of
 
@@ -42,6 +43,11 @@ class Settings(NamedTuple):
     follow_weights: bool
     kept: Any = None
     """What the module keeps between updates, of an estimator that keeps a state."""
+
+    @property
+    def weight_gradients(self) -> Callable[..., list[Tensor]]:
+        """The backend's `weight_gradients`."""
+        return weight_gradients_on(self.backend, self.options.precision)
 
     def shape(
         self,
