@@ -203,7 +203,12 @@ def test_the_agreement_of_halves_does_not_depend_on_the_size_of_the_gradients(sc
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_the_forward_passs_autocast_decides_the_precision_of_the_rollouts(monkeypatch, backend):
+@pytest.mark.parametrize("resolves", ["forward", "backward"])
+def test_the_forward_passs_autocast_decides_the_precision_of_the_rollouts(monkeypatch, resolves, backend):
+    if resolves == "backward":
+        # As under torch.compile: what the forward pass resolved is not handed over.
+        run = anpgpu.modules.run_perturbed
+        monkeypatch.setattr(anpgpu.modules, "run_perturbed", lambda *arguments: run(*arguments[:-1]))
     rnn, _ = build(Perturbation("np", rollouts=4, backend=backend), dtype=torch.float32)
     watched = Watched(monkeypatch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
