@@ -112,6 +112,13 @@ def rivals_claims(result: dict) -> Rows:
     return rows + [[task, *[ABSENT] * 7, "not made yet"] for task in missing_tasks]
 
 
+def rivals_spent(result: dict) -> Rows:
+    """How many runs each machine made, and how long they took."""
+    return [
+        [name, str(spent["runs"]), f"{spent['processor_seconds'] / 60:.0f}"] for name, spent in result["spent"].items()
+    ]
+
+
 def rivals_copying(result: dict) -> Rows:
     """Copying after 40 steps: test loss, and what it costs to solve it."""
     rows = []
@@ -204,16 +211,24 @@ def nmse(value: float) -> str:
     return f"{value:.4f}"
 
 
+def over(row: dict, exact: dict) -> str:
+    """Return a row's mean loss over another's, of the seeds that both have."""
+    mine, other = (dict(zip(part["seeds"], part["losses"], strict=True)) for part in (row, exact))
+    shared = sorted(set(mine) & set(other))
+    ratio = sum(mine[seed] for seed in shared) / sum(other[seed] for seed in shared) if shared else math.nan
+    return without_zero(f"{ratio:.3f}") if shared else ABSENT
+
+
 def rivals_characters(result: dict) -> Rows:
-    """Bits per character of a text's held-out part."""
+    """Bits per character of a text's held-out part, and the loss over BPTT's on the same seeds."""
     rows = []
     for group in of(result, "characters"):
-        exact = next((row["loss"]["mean"] for row in group["rows"] if row["name"] == "bptt"), None)
+        exact = next(row for row in group["rows"] if row["name"] == "bptt")
         for row in group["rows"]:
-            over = ABSENT if exact is None else without_zero(significant(row["loss"]["mean"] / exact, 3))
             how = [str(row["rollouts"] or ABSENT), seeds(group, row)]
             costs = [milliseconds(row["per_update"]), machine(group, row)]
-            rows.append([CELLS[group["cell"]], name_of(row["name"]), *how, spread(row["loss"], bits), over, *costs])
+            figures = [spread(row["loss"], bits), over(row, exact)]
+            rows.append([CELLS[group["cell"]], name_of(row["name"]), *how, *figures, *costs])
         rows += [[CELLS[group["cell"]], *line] for line in missing(group, 7)]
     return rows
 
@@ -228,5 +243,6 @@ TABLES: dict[str, Callable[..., Rows]] = {
         rivals_mnist,
         rivals_seconds,
         rivals_series,
+        rivals_spent,
     )
 }
