@@ -57,7 +57,7 @@ class Systems(NamedTuple):
     """What is kept of each system, a step and sample."""
 
     gram_ptr: Any
-    """(systems, rollouts, width): G, later A^-1; zeros beyond the last rollout."""
+    """(systems, rollouts, width): G, later A^-1; zeros beyond the last rollout. None in the primal form."""
     cross_ptr: Any
     """(systems, rollouts, width): M^T, row q and column p for d_q . xi_p; anything finite beyond the last rollout."""
     unit_ptr: Any
@@ -116,7 +116,7 @@ def _signs(rows_ptr, inside, start, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _largest(origin, finite_ptr, rollouts, units, stride, BLOCK: tl.constexpr, UNITS: tl.constexpr):
+def largest_activity(origin, finite_ptr, rollouts, units, stride, BLOCK: tl.constexpr, UNITS: tl.constexpr):
     """Return the largest activity difference of a step and sample, of the rollouts that count."""
     largest = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, rollouts, BLOCK):
@@ -147,13 +147,21 @@ def products_kernel(
     UNITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write G and M^T: a program owns a tile of both, (BLOCK, BLOCK), of one system."""
+    """Write G and M^T: a program owns a tile of both, (BLOCK, BLOCK), of one system.
+
+    Without room for G, M^T alone, of an activity that is in units already.
+    """
     system = tl.program_id(0).to(tl.int64)
     sample = system % batch
     local, lane = tl.arange(0, BLOCK), tl.arange(0, UNITS)
     origin = activity.ptr + system // batch * activity.step_stride + sample * activity.sample_stride
     finite_ptr = activity.finite_ptr + sample * rollouts
-    size = power_of_two(_largest(origin, finite_ptr, rollouts, units, activity.rollout_stride, BLOCK, UNITS))
+    if systems.gram_ptr is not None:
+        size = power_of_two(
+            largest_activity(origin, finite_ptr, rollouts, units, activity.rollout_stride, BLOCK, UNITS)
+        )
+    else:
+        size = tl.full((), 1.0, tl.float32)
     inverse = (1.0 / size).to(OPERAND)
     row, column = tl.program_id(1) * BLOCK + local, tl.program_id(2) * BLOCK + local
     counted = tl.load(finite_ptr + row, row < rollouts, 0) != 0
@@ -166,10 +174,11 @@ def products_kernel(
     for start in tl.range(0, units, UNITS, num_stages=STAGES):
         inside = (start + lane < units)[None, :]
         moved = tl.load(rows + start, counted[:, None] & inside, 0.0).to(OPERAND) * inverse
-        other = moved
-        if TILES > 1:
-            other = tl.load(columns + start, counted_too[:, None] & inside, 0.0).to(OPERAND) * inverse
-        gram = tl.dot(moved, tl.trans(other), gram, input_precision=DOT)
+        if systems.gram_ptr is not None:
+            other = moved
+            if TILES > 1:
+                other = tl.load(columns + start, counted_too[:, None] & inside, 0.0).to(OPERAND) * inverse
+            gram = tl.dot(moved, tl.trans(other), gram, input_precision=DOT)
         if injected.words_ptr is not None:
             signs = _signs(injected.words_ptr + noisy[1] * words, noisy[0], start, UNITS).to(OPERAND)
             cross = tl.dot(moved, tl.trans(signs), cross, input_precision=DOT)
@@ -180,10 +189,11 @@ def products_kernel(
     first = system * rollouts * width
     place = row[:, None] * width + column[None, :]
     stored = (row < rollouts)[:, None] & (column < width)[None, :]
-    tl.store(systems.gram_ptr + first + place, gram, stored)
     tl.store(systems.cross_ptr + first + place, cross, stored)
-    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
-        tl.store(systems.unit_ptr + system, size)
+    if systems.gram_ptr is not None:
+        tl.store(systems.gram_ptr + first + place, gram, stored)
+        if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+            tl.store(systems.unit_ptr + system, size)
 
 
 def operand_of(stored: torch.dtype, precision: str) -> str:
@@ -209,11 +219,11 @@ def write_products(
     launch: LeastSquaresLaunch,
     operand: str,
 ) -> None:
-    """Write G, M^T and u of some steps.
+    """Write G, M^T and u of some steps; M^T alone without room for G.
 
     Args:
         systems: of these steps.
-        delta_a: activity differences, (L, B, P, H).
+        delta_a: activity differences, (L, B, P, H); what is in their place in the primal form.
         finite: rollouts that count, (B, P) int8.
         seed: 0-dim int64 tensor, the noise's key.
         kind: of the noise.
@@ -235,7 +245,7 @@ def write_products(
         rollouts,
         units,
         words,
-        systems.gram_ptr.shape[-1],
+        systems.cross_ptr.shape[-1],
         OPERAND=OPERANDS[operand],
         DOT=ROUNDING[operand],
         TILES=launch.tiles,

@@ -57,6 +57,8 @@ class Counted(NamedTuple):
     first: int
     stride: int
     number: int
+    rows: int
+    """Of the whole matrix, in either form: the rollouts, or the units."""
 
 
 def matrices_of(tensor: Tensor) -> Matrices:
@@ -95,7 +97,7 @@ def invert_kernel(
     LATER: tl.constexpr,
     BLOCK: tl.constexpr,
     PANEL: tl.constexpr,
-    ROLLOUTS: tl.constexpr,
+    LONGEST: tl.constexpr,
 ):
     """Write the inverse of a matrix with its ridge: a program owns a system.
 
@@ -111,14 +113,14 @@ def invert_kernel(
     origin = source.ptr + system * source.system_stride
     offset = place[:, None].to(tl.int64) * source.row_stride + place[None, :].to(tl.int64) * source.column_stride
     matrix = tl.load(origin + offset, inside[:, None] & inside[None, :], 0.0)
-    rollout = tl.arange(0, ROLLOUTS)
-    of_sample = counted.finite_ptr + (system % batch) * rollouts + counted.first + rollout * counted.stride
-    count = tl.sum((tl.load(of_sample, rollout < counted.number, 0) != 0).to(tl.int32), 0)
+    entry = tl.arange(0, LONGEST)
+    of_sample = counted.finite_ptr + (system % batch) * rollouts + counted.first + entry * counted.stride
+    count = tl.sum((tl.load(of_sample, entry < counted.number, 0) != 0).to(tl.int32), 0)
     if LATER:
         trace, bad = tl.load(solved.trace_ptr + system), tl.load(solved.bad_ptr + system)
     else:
-        diagonal = origin + rollout.to(tl.int64) * (source.row_stride + source.column_stride)
-        trace = tl.sum(tl.load(diagonal, rollout < counted.number, 0.0), 0)
+        diagonal = origin + entry.to(tl.int64) * (source.row_stride + source.column_stride)
+        trace = tl.sum(tl.load(diagonal, entry < counted.rows, 0.0), 0)
         bad = tl.full((), 0, tl.int32)
         tl.store(solved.trace_ptr + system, trace)
     penalty = ridge * trace / tl.maximum(count, 1).to(tl.float32) + TINY
@@ -249,7 +251,7 @@ def _eliminate(
         LATER=later,
         BLOCK=launch.block,
         PANEL=launch.panel,
-        ROLLOUTS=max(16, next_power_of_two(counted.number)),
+        LONGEST=max(16, next_power_of_two(max(counted.number, counted.rows))),
         num_warps=launch.warps,
     )
 
@@ -259,14 +261,16 @@ def inverses(result: Tensor, gram: Tensor, finite: Tensor, ridge: float, *, half
 
     Args:
         result: (systems, n, width), contiguous, with the `row_width` of n; may be `gram`.
-        gram: (systems, n, n or more), of all rollouts or of every second; overwritten where a program cannot hold it.
+        gram: (systems, n, n or more), of all rollouts, of every second, or of the units; overwritten where a program
+            cannot hold it.
         finite: rollouts that count, (batch, rollouts) int8; system s is of sample s % batch.
         ridge: relative to the mean squared activity difference of a rollout.
         half: 0 or 1 where the systems are of the even or odd rollouts alone.
     """
     systems, size = result.shape[:2]
     solved = Solved(result.new_empty(systems), torch.empty(systems, dtype=torch.int32, device=result.device))
-    counted = Counted(finite, half or 0, 1 if half is None else 2, size)
+    rollouts = range(half or 0, finite.shape[1], 1 if half is None else 2)
+    counted = Counted(finite, rollouts.start, rollouts.step, len(rollouts), size)
     ridge = max(ridge, RIDGE_FLOOR * torch.finfo(torch.float32).eps)
     first, second = blocks_of(size)
     upper, lower = slice(0, first), slice(first, size)

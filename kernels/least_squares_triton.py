@@ -1,6 +1,6 @@
 """Least squares in Triton: Gram and noise products, inverses, the recursion over time, and the sums over rollouts.
 
-Contract and equations: `least_squares.py`, in its dual form. With u a power of two near the largest activity difference
+Contract and equations: `least_squares.py`. In its dual form, with u a power of two near the largest activity difference
 of a step and sample, D = delta_a_t / u, and X the noise in units of sigma:
 
     products     G = D D^T and M^T = D X^T, read once              a program per (step, sample)
@@ -8,9 +8,16 @@ of a step and sample, D = delta_a_t / u, and X the noise in units of sigma:
     recursion    x_t = A^-1 c_t,  c_{t-1} = loss_{t-1} + discount (c_t - (sigma / u) M x_t)    a program per sample
     sums         lam_t = D^T x_t / u
 
-Only the recursion follows time, and it reads two P x P matrices a step instead of the P x H activity. Signs are made
-once and stay packed, a bit each; Gaussian noise is made once for some steps at a time. Rollouts that do not count are
-never read. No array of the size of delta_a is made for Rademacher noise, and nothing makes the host wait.
+In its primal form, for P > H, K^T of `primal_triton.py` takes the place of D, and of A^-1 D and M A^-1 in one:
+
+    products     M^T = K^T X^T
+    recursion    c_{t-1} = loss_{t-1} + discount (c_t - (sigma / u) M c_t)
+    sums         lam_t = K c_t / u
+
+Only the recursion follows time, and it reads P x P matrices instead of the P x H activity, two a step or one. Signs
+are made once and stay packed, a bit each; Gaussian noise is made once for some steps at a time. Rollouts that do not
+count are never read. For Rademacher noise no array of the size of delta_a is made but K, and nothing makes the host
+wait.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ from .inverse_triton import inverses
 from .least_squares import LeastSquares, Path, block_length
 from .noise import Counters
 from .noise_triton import noise
+from .primal_triton import regressors
 from .rollout import RolloutOptions
 from .rollout_fused_triton import as_bytes
 from .tiles_least_squares import inverse_launch, least_squares_launch, least_squares_obstacle, row_width
@@ -42,7 +50,7 @@ class Duals(NamedTuple):
     """What the recursion writes."""
 
     dual_ptr: Any
-    """x, (systems, rollouts)."""
+    """x, (systems, rollouts); c in the primal form."""
     credit_ptr: Any
     """c, (systems, rollouts), or None."""
     carry_ptr: Any
@@ -84,10 +92,12 @@ def _times_rows(loaded, matrix_ptr, vector, rollouts, width, ROWS: tl.constexpr,
 
 @triton.jit
 def _matrices(systems, place, rollouts, width, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """Return A^-1 and M^T of a system, or what stands for them where they are read in parts."""
+    """Return A^-1 and M^T of a system, or what stands for them where there is none or they are read in parts."""
     if TILES == 1:
-        inverse = _load_rows(systems.gram_ptr + place, 0, rollouts, width, ROWS, TILES)
         cross = _load_rows(systems.cross_ptr + place, 0, rollouts, width, ROWS, TILES)
+        inverse = cross
+        if systems.gram_ptr is not None:
+            inverse = _load_rows(systems.gram_ptr + place, 0, rollouts, width, ROWS, TILES)
     else:
         inverse, cross = 0.0, 0.0
     return inverse, cross
@@ -111,7 +121,10 @@ def recursion_kernel(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Go back through time: a program owns a sample. A sample without a rollout that counts gets NaN."""
+    """Go back through time: a program owns a sample. A sample without a rollout that counts gets NaN.
+
+    In the primal form there is no A^-1 here, and x is c.
+    """
     sample = tl.program_id(0).to(tl.int64)
     rollout = tl.arange(0, ROWS * TILES)
     counted = tl.load(finite_ptr + sample * rollouts + rollout, rollout < rollouts, 0) != 0
@@ -146,7 +159,9 @@ def recursion_kernel(
         if BASELINE:
             credit -= tl.sum(credit, 0) / count
         credit = tl.where(counted, credit, 0.0)
-        dual = _times_rows(inverse_now, systems.gram_ptr + system * area, credit, rollouts, width, ROWS, TILES)
+        dual = credit
+        if systems.gram_ptr is not None:
+            dual = _times_rows(inverse_now, systems.gram_ptr + system * area, credit, rollouts, width, ROWS, TILES)
         later = _times_rows(cross_now, systems.cross_ptr + system * area, dual, rollouts, width, ROWS, TILES)
         place = system * rollouts + rollout
         tl.store(duals.dual_ptr + place, tl.where(count > 0.0, dual, float("nan")), rollout < rollouts)
@@ -190,19 +205,21 @@ def sums_kernel(
     rollouts,
     units,
     parts_stride: tl.int64,
+    DUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     """Write D^T x in the caller's units: a program owns UNITS units of a system.
 
-    With halves, the parts are half of each half's own estimate, and the estimate of all less the two.
+    In the primal form K^T, which is in units already, stands for D. With halves, the parts are half of each half's own
+    estimate, and the estimate of all less the two.
     """
     system = tl.program_id(0).to(tl.int64)
     sample = system % batch
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     origin = activity.ptr + system // batch * activity.step_stride + sample * activity.sample_stride
     size, loss_unit = tl.load(unit_ptr + system), tl.load(duals.unit_ptr + sample)
-    inverse = 1.0 / size
+    inverse = 1.0 / size if DUAL else 1.0
     whole = tl.zeros((UNITS,), tl.float32)
     even = tl.zeros((UNITS,), tl.float32)
     odd = tl.zeros((UNITS,), tl.float32)
@@ -247,7 +264,7 @@ def least_squares(
     What `tiles_least_squares.least_squares_obstacle` names runs in the reference, on torch's batched operations.
     """
     time, batch, rollouts, units = delta_a.shape
-    if delta_loss.numel() == 0 or least_squares_obstacle(rollouts, units, path=path is not None):
+    if delta_loss.numel() == 0 or least_squares_obstacle(rollouts, units, path=path is not None, halves=halves):
         return reference.least_squares(
             delta_loss,
             delta_a,
@@ -265,7 +282,10 @@ def least_squares(
             path=path,
             handed=handed,
         )
-    operand = operand_of(delta_a.dtype, options.precision)
+    primal = rollouts > units
+    stored = operand_of(delta_a.dtype, options.precision)
+    # K^T is float32.
+    operand = "fp32" if primal else stored
     launch = least_squares_launch(rollouts, units, operand, packed=options.noise == "rademacher")
     if delta_a.dtype not in {torch.bfloat16, torch.float32}:
         delta_a = delta_a.to(torch.float32)
@@ -274,15 +294,23 @@ def least_squares(
     counted = as_bytes(finite)
     number = time * batch
     width = row_width(rollouts)
-    systems = Systems(*(delta_loss.new_empty((number, *shape)) for shape in ((rollouts, width), (rollouts, width), ())))
+    room = (number, rollouts, width)
+    systems = Systems(
+        None if primal else delta_loss.new_empty(room), delta_loss.new_empty(room), delta_loss.new_empty(number)
+    )
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(delta_loss):
+        if primal:
+            delta_a, bad = regressors(systems.unit_ptr, delta_a, counted, ridge, stored)
         for steps in _blocks(delta_a, delta_loss, options.noise):
-            own = Systems(*(tensor[steps.start * batch : steps.stop * batch] for tensor in systems))
+            own = Systems(
+                *(None if part is None else part[steps.start * batch : steps.stop * batch] for part in systems)
+            )
             first = counters._replace(time=counters.time + steps.start)
             write_products(own, delta_a[steps], counted, seed, options.noise, first, launch, operand)
         alone = [_half_inverses(systems.gram_ptr, counted, half, ridge) for half in (0, 1) if halves]
-        bad = inverses(systems.gram_ptr, systems.gram_ptr, counted, ridge)
+        if not primal:
+            bad = inverses(systems.gram_ptr, systems.gram_ptr, counted, ridge)
         duals = Duals(
             delta_loss.new_empty((number, rollouts)),
             delta_loss.new_empty((number, rollouts)) if halves else None,
@@ -318,6 +346,7 @@ def least_squares(
             rollouts,
             units,
             adjoint.stride(0),
+            DUAL=not primal,
             BLOCK=launch.block,
             UNITS=launch.sum_units,
             num_warps=launch.sum_warps,

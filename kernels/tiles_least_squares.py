@@ -49,6 +49,22 @@ class LeastSquaresLaunch:
 
 
 @dataclass(frozen=True)
+class PrimalLaunch:
+    """How the kernels of the primal form are divided; not measured on a GPU."""
+
+    block: int
+    """Units, or rollouts, of a tile, a power of two."""
+    tiles: int
+    """Tiles of all units."""
+    inner: int
+    """Units of a step of the inner loop of the product with the inverses."""
+    rollouts: int = 32
+    """Rollouts of a step of the inner loop of the Gram matrices."""
+    stages: int = 2
+    warps: int = 4
+
+
+@dataclass(frozen=True)
 class InverseLaunch:
     """How a matrix is inverted."""
 
@@ -59,20 +75,21 @@ class InverseLaunch:
     warps: int
 
 
-def least_squares_obstacle(rollouts: int, units: int, *, path: bool) -> str:
+def least_squares_obstacle(rollouts: int, units: int, *, path: bool, halves: bool) -> str:
     """Return why least squares runs in torch's batched operations instead of the kernels, or an empty string.
 
     Args:
         rollouts: P.
         units: H.
         path: whether a step hands on more than the state that is regressed, as an LSTM does.
+        halves: whether the estimates of the even and the odd rollouts alone are wanted, too.
     """
     if path:
         return "what an LSTM's c hands on needs the estimate of each step before the next"
-    if rollouts > units:
-        return f"{rollouts} rollouts are more than {units} units: the primal form has no kernels"
     if rollouts > MOST_ROLLOUTS:
         return f"{rollouts} rollouts are more than {MOST_ROLLOUTS}"
+    if halves and rollouts > units:
+        return f"{rollouts} rollouts are more than {units} units, and half of them may be fewer: halves need both forms"
     return ""
 
 
@@ -99,6 +116,13 @@ def least_squares_launch(rollouts: int, units: int, operand: str, *, packed: boo
         recursion_warps=8 if padded <= PREFETCHED else 16,
         prefetches=padded <= PREFETCHED,
     )
+
+
+def primal_launch(units: int) -> PrimalLaunch:
+    """Return the division for matrices of `units` rows."""
+    padded = max(16, next_power_of_two(units))
+    block = min(64, padded)
+    return PrimalLaunch(block, tiles=padded // block, inner=min(32, padded))
 
 
 def inverse_launch(size: int) -> InverseLaunch:

@@ -34,6 +34,8 @@ SHAPES = {
     "halves": (2, 136, 32, 512, 5),
 }
 """(time, batch, rollouts, hidden, outputs)."""
+MORE_ROLLOUTS = {"odd": (20,), "padded": (130, 140)}
+"""Of least squares, too: more than units, more than a program inverts, and both."""
 
 LOSSES = ("linear", "squared", "cross-entropy", "outputs alone", "hidden states")
 CELL_NAMES = ("tanh", "relu", "gru", "lstm")
@@ -114,8 +116,7 @@ def run_least_squares(backend, shape, device):
     """Run the least squares on random activity, some of its rollouts lost."""
     time, batch, rollouts, hidden, _ = SHAPES[shape]
     for precision, kind in zip(PRECISIONS, NOISES, strict=True):
-        # Of the shape that has several tiles of one sample, more rollouts than a program inverts, too.
-        for count in (rollouts, 130) if shape == "padded" else (rollouts,):
+        for count in (rollouts, *MORE_ROLLOUTS.get(shape, ())):
             operand = torch.bfloat16 if precision == "bf16" else torch.float32
             least_squares_on(backend)(
                 torch.randn(time, batch, count, device=device),
@@ -128,6 +129,7 @@ def run_least_squares(backend, shape, device):
                 baseline=True,
                 options=RolloutOptions(count, 1e-3, kind, CELLS["tanh"].forms, precision, store_delta_a=True),
                 counters=Counters(rollout=3, time=5),
+                halves=count <= hidden,
             )
 
 

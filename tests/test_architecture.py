@@ -53,7 +53,7 @@ ALONE = {
     *("__init__", "tiles", "product", "scratch", "launch_triton", "place_triton", "compile_numba", "feedback_matrix"),
     *("rollout_resident_triton", "rollout_stepwise_triton", "rollout_fused_triton", "rollout_gated_triton"),
     *("tiles_least_squares", "tiles_measured", "tiles_weight_gradients", "gram_triton", "inverse_triton"),
-    *("rollout_gated_resident_triton", "repeated_triton", "measure_triton"),
+    *("rollout_gated_resident_triton", "repeated_triton", "measure_triton", "primal_triton"),
 }
 """The other files of kernels/."""
 

@@ -17,12 +17,14 @@ SHAPES = (
     *((1, 1, 1, 1), (4, 3, 5, 17), (3, 2, 24, 64), (20, 4, 32, 128), (3, 2, 48, 500), (10, 3, 100, 256)),
     *((20, 2, 128, 512), (3, 2, 130, 300), (3, 2, 256, 512)),
 )
+PRIMAL_SHAPES = ((4, 3, 2, 1), (3, 2, 17, 5), (20, 4, 128, 32), (10, 3, 100, 64), (20, 2, 256, 128), (3, 2, 250, 140))
+"""More rollouts than units."""
 
 
 def arguments(shape, stored=torch.float32, precision="fp32", *, kind="rademacher", ridge=0.01, lost=True):
     """Return the arguments of a call on the GPU: positional and named."""
     torch.manual_seed(0)
-    time, batch, rollouts, _ = shape
+    time, batch, rollouts, units = shape
     finite = torch.ones(batch, rollouts, dtype=torch.bool)
     finite[-1, 1::5] = not lost
     activity = (1e-3 * torch.randn(shape)).to(stored)
@@ -35,6 +37,7 @@ def arguments(shape, stored=torch.float32, precision="fp32", *, kind="rademacher
         "baseline": True,
         "options": RolloutOptions(rollouts, 1e-3, kind, precision=precision),
         "counters": COUNTERS,
+        "halves": rollouts <= units,
     }
     return [value.cuda() for value in values], {"finite": finite.cuda(), **named}
 
@@ -54,18 +57,22 @@ def of_reference(values, named, dtype=torch.float64):
     [(torch.float32, "fp32", 1e-5), (torch.float32, "tf32", 1e-3), (torch.bfloat16, "bf16", 1e-3)],
     ids=str,
 )
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + PRIMAL_SHAPES, ids=str)
 def test_it_is_the_reference(shape, stored, precision, bound, kind):
     values, named = arguments(shape, stored, precision, kind=kind)
     found, expected = least_squares_on("triton")(*values, **named), of_reference(values, named)
     assert found.ridge_grown == 0
     assert relative_error(found.adjoint.sum(0).cpu(), expected.adjoint.sum(0)) <= bound
-    assert relative_error(found.adjoint[:2].cpu(), expected.adjoint[:2]) <= bound
+    if named["halves"]:
+        assert relative_error(found.adjoint[:2].cpu(), expected.adjoint[:2]) <= bound
     counted = named["finite"].cpu()
     assert relative_error(found.carry.cpu() * counted, expected.carry * counted) <= bound
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 32, 128), (3, 2, 128, 512), (2, 2, 200, 512)], ids=str)
+SMALL_RIDGES = ((3, 2, 32, 128), (3, 2, 128, 512), (2, 2, 200, 512), (3, 2, 128, 32), (3, 2, 100, 90), (2, 2, 250, 200))
+
+
+@pytest.mark.parametrize("shape", SMALL_RIDGES, ids=str)
 def test_a_small_ridge_costs_no_more_than_cholesky_in_float32(shape):
     values, named = arguments(shape, ridge=1e-5)
     exact = of_reference(values, named).adjoint.sum(0)
@@ -74,7 +81,7 @@ def test_a_small_ridge_costs_no_more_than_cholesky_in_float32(shape):
     assert relative_error(found.cpu(), exact) <= 4 * theirs
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + PRIMAL_SHAPES, ids=str)
 def test_bitwise_repeatable_without_making_the_host_wait(shape):
     values, named = arguments(shape, torch.bfloat16, "bf16")
     first = least_squares_on("triton")(*values, **named)
@@ -90,7 +97,7 @@ def test_bitwise_repeatable_without_making_the_host_wait(shape):
         assert all(torch.equal(new, old) for new, old in zip(again, first, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(20, 4, 32, 128), (3, 2, 256, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(20, 4, 32, 128), (3, 2, 256, 512), (20, 4, 128, 32), (3, 2, 250, 140)], ids=str)
 def test_a_captured_graph_repeats(shape):
     values, named = arguments(shape, torch.bfloat16, "bf16")
     expected = least_squares_on("triton")(*values, **named)
@@ -104,11 +111,12 @@ def test_a_captured_graph_repeats(shape):
     assert all(torch.equal(new, old) for new, old in zip(found, expected, strict=True))
 
 
-def test_updates_agree_with_those_on_torchs_operations():
+@pytest.mark.parametrize("rollouts", [32, 96])
+def test_updates_agree_with_those_on_torchs_operations(rollouts):
     gradients = []
     for backend in ("triton", "torch"):
         torch.manual_seed(0)
-        perturbation = anpgpu.Perturbation("anp-ls", 32, backend=backend, precision="fp32", sigma=1e-4)
+        perturbation = anpgpu.Perturbation("anp-ls", rollouts, backend=backend, precision="fp32", sigma=1e-4)
         rnn, readout = anpgpu.RNN(3, 64, 2, perturbation=perturbation).cuda(), torch.nn.Linear(64, 2).cuda()
         inputs, targets = torch.randn(20, 4, 3).cuda(), torch.randn(20, 4, 2).cuda()
         anpgpu.estimate_grad_(rnn, readout, inputs, targets)

@@ -20,7 +20,7 @@ noise_triton = pytest.importorskip("anpgpu.kernels.noise_triton", reason="needs 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels are not launched")
 
 
-def counted(shape, method, noise="rademacher"):
+def counted(shape, method, noise="rademacher", *, halves=True):
     """Return how many operations of torch and how many launches of Triton a call makes."""
     with idle.idle_driver() as issued, issued:
         time, batch, rollouts, _ = shape
@@ -38,6 +38,7 @@ def counted(shape, method, noise="rademacher"):
             baseline=True,
             options=RolloutOptions(rollouts, 1e-3, noise, precision="bf16"),
             counters=Counters(),
+            halves=halves,
         )
     return issued.operations.total(), issued.launches.total()
 
@@ -57,6 +58,19 @@ def test_the_kernels_are_a_handful_of_launches(shape):
     assert before > 10 * shape[0]
 
 
-def test_the_number_of_steps_changes_nothing():
-    short, long = ((time, 32, 64, 512) for time in (2, 2000))
-    assert counted(short, least_squares_triton.least_squares) == counted(long, least_squares_triton.least_squares)
+@pytest.mark.parametrize("shape", [(10, 32, 128, 64), (10, 8, 256, 200)], ids=str)
+def test_so_they_are_with_more_rollouts_than_units(shape):
+    operations, launches = counted(shape, least_squares_triton.least_squares, halves=False)
+    before = sum(counted(shape, library, halves=False))
+    sys.stdout.write(f"T, B, P, H = {shape}: {before} on torch's batched operations, {operations + launches} kernels\n")
+    assert operations <= 2
+    assert launches <= (7 if shape[3] <= 128 else 14)
+    assert before > 10 * shape[0]
+
+
+@pytest.mark.parametrize("units", [512, 48])
+def test_the_number_of_steps_changes_nothing(units):
+    short, long = (
+        counted((time, 32, 64, units), least_squares_triton.least_squares, halves=False) for time in (2, 2000)
+    )
+    assert short == long

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from anpgpu.kernels.tiles_least_squares import MOST_ROLLOUTS
 from anpgpu.registry import BACKENDS, ESTIMATORS, Estimator
 from anpgpu.runtime.dispatch import implementation, least_squares_on
 from anpgpu.runtime.ranges import entered
@@ -190,9 +191,10 @@ class LeastSquares(Rule):
 
     @classmethod
     def extra_floats(cls, rollouts: int, hidden: int, gates: int = 1) -> int:
-        """Return the floats of a copy of delta_a, the Gram matrix and its factor."""
+        """Return the floats of a copy of delta_a and the Gram matrix and its factor, or P x P noise products."""
         del gates
-        return rollouts * hidden + 2 * min(rollouts, hidden) ** 2
+        products = rollouts**2 if rollouts <= MOST_ROLLOUTS else 0
+        return rollouts * hidden + max(2 * min(rollouts, hidden) ** 2, products)
 
     @classmethod
     def cost(cls, rollouts: int, hidden: int) -> float:
