@@ -197,6 +197,7 @@ def feedback(
     draw: Callable[..., Tensor],
     recursion: Callable[..., tuple[Tensor, Tensor]] | None,
     factors: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    inverses: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Carry, Tensor]:
     """Estimate the adjoint of a segment of steps from all rollouts of its samples, and add to the sums.
 
@@ -219,8 +220,10 @@ def feedback(
         counters: as in the rollout.
         first: the segment's first step and first sample in the whole batch.
         draw: generates the noise again; a backend's `noise`.
-        recursion: a backend's own `descend` for the dual form with Rademacher noise; None where it has none.
+        recursion: a backend's own `descend` for the dual form; None where it has none.
         factors: a backend's own `least_squares.factored`; None where it has none.
+        inverses: as `factors`, but returns inverses, which `recursion` takes in place of factors, and leaves the Gram
+            matrices as they are; None where `recursion` takes factors.
 
     Returns:
         The estimate, (T, B, H); the carry for the step before the first; and the number of systems that had no factor
@@ -233,7 +236,8 @@ def feedback(
     adjoint = torch.empty_like(known.gradient)
     grown = torch.zeros((), dtype=torch.int64, device=delta_a.device)
     length = block_length(delta_a, delta_loss)
-    own = recursion if options.noise == "rademacher" and rollouts <= units else None
+    own = recursion if rollouts <= units else None
+    of_systems = (own and inverses) or factors or factored
     for stop in range(time, 0, -length):
         start = max(0, stop - length)
         steps = slice(start, stop)
@@ -241,7 +245,7 @@ def feedback(
         if baseline:
             activity = _centred(activity, finite.unsqueeze(-1), -2)
         activity, gram, size_of = in_units(activity)
-        factor, bad = (factors or factored)(gram, ridge, finite)
+        factor, bad = of_systems(gram, ridge, finite)
         grown += bad
         unit = _unit(delta_loss[steps] / options.sigma, known.gradient[steps], carry)
         rows = unit.unsqueeze(-1)
@@ -264,9 +268,19 @@ def feedback(
         torch.div(written.adjoint, rows, out=adjoint[steps])
         carry = Carry(returns / (scale * rows), written.recurrent[0] / rows, scaled.handed / rows, largest / unit)
         if sums is not None:
-            later = Steps(activity, factor, part.slope, written.recurrent[1:], written.residual, written.weight)
+            kept = _factors_from(gram, ridge, finite) if of_systems is inverses else _factors_of(factor)
+            later = Steps(activity, kept, part.slope, written.recurrent[1:], written.residual, written.weight)
             collect(sums, later, (first[0] + start, first[1]))
     return adjoint, carry, grown
+
+
+def _factors_of(factor: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda step, sample: factor[step, sample]
+
+
+def _factors_from(gram: Tensor, ridge: float, finite: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what factors the Gram matrices, (L, B, P, P), of some steps and samples."""
+    return lambda step, sample: factored(gram[step, sample], ridge, finite[sample])[0]
 
 
 def _with_noise(draw: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ The denominator is estimated from some pairs. A gated cell of many rows keeps no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -90,8 +91,8 @@ class Steps(NamedTuple):
 
     activity: Tensor
     """D, (L, B, P, H)."""
-    factor: Tensor
-    """(L, B, n, n)."""
+    factors: Callable[[Tensor, Tensor], Tensor]
+    """Returns the factors of some steps and samples, (S, n, n), from their numbers, (S,) int64 each."""
     slope: Tensor
     """phi'(a), (L, B, H)."""
     later: Tensor
@@ -100,6 +101,11 @@ class Steps(NamedTuple):
     """w res, (L, B, H)."""
     weight: Tensor
     """w, (L, B)."""
+
+    def at(self, step: Tensor, sample: Tensor) -> tuple[Tensor, ...]:
+        """Return activity, slope, R of the step after, w and factors of some steps and samples, (S,) int64 each."""
+        rows = (self.activity, self.slope, self.later, self.weight)
+        return (*(value[step, sample] for value in rows), self.factors(step, sample))
 
 
 def pairs_of(rollouts: int, units: int) -> int:
@@ -171,22 +177,16 @@ def collect(sums: Sums, steps: Steps, first: tuple[int, int]) -> None:
     pairs = sums.pairs
     step, sample = pairs.step - first[0], pairs.sample - first[1]
     inside = (step >= 0) & (pairs.step >= 0) & (step < len(weight)) & (sample >= 0) & (sample < weight.shape[1])
-    kept = (
-        (pairs.activity, steps.activity),
-        (pairs.factor, steps.factor),
-        (pairs.slope, slope),
-        (pairs.later, later),
-        (pairs.weight, weight),
-    )
+    stored = (pairs.activity, pairs.slope, pairs.later, pairs.weight, pairs.factor)
     if not inside.is_cuda:
-        for stored, value in kept:
-            stored[inside] = value[step[inside], sample[inside]]
+        step, sample = step[inside], sample[inside]
+        for old, new in zip(stored, steps.at(step, sample), strict=True):
+            old[inside] = new
         return
     # How many lie in the block is not asked: it would make the host wait.
     step, sample = step.clamp(0, len(weight) - 1), sample.clamp(0, weight.shape[1] - 1)
-    for stored, value in kept:
-        place = inside.view(-1, *[1] * (stored.dim() - 1))
-        stored.copy_(torch.where(place, value[step, sample], stored))
+    for old, new in zip(stored, steps.at(step, sample), strict=True):
+        old.copy_(torch.where(inside.view(-1, *[1] * (old.dim() - 1)), new, old))
 
 
 def direction(sums: Sums, gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import feedback as reference
 from .compile_numba import inlined, kernel, rows_of, summing
 from .feedback import WEIGHT_FLOOR, Block, Carry, How, Written
 from .feedback_matrix import GAIN, MEASURED, NUMBER, PREDICTED
 from .least_squares_numba import signed_sum, solve_in_place
-from .noise_numba import packed_signs
+from .noise_numba import noise, packed_signs
 
 _F = np.float32
 _FLOOR = _F(WEIGHT_FLOOR)
@@ -150,7 +151,9 @@ def _step(
 def descend(
     block: Block, matrix: Tensor, carry: Carry, seed: Tensor, how: How, written: Written
 ) -> tuple[Tensor, Tensor]:
-    """Go through a block of steps, last first, in the dual form with Rademacher noise; see the reference."""
+    """Go through a block of steps, last first, in the dual form; see the reference, which Gaussian noise is left to."""
+    if how.kind != "rademacher":
+        return reference.descend(block, matrix, carry, seed, how, written, draw=noise)
     steps, batch, rollouts, units = block.activity.shape
     known, recurrent = block.known, written.recurrent
     words = packed_signs(seed, (steps, batch, rollouts, units), how.counters)

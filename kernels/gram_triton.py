@@ -104,7 +104,7 @@ def signs_kernel(
 
 
 @triton.jit
-def _signs(rows_ptr, inside, start, UNITS: tl.constexpr):
+def signs_of(rows_ptr, inside, start, UNITS: tl.constexpr):
     """Return the signs of UNITS units from `start` as float32, (rows, UNITS), from the words of each row."""
     quarter = tl.arange(0, 4)
     words = tl.load(rows_ptr[:, None] + start // 128 * 4 + quarter[None, :], inside[:, None], 0)
@@ -180,7 +180,7 @@ def products_kernel(
                 other = tl.load(columns + start, counted_too[:, None] & inside, 0.0).to(OPERAND) * inverse
             gram = tl.dot(moved, tl.trans(other), gram, input_precision=DOT)
         if injected.words_ptr is not None:
-            signs = _signs(injected.words_ptr + noisy[1] * words, noisy[0], start, UNITS).to(OPERAND)
+            signs = signs_of(injected.words_ptr + noisy[1] * words, noisy[0], start, UNITS).to(OPERAND)
             cross = tl.dot(moved, tl.trans(signs), cross, input_precision=DOT)
         else:
             values = injected.values_ptr + noisy[1][:, None] * units + (start + lane)[None, :]
@@ -233,10 +233,7 @@ def write_products(
     """
     steps, batch, rollouts, units = delta_a.shape
     words = sign_words(units)
-    if kind == "rademacher":
-        injected = Injected(packed_signs(seed, (steps, batch, rollouts, units), counters), None)
-    else:
-        injected = Injected(None, noise(seed, (steps, batch, rollouts, units), kind=kind, counters=counters))
+    injected = injected_in(seed, (steps, batch, rollouts, units), kind, counters)
     products_kernel[(steps * batch, launch.tiles, launch.tiles)](
         systems,
         activity_of(delta_a, finite),
@@ -254,6 +251,13 @@ def write_products(
         STAGES=launch.gram_stages,
         num_warps=launch.gram_warps,
     )
+
+
+def injected_in(seed: Tensor, shape: tuple[int, int, int, int], kind: str, counters: Counters) -> Injected:
+    """Return the noise of some steps, (T, B, P, H), as kernels take it."""
+    if kind == "rademacher":
+        return Injected(packed_signs(seed, shape, counters), None)
+    return Injected(None, noise(seed, shape, kind=kind, counters=counters))
 
 
 def packed_signs(seed: Tensor, shape: tuple[int, int, int, int], counters: Counters) -> Tensor:

@@ -27,6 +27,27 @@ PREFETCHED = 64
 at 64 rollouts, but 1,011 instead of 580 at 128."""
 
 
+MOST_FEEDBACK_ROLLOUTS = 64
+"""Of learned feedback. Beyond, what a step holds of its Gram matrix and of a tile of activity spills."""
+
+MOST_FEEDBACK_UNITS = 1024
+"""Of learned feedback: a program reads its H x H matrix at every step. At 64 bytes a cycle 4 MiB take 40 us at 1.8 GHz
+(an estimate), a quarter of the 66 operations that a step takes in torch, which launch in 2 or 3 us each at best."""
+
+
+@dataclass(frozen=True)
+class FeedbackLaunch:
+    """How the recursion of learned feedback is divided."""
+
+    block: int
+    """Rollouts of a tile, a power of two."""
+    rows: int
+    """Rows of the feedback matrix that are read at once."""
+    units: int
+    """Units of a tile: at most those whose signs are read at once."""
+    warps: int
+
+
 @dataclass(frozen=True)
 class LeastSquaresLaunch:
     """How the kernels of least squares are divided."""
@@ -123,6 +144,37 @@ def primal_launch(units: int) -> PrimalLaunch:
     padded = max(16, next_power_of_two(units))
     block = min(64, padded)
     return PrimalLaunch(block, tiles=padded // block, inner=min(32, padded))
+
+
+def feedback_obstacle(rollouts: int, units: int, *, gated: bool) -> str:
+    """Return why the recursion of learned feedback runs in torch's operations instead, or an empty string.
+
+    Args:
+        rollouts: P.
+        units: H.
+        gated: whether the cell makes its own adjoint of that of the state.
+    """
+    if gated:
+        return "a gated cell's adjoint has no kernel"
+    if rollouts > units:
+        return f"{rollouts} rollouts are more than {units} units: the primal form has no kernel"
+    if rollouts > MOST_FEEDBACK_ROLLOUTS:
+        return f"{rollouts} rollouts are more than {MOST_FEEDBACK_ROLLOUTS}"
+    if units > MOST_FEEDBACK_UNITS:
+        return f"{units} units are more than {MOST_FEEDBACK_UNITS}"
+    return ""
+
+
+def feedback_launch(rollouts: int, units: int) -> FeedbackLaunch:
+    """Return the division for P rollouts of H units, where there is no `feedback_obstacle`."""
+    across = min(SIGNS_PER_CHUNK, max(16, next_power_of_two(units)))
+    large = units > SIGNS_PER_CHUNK
+    return FeedbackLaunch(
+        block=max(16, next_power_of_two(rollouts)),
+        rows=128 if large else min(64, across),
+        units=across,
+        warps=8 if units > 32 else 4,
+    )
 
 
 def inverse_launch(size: int) -> InverseLaunch:

@@ -259,12 +259,13 @@ class Update(NamedTuple):
     batch: int = 8
     rollouts: int = 128
     hidden: int = 128
+    knobs: tuple[tuple[str, Any], ...] = ()
+    """Of the perturbation."""
 
     def prepared(self) -> Callable[[], None]:
         """Return the update, which leaves gradients; it is to be called without any."""
-        rule = anpgpu.Perturbation(
-            self.method, self.rollouts, backend="triton", precision="bf16", max_memory=1 << 40
-        )  # fmt: skip
+        knobs = {"backend": "triton", "precision": "bf16", "max_memory": 1 << 40, **dict(self.knobs)}
+        rule = anpgpu.Perturbation(self.method, self.rollouts, **knobs)  # type: ignore[arg-type]
         rnn, readout = anpgpu.RNN(16, self.hidden, perturbation=rule), nn.Linear(self.hidden, 8)
         inputs, targets = torch.zeros(self.time, self.batch, 16), torch.zeros(self.time, self.batch, 8)
         if self.loss == "cross_entropy":

@@ -121,7 +121,7 @@ class Case:
         how = {"sigma": self.options.sigma, "kind": self.options.noise, "dtype": self.delta_a.dtype}
         return noise(self.seed, tuple(self.delta_a.shape), **how)
 
-    def run(self, *, segments=1, blocks=1, gram=None, recursion=None, **knobs):
+    def run(self, *, segments=1, blocks=1, gram=None, recursion=None, inverses=None, **knobs):
         """Return the adjoint, and B and A after the update, by the library."""
         time, batch, rollouts, _ = self.delta_a.shape
         knobs = {"discount": self.discount, "ridge": 0.01, "baseline": False} | knobs
@@ -147,6 +147,7 @@ class Case:
                     first=(steps.start, chunk.start),
                     draw=noise,
                     recursion=recursion,
+                    inverses=inverses,
                     **knobs,
                 )
                 assert grown == 0

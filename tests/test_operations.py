@@ -21,6 +21,9 @@ Of a cross-entropy some steps may be ignored, which only the device knows.
 """
 
 
+MOST_OF_LEARNED_FEEDBACK = 280
+
+
 @pytest.mark.parametrize(("way", "loss"), MOST)
 def test_a_resident_update_issues_few_operations(way, loss):
     issued = idle.issued_by(idle.Update(way, loss))
@@ -35,6 +38,18 @@ def test_neither_length_nor_sizes_change_the_number_of_operations(way):
     long = idle.issued_by(idle.Update(way, time=200, batch=32, rollouts=64))
     assert short.operations == long.operations
     assert abs(short.launches.total() - long.launches.total()) <= 1
+
+
+@pytest.mark.parametrize("way", ["estimate", "backward"])
+def test_an_update_of_learned_feedback_has_no_loop_over_steps(way):
+    """It was 66 operations a step. What is left is of one update, much of it the step of the feedback matrix."""
+    learned = idle.Update(way, method="anp-feedback", rollouts=8, knobs=(("warmup", 0),))
+    short, long = (idle.issued_by(learned._replace(time=time)) for time in (20, 200))
+    sys.stdout.write(f"{way}, anp-feedback\n{short}\n")
+    assert short.operations == long.operations
+    assert abs(short.launches.total() - long.launches.total()) <= 2
+    assert short.operations.total() + short.launches.total() <= MOST_OF_LEARNED_FEEDBACK
+    assert {name for name, _ in short.launches} >= {"invert_kernel", "feedback_kernel"}
 
 
 @pytest.mark.parametrize("way", ["estimate", "backward"])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anpgpu.kernels.feedback import Carry, Known, feedback
+from anpgpu.kernels.feedback import Carry, Known
 from anpgpu.kernels.feedback_matrix import (
     GAIN,
     GRAM_UP_TO,
@@ -37,8 +37,8 @@ from anpgpu.kernels.feedback_matrix import (
     step,
 )
 from anpgpu.network.stack import Network
-from anpgpu.registry import BACKENDS, ESTIMATORS
-from anpgpu.runtime.dispatch import implementation
+from anpgpu.registry import ESTIMATORS
+from anpgpu.runtime.dispatch import feedback_on
 from anpgpu.runtime.processes import sum_over
 from anpgpu.runtime.ranges import entered
 from anpgpu.runtime.settings import Settings
@@ -180,14 +180,14 @@ class LearnedFeedback(Rule):
 
     def add(self, block: Block, delta_loss: Tensor, delta_a: Tensor | None) -> None:
         """Solve the regression; the block holds all rollouts of its samples."""
-        settings, backend = self.settings, self.settings.backend
+        settings = self.settings
         assert delta_a is not None  # noqa: S101  (for the type checker; the rule stores it)
         known = self.known._replace(path=block.path)
         if settings.prior not in {LEARNED, KNOWN}:
             recurrence = None if known.recurrence is None else known.recurrence._replace(direct=None)
             known = known._replace(gradient=torch.zeros_like(known.gradient), recurrence=recurrence)
         with entered("feedback"):
-            estimate, self.after, grown = feedback(
+            estimate, self.after, grown = feedback_on(settings.backend)(
                 delta_loss,
                 delta_a,
                 known,
@@ -202,9 +202,6 @@ class LearnedFeedback(Rule):
                 options=block.options,
                 counters=block.counters,
                 first=(block.counters.time, block.counters.sample),
-                draw=implementation("noise", backend),
-                recursion=implementation("descend", backend) if BACKENDS[backend].own_recursion else None,
-                factors=implementation("factored", backend) if BACKENDS[backend].own_recursion else None,
             )
         self.add_sums(estimate.unsqueeze(0))
         self.add_grown(grown)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from anpgpu.kernels.cell import CellForms
+from anpgpu.kernels.feedback import feedback
 from anpgpu.kernels.least_squares import least_squares
 from anpgpu.perturbation import AUTO
 from anpgpu.registry import BACKENDS
@@ -30,6 +31,7 @@ PART_MODULES = {
     "least_squares": "least_squares",
     "deflate": "least_squares",
     "factored": "least_squares",
+    "feedback": "feedback",
     "descend": "feedback",
     "mark_finite": "finite",
     "clean_cross_entropy": "cross_entropy",
@@ -53,6 +55,8 @@ class Backend:
     """Whether activity differences of 16-bit operands are stored as bfloat16."""
     own_least_squares: bool = False
     """Whether it has its own form of `least_squares`."""
+    own_feedback: bool = False
+    """Whether it has its own form of `feedback`."""
     own_marks: bool = False
     """Whether it has its own form of `mark_finite`."""
     own_cross_entropy: bool = False
@@ -79,7 +83,7 @@ class Triton(Backend):
 
     suffix, float64, instead = "_triton", False, "'torch' or 'cupy'"
     fuses, narrow_activity, own_least_squares, own_marks = True, True, True, True
-    own_cross_entropy, own_weight_gradients = True, True
+    own_cross_entropy, own_weight_gradients, own_feedback = True, True, True
 
     @staticmethod
     def check(device: torch.device) -> None:
@@ -215,7 +219,20 @@ def least_squares_on(backend: str) -> Callable[..., Any]:
     """Return `least_squares` of a backend: its own form, or the reference with what the backend has of its parts."""
     if BACKENDS[backend].own_least_squares:
         return implementation("least_squares", backend)
+    return functools.partial(least_squares, **_parts("deflate", backend))
+
+
+@functools.cache
+def feedback_on(backend: str) -> Callable[..., Any]:
+    """Return `feedback` of a backend: its own form, or the reference with what the backend has of its parts."""
+    if BACKENDS[backend].own_feedback:
+        return implementation("feedback", backend)
+    return functools.partial(feedback, **_parts("descend", backend))
+
+
+def _parts(recursion: str, backend: str) -> dict[str, Any]:
+    """Return a backend's noise, recursion over time and factors, the last two None where it has none."""
     own = BACKENDS[backend].own_recursion
-    recursion, factors = (implementation(part, backend) if own else None for part in ("deflate", "factored"))
-    draw = implementation("noise", backend)
-    return functools.partial(least_squares, draw=draw, recursion=recursion, factors=factors)
+    parts = {"recursion": recursion, "factors": "factored"}
+    found = {name: implementation(part, backend) if own else None for name, part in parts.items()}
+    return {"draw": implementation("noise", backend), **found}
