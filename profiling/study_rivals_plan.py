@@ -111,7 +111,7 @@ FULL = Grid(
         Entry("adding-100", 2000, 32, seeds=3, without=SLOW),
         Entry("mnist-7x7-permuted", 2000, 32, seeds=3, rates=(1e-3,), without=SLOW),
         Entry(
-            *("mnist-28x28", 300, 32),
+            *("mnist-28x28", 100, 32),
             seeds=1,
             cells=GATED,
             starts=("default",),
