@@ -1,7 +1,7 @@
 """The tables of everything that is chosen by name: estimators, cells, losses, backends.
 
 They are empty here. The files that define the entries fill them on import (`estimators/`, `network/cells.py`,
-`task/losses.py`, `runtime/dispatch.py`). All other files look names up here, without importing those files.
+`task/`, `runtime/dispatch.py`). All other files look names up here, without importing those files.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ CELLS: Table[Any] = Table("cell")
 """What a step of a network computes: `network.cells.Cell` classes. Filled by `network/cells.py`."""
 
 LOSSES: Table[Any] = Table("loss")
-"""`loss=` of `estimate_grad_` where it is a name: `task.losses.MeasuredLoss` classes. Filled by `task/losses.py`."""
+"""`loss=` of `estimate_grad_` where it is a name: `task.losses.MeasuredLoss` classes. Filled by `task/`."""
 
 BACKENDS: Table[Any] = Table("backend")
 """`backend=`: the implementations of the ops and what they run on. Filled by `runtime/dispatch.py`."""

@@ -3,7 +3,7 @@
     loss      a_y CE(y) + (1 - a_y) sum_c u_c CE(c),     CE(c) = log sum exp o - o_c     a = 1 without smoothing
     dL/do     softmax(o) - a_y e_y - (1 - a_y) u
 
-each times the weight of its step; a and u follow from label smoothing, see `task.losses.CrossEntropy`. Derived here.
+each times the weight of its step; a and u follow from label smoothing, see `task.cross_entropy`. Derived here.
 """
 
 from __future__ import annotations

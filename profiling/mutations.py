@@ -3,11 +3,12 @@
     python profiling/mutations.py --list
     python profiling/mutations.py [--only PART]... [--output FILE]
 
-The list stands in `tests/mutations_kernels.py` and `tests/mutations_package.py`. The tests that a mutation names run
-first, up to the first failure; only where they pass, the wider set that it names. The test that fails must pass without
-the mutation, or the result is an error: so is a mutation whose text is not found exactly once, and one that keeps tests
-from being collected. With --output, mutations that the file holds already are not run again, unless their code, their
-tests or the tests' outcome ("survived", "error") call for it; --only all of those whose name or file contains PART.
+The list stands in `tests/mutations_kernels.py`, `mutations_regression.py` and `mutations_package.py`. The tests that a
+mutation names run first, up to the first failure; only where they pass, the wider set that it names. The test that
+fails must pass without the mutation, or the result is an error: so is a mutation whose text is not found exactly once,
+and one that keeps tests from being collected. With --output, mutations that the file holds already are not run again,
+unless their code, their tests or the tests' outcome ("survived", "error") call for it; --only all of those whose name
+or file contains PART.
 
 The copy is temporary; the checkout itself is never changed. The exit status is 1 if any mutation survives.
 """
@@ -29,9 +30,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import mutations_kernels
 import mutations_package
+import mutations_regression
 from planting import Mutation, changed, copy_checkout, run_tests
 
-MUTATIONS = {**mutations_kernels.MUTATIONS, **mutations_package.MUTATIONS}
+MUTATIONS = {**mutations_kernels.MUTATIONS, **mutations_regression.MUTATIONS, **mutations_package.MUTATIONS}
 
 PASSED, FAILED = 0, 1
 """pytest's exit statuses of a run that took place."""

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
-from anpgpu.task.losses import CrossEntropy
-from anpgpu.task.measured import Steps, Targets
+from anpgpu.task.cross_entropy import CrossEntropy
+from anpgpu.task.losses import Steps, Targets
 
 SHAPES = ((1, 1, 1), (3, 2, 5), (40, 1, 8), (5, 7, 33), (2, 3, 1300))
 """(T, B, O): a single class, no power of two, more than a program's steps, more than a program's outputs."""

@@ -155,20 +155,20 @@ MUTATIONS = {
     ),
     # The task
     "losses: smoothing spreads the sum of class weights": Mutation(
-        "task/losses.py",
+        "task/cross_entropy.py",
         "smoothing * weight.mean())[index]",
         "smoothing * weight.sum())[index]",
         ("test_losses.py",),
     ),
     "losses: a clean step without a loss keeps its value, NaN too": Mutation(
-        "task/measured.py",
+        "task/losses.py",
         "return torch.where(weight == 0, 0, self.each(outputs, self.dense[steps, samples]) * weight)",
         "return self.each(outputs, self.dense[steps, samples]) * weight",
         ("test_losses.py", "test_lengths.py"),
         ("test_estimate_grad.py", "test_cases.py"),
     ),
     "losses: padding keeps its step weight": Mutation(
-        "task/measured.py",
+        "task/losses.py",
         "torch.where(counted, step_weight, 0)",
         "step_weight",
         ("test_losses.py",),

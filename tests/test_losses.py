@@ -26,7 +26,7 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own convention)
 
 import anpgpu
 from anpgpu import Perturbation
-from anpgpu.task.measured import Steps, Targets
+from anpgpu.task.losses import Steps, Targets
 
 # Modules.
 
@@ -135,7 +135,7 @@ def test_the_published_rules_do_not_depend_on_the_reduction(rule):
 
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-2, 1.0, 30.0])
 def test_the_difference_of_a_smoothed_loss_has_no_cancellation(size):
-    loss = anpgpu.task.losses.CrossEntropy
+    loss = anpgpu.task.cross_entropy.CrossEntropy
     module = nn.CrossEntropyLoss(CLASS_WEIGHT, label_smoothing=0.3)
     outputs, readout, targets = draw(T, B, O), draw(O, H), (torch.arange(T * B).view(T, B) % O)
     canonical, steps = Targets(targets, True), Steps(T, B, None, targets.device)

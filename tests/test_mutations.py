@@ -5,15 +5,17 @@
 
 import mutations_kernels
 import mutations_package
+import mutations_regression
 import pytest
 from planting import LEGS, PACKAGE, TESTS, changed, copy_package, run_tests
 from test_planted_bugs import BUGS
 
-MUTATIONS = {**mutations_kernels.MUTATIONS, **mutations_package.MUTATIONS}
+LISTS = (mutations_kernels.MUTATIONS, mutations_package.MUTATIONS, mutations_regression.MUTATIONS)
+MUTATIONS = {name: one for mutations in LISTS for name, one in mutations.items()}
 
 
 def test_no_two_have_a_name_or_a_place_in_common():
-    assert len(MUTATIONS) == len(mutations_kernels.MUTATIONS) + len(mutations_package.MUTATIONS)
+    assert len(MUTATIONS) == sum(map(len, LISTS))
     places = [(bug.file, bug.right) for bug in (*MUTATIONS.values(), *BUGS.values())]
     assert len(set(places)) == len(places)
 

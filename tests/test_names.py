@@ -24,7 +24,7 @@ KERNEL_LOSSES = ("linear", "squared", "cross_entropy", "outputs")
 OWN_FILES = {
     "methods": ("anpgpu/estimators/*.py",),
     "cells": ("anpgpu/network/cells.py", "kernels/cell*.py"),
-    "losses": ("anpgpu/task/losses.py", "kernels/loss*.py"),
+    "losses": ("anpgpu/task/losses.py", "anpgpu/task/cross_entropy.py", "kernels/loss*.py"),
     "backends": ("anpgpu/runtime/dispatch.py",),
 }
 """Where the names of each kind may be compared."""

@@ -15,7 +15,7 @@ from anpgpu.kernels.loss import LinearLoss, Loss, OutputsOnly
 from anpgpu.network.checkpoints import CheckpointedRun, keep_final
 from anpgpu.network.stack import CleanRun
 from anpgpu.runtime.memory import Division, Shape, one_after_another, segments_of, within_memory
-from anpgpu.task.measured import AtOutputs
+from anpgpu.task.losses import AtOutputs
 
 from .found import FoundOfProblem
 from .job import BlackBoxChange, Extent, Job, draw_masks
@@ -204,7 +204,7 @@ class _ChunkOfSamples:
         """Credit a segment, last layer first; the loss of a lower layer is linear, from its output gradient."""
         result, cell = self.result, self.problem.network.cell
         run = self.clean.segment(steps)
-        at = self._at(steps, gradient=True)
+        at = self._at(steps, gradient=True) if self.at is None else self.at
         spec = at.spec(self.problem.weight_o)
         self._credit_readout(run, steps, at)
         above: Tensor | None = self.outputs

@@ -36,6 +36,8 @@ class Settings(NamedTuple):
     options: RolloutOptions
     """Here `rollouts` is the number that this process runs."""
     backend: str
+    weight_gradients: Callable[..., list[Tensor]]
+    """The backend's form of it."""
     process_rank: int
     share: Share
     prior: str
@@ -43,11 +45,6 @@ class Settings(NamedTuple):
     follow_weights: bool
     kept: Any = None
     """What the module keeps between updates, of an estimator that keeps a state."""
-
-    @property
-    def weight_gradients(self) -> Callable[..., list[Tensor]]:
-        """The backend's `weight_gradients`."""
-        return weight_gradients_on(self.backend, self.options.precision)
 
     def shape(
         self,
@@ -139,6 +136,7 @@ def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
         cell=cell.forms,
         precision=precision,
     )
+    backend = choose_backend(perturbation.backend, weight.device, dtype, cell.forms)
     return Settings(
         method=perturbation.method,
         estimator=estimator,
@@ -148,7 +146,8 @@ def resolve(perturbation: Perturbation, cell: Any, weight: Tensor) -> Settings:
         parts=estimator.parts if perturbation.split_half or not estimator.halves_on_demand else 1,
         rank=perturbation.rank,
         options=options,
-        backend=choose_backend(perturbation.backend, weight.device, dtype, cell.forms),
+        backend=backend,
+        weight_gradients=weight_gradients_on(backend, options.precision),
         process_rank=0 if perturbation.shard_rollouts else process_rank(),
         share=share,
         prior=perturbation.prior,

@@ -11,7 +11,7 @@ from torch.nn.modules.loss import _Loss
 
 from anpgpu.kernels.loss import Loss, OutputsOnly
 
-from .measured import LossOptions, MeasuredLoss, Steps, Targets
+from .losses import LossOptions, MeasuredLoss, Steps, Targets
 
 LossFunction = Callable[..., Tensor]
 """loss(outputs (T, B, p, O), targets with a rollout axis of size 1) -> (T, B, p) or (B, p); with `lengths=` (B,) if it

@@ -17,7 +17,7 @@ from anpgpu.registry import CELLS, LOSSES
 from anpgpu.runtime.settings import working_dtype
 
 from .black_box import BlackBox, LossFunction
-from .measured import LossOptions, MeasuredLoss, Steps, Targets
+from .losses import LossOptions, MeasuredLoss, Steps, Targets
 
 VARYING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 """Modules whose function depends, in training mode, on a random draw or on what else is in the batch."""
