@@ -38,7 +38,7 @@ class Results(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["rows", "batch", "outputs", "ignore_index"])
-def _cross_entropy_kernel(
+def cross_entropy_kernel(
     outputs_ptr,  # (time, batch, outputs), contiguous, float32
     targets: Scalars,  # int64
     weight: Scalars,  # float64
@@ -134,7 +134,7 @@ def clean_cross_entropy(
     shares = Shares(None, None) if smoothing is None else Shares(*(share.contiguous() for share in smoothing))
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(outputs):
-        _cross_entropy_kernel[(triton.cdiv(rows, each),)](
+        cross_entropy_kernel[(triton.cdiv(rows, each),)](
             outputs,
             scalars_of(targets),
             scalars_of(weight),

@@ -148,7 +148,10 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     left_out: list[str] = []
     record["results"], record["left_out"] = rows, left_out
-    jobs = [functools.partial(goal_rows, goal, device, has_goals=cuda) for goal in (GOALS if cuda else SMALL)]
+    jobs = [
+        functools.partial(goal_rows, goal, device, has_goals="h200" in short_name(host))
+        for goal in (GOALS if cuda else SMALL)
+    ]
     if cuda:
         jobs += [lambda hidden=hidden: [share_row(hidden, peak, device)] for hidden in SHARES]
     for number, job in enumerate(tqdm(jobs, desc="updates", unit="shape")):

@@ -12,7 +12,7 @@ NO_SHARES = Shares(NONE, NONE)
 def case(outputs, shares=NO_SHARES, gradient="*fp32"):
     """Return the case of some outputs."""
     columns = min(outputs, tiles.CLEAN_LOSS_COLUMNS)
-    kernel = cross_entropy_triton._cross_entropy_kernel
+    kernel = cross_entropy_triton.cross_entropy_kernel
     constexprs = {"ROWS": min(tiles.CLEAN_LOSS_ELEMENTS // columns, tiles.CLEAN_LOSS_ROWS), "COLUMNS": columns}
     signature = {
         "outputs_ptr": "*fp32",

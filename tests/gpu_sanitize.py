@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 # Appended, as in conftest.py: an uninstalled checkout can be imported.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+import anpgpu
 from anpgpu.kernels.loss import CrossEntropyLoss, LinearLoss, OutputsOnly, SquaredLoss
 from anpgpu.kernels.noise import Counters
 from anpgpu.kernels.rollout import RolloutOptions
@@ -39,8 +41,9 @@ MORE_ROLLOUTS = {"odd": (20,), "padded": (130, 140)}
 
 LOSSES = ("linear", "squared", "cross-entropy", "outputs alone", "hidden states")
 CELL_NAMES = ("tanh", "relu", "gru", "lstm")
-PARTS = (*CELL_NAMES, "least squares", "clean")
-"""What runs of a shape: blocks of rollouts of a cell, the least squares, or what an update computes beside rollouts."""
+PARTS = (*CELL_NAMES, "least squares", "feedback", "clean")
+"""What runs of a shape: blocks of rollouts of a cell, the least squares, updates by learned feedback, or what an update
+computes beside rollouts."""
 
 NOISES = ("rademacher", "gaussian")
 PRECISIONS = ("bf16", "fp32")
@@ -133,6 +136,16 @@ def run_least_squares(backend, shape, device):
             )
 
 
+def run_feedback(backend, shape, device):
+    """Run updates by learned feedback, of which its recursion and its inverses have no op."""
+    time, batch, rollouts, hidden, outputs = SHAPES[shape]
+    rnn, readout = anpgpu.RNN(outputs, hidden, device=device), nn.Linear(hidden, outputs, device=device)
+    inputs, targets = (torch.randn(time, batch, outputs, device=device) for _ in range(2))
+    for kind, precision in zip(NOISES, PRECISIONS, strict=True):
+        how = anpgpu.Perturbation("anp-feedback", rollouts, noise=kind, precision=precision, backend=backend, warmup=0)
+        anpgpu.estimate_grad_(rnn, readout, inputs, targets, perturbation=how)
+
+
 def run_clean(backend, shape, device):
     """Run weight gradients, of two weights and added to earlier ones, and cross-entropy at the clean outputs."""
     time, batch, _, hidden, outputs = SHAPES[shape]
@@ -153,6 +166,8 @@ def run(backend, shape, part, device):
     torch.manual_seed(0)
     if part == "least squares":
         run_least_squares(backend, shape, device)
+    elif part == "feedback":
+        run_feedback(backend, shape, device)
     elif part == "clean":
         run_clean(backend, shape, device)
     else:

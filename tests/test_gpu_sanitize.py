@@ -6,9 +6,15 @@ import gpu_sanitize
 import pytest
 import torch
 
+from anpgpu.estimators import feedback as estimator
+
 CELLS = gpu_sanitize.CELL_NAMES
 OPS = {"noise", "rollout", "returns", "adjoint", "rollout_adjoint"}
-BESIDE = {"least squares": {"least_squares_on"}, "clean": {"weight_gradients_on", "cross_entropy_on"}}
+BESIDE = {
+    "least squares": {"least_squares_on"},
+    "feedback": {"feedback_on"},
+    "clean": {"weight_gradients_on", "cross_entropy_on"},
+}
 """What runs of a part that is no cell's, by the functions that return it."""
 
 
@@ -46,7 +52,8 @@ def test_a_part_runs_every_kernel_of_it(part, monkeypatch):
     one = gpu_sanitize.implementation
     monkeypatch.setattr(gpu_sanitize, "implementation", lambda name, backend: noted(name, one(name, backend)))
     for name in set().union(*BESIDE.values()):
-        found = getattr(gpu_sanitize, name)
-        monkeypatch.setattr(gpu_sanitize, name, lambda *of, name=name, found=found: noted(name, found(*of)))
+        asked_by = estimator if name == "feedback_on" else gpu_sanitize
+        found = getattr(asked_by, name)
+        monkeypatch.setattr(asked_by, name, lambda *of, name=name, found=found: noted(name, found(*of)))
     gpu_sanitize.run("torch", "odd", part, torch.device("cpu"))
     assert ran == BESIDE.get(part, OPS)

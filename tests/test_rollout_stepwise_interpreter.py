@@ -156,7 +156,7 @@ def test_losses_of_outputs_do_not_depend_on_segments(in_tiles, kind, joined):
         state = part.delta_h
     expected = whole.delta_o if kind == "outputs" else whole.delta_loss
     assert relative_error(torch.cat(parts), expected) <= TOLERANCES["float32"].bound
-    assert torch.equal(state, whole.delta_h)
+    assert relative_error(state, whole.delta_h) <= TOLERANCES["float32"].bound
 
 
 @pytest.mark.parametrize(("kind", "noise"), [("squared", "rademacher"), ("none", "gaussian"), ("linear", "gaussian")])

@@ -140,8 +140,6 @@ class _ChunkOfSamples:
 
     def _at(self, steps: slice, *, gradient: bool) -> AtOutputs:
         """Return the loss at the clean outputs of a segment; that of a single one is kept."""
-        if self.at is not None:
-            return self.at
         alone = not self.top.segmented
         at = self.loss.at(
             self.outputs[steps],
