@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import anpgpu
 
-__all__ = ["ABSENT", "decided", "expected_reward", "padded", "trials_of"]
+__all__ = ["ABSENT", "decided", "expected_reward", "network", "padded", "trials_of"]
 
 ABSENT = (
     "neurogym is not installed: pip install 'anpgpu[neurogym]', into an environment of its own, because neurogym 2.3 "
@@ -95,9 +95,9 @@ def expected_reward(outputs: Tensor, targets: Tensor) -> Tensor:
     return -(probability * counted).sum(0) / counted.sum(0)
 
 
-def network(features: int, actions: int, hidden: int) -> tuple[nn.RNN, nn.Linear]:
+def network(features: int, actions: int, hidden: int, *, seed: int = 0) -> tuple[nn.RNN, nn.Linear]:
     """Return a leaky rate network under Dale's law, and its readout."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     rnn, readout = nn.RNN(features, hidden), nn.Linear(hidden, actions)
     # Parametrizations follow one another: first each unit's sign, then the leak.
     parametrize.register_parametrization(rnn, WEIGHT, Dale(hidden))

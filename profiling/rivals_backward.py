@@ -92,6 +92,8 @@ class Truncated:
             by_input[here] += (adjoint.unsqueeze(3) * steps.by_input[here]).sum(2)
             recurrent = (adjoint.unsqueeze(3) * steps.by_state[here]).sum(2)
             by_state[here] += recurrent
+            if back + 1 == self.depth:
+                break
             earlier = torch.einsum("tbmh,tbmnh->tbnh", adjoint, steps.direct[here])
             earlier[:, :, 0] += torch.einsum("tbkh,khj->tbj", recurrent, steps.recurrent)
             adjoint = earlier[1:]

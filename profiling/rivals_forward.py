@@ -223,7 +223,8 @@ class Uoro(Stepwise):
     ) -> tuple[Tensor, ...]:
         states, parameters = carried
         pushed = torch.einsum("bmnh,bnh->bmh", steps.direct[number], states)
-        pushed = pushed + torch.einsum("bmhj,bj->bmh", steps.jacobian(number), states[:, 0])
+        onward = torch.einsum("khj,bj->bkh", steps.recurrent, states[:, 0])
+        pushed = pushed + torch.einsum("bmkh,bkh->bmh", steps.by_state[number], onward)
         signs = torch.randint(0, 2, states.shape, device=states.device).to(states.dtype) * 2 - 1
         immediate = torch.einsum("bmh,bmkhf->bkhf", signs, immediate)
         first, second = _balance(parameters, pushed), _balance(immediate, signs)

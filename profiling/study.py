@@ -31,6 +31,8 @@ from machine import machine
 from study_grid import FULL, METHODS, QUICK, Planned, best_rate, key_of, plan, tasks, training
 from tqdm import tqdm
 
+from anpgpu.estimators.found import NonFiniteRolloutsError
+
 RESULTS = Path(__file__).resolve().parent / "results" / "study"
 
 QUICK_MINUTES = 9.0
@@ -48,21 +50,23 @@ class Finished:
         self.path, self.key = path, key or (lambda run: key_of(run["task"], training.Settings(**run["settings"])))
         self.runs: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text() if path.exists() else ""
-        for number, line in enumerate(text.split("\n")[:-1], 1):
-            # A process that is killed while writing leaves an unfinished line, the last one; others are damage.
+        content = path.read_bytes() if path.exists() else b""
+        # A process that is killed while writing leaves a last line without its end.
+        self.broken = not content.endswith(b"\n") and bool(content)
+        for number, line in enumerate(content.splitlines(), 1):
             try:
                 run = json.loads(line)
+                if missing := [name for name in ("curve", "seconds") if name not in run]:
+                    raise ValueError(f"it has no {', '.join(missing)}")
                 self.runs[self.key(run)] = run
             except (ValueError, TypeError, KeyError) as error:
                 print(f"line {number} of {path.name} is no run and was skipped: {error}", file=sys.stderr)
-        if text and not text.endswith("\n"):
-            path.write_text(text[: text.rfind("\n") + 1])
 
     def add(self, run: dict) -> None:
         """Add a run; it is on the disk when this returns."""
         with self.path.open("a") as file:
-            file.write(json.dumps(run) + "\n")
+            file.write("\n" * self.broken + json.dumps(run) + "\n")
+            self.broken = False
             file.flush()
             os.fsync(file.fileno())
         self.runs[self.key(run)] = run
@@ -130,8 +134,8 @@ def work(csv_path: Path | None) -> None:
         started, reason = time.process_time(), None
         try:
             curve = training.train(made_tasks[name], training.Settings(**values), progress=False)
-        except RuntimeError as error:
-            # The library raises where no rollout is finite; the run counts as broken off.
+        except NonFiniteRolloutsError as error:
+            # No rollout is finite: the run counts as broken off. Any other error is the study's own, and ends it.
             curve, reason = training.Curve([], [], [], [], []), str(error)
         run = {"task": name, "settings": values, "curve": curve._asdict(), "seconds": time.process_time() - started}
         print(json.dumps(run if reason is None else {**run, "broke_off": reason}), flush=True)

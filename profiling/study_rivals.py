@@ -28,7 +28,7 @@ import torch
 from study import Finished, Queue, attended, note_machine
 from study_grid import Planned, key_of, training
 from study_rivals_plan import FULL, QUICK, Grid, plan
-from study_rivals_runs import METHODS, Settings, made, train
+from study_rivals_runs import METHODS, Settings, clock, made, train
 from study_tasks import Benchmark
 from tqdm import tqdm
 
@@ -52,7 +52,9 @@ def lacking(name: str, options: argparse.Namespace) -> str | None:
         if name.startswith(start):
             try:
                 study_tasks.existing(path, option)
-            except FileNotFoundError as error:
+                if option == "--mnist":
+                    study_tasks.archive(path).close()
+            except (FileNotFoundError, ValueError) as error:
                 return str(error)
     return None
 
@@ -79,19 +81,24 @@ def key_of_line(run: dict) -> str:
 
 def seconds_of(runs: Sequence[Planned], makers: Makers) -> dict[str, float]:
     """Estimate the seconds of one process that runs take, by task, from three updates of each kind."""
+    # As workers run.
+    torch.set_num_threads(1)
     kinds: dict[tuple[str, Settings], list[Planned]] = {}
     for run in runs:
-        kind = run.settings._replace(seed=0, lr=1e-4, updates=3, start="default")
+        kind = run.settings._replace(seed=0, lr=1e-4, updates=3, start="default", optimiser="adam")
         kinds.setdefault((run.task, kind), []).append(run)
     total: dict[str, float] = {}
     last: tuple[tuple[str, int], Benchmark] | None = None
     for (name, kind), mine in tqdm(kinds.items(), desc="timing", unit="kind", leave=False):
         if last is None or last[0] != (name, kind.window):
             last = (name, kind.window), makers[name](kind.window)
-        started = time.process_time()
+        started = clock(kind.device)
         learned = train(last[1], kind, progress=False)
-        looks = time.process_time() - started - learned.seconds[-1]
-        update = (learned.seconds[-1] - learned.seconds[0]) / 2
+        if not learned.seconds:
+            # Its first loss is not finite: so will be those of its runs, which end there.
+            continue
+        looks = clock(kind.device) - started - learned.seconds[-1]
+        update = (learned.seconds[-1] - learned.seconds[0]) / max(len(learned.seconds) - 1, 1)
         for run in mine:
             spent = learned.seconds[0] + update * run.settings.updates + looks / 3 * training.SHARES
             total[name] = total.get(name, 0.0) + spent
@@ -130,7 +137,7 @@ def study(options: argparse.Namespace, grid: Grid) -> None:
     finished = Finished(options.output / "runs.jsonl", key_of_line)
     minutes = options.minutes if options.full or options.minutes else QUICK_MINUTES
     queue = Queue(planned, finished, time.monotonic() + 60 * minutes if minutes else float("inf"))
-    if options.full or options.hours:
+    if options.hours or (options.full and not options.tasks):
         say_hours(queue.waiting, makers_of(options), options.jobs)
     if options.hours or not queue.waiting:
         return
@@ -141,6 +148,14 @@ def study(options: argparse.Namespace, grid: Grid) -> None:
     attended(queue, command, options.jobs, gpu=options.device.startswith("cuda"))
 
 
+def positive(text: str) -> int:
+    """Read a number of at least one."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
@@ -148,11 +163,11 @@ def main() -> None:
     which.add_argument("--quick", action="store_true", help="the small grid (the default)")
     parser.add_argument("--tasks", nargs="+", help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
-    parser.add_argument("--seeds", type=int, help="in place of each task's own number")
+    parser.add_argument("--seeds", type=positive, help="in place of each task's own number")
     parser.add_argument("--mnist", type=Path, help=f".npz of numpy arrays {', '.join(study_tasks.ARRAYS)}")
     parser.add_argument("--text", type=Path, help="a text in UTF-8")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--jobs", type=positive, default=2, help="worker processes")
     parser.add_argument("--minutes", type=float, help="start nothing new after so many")
     parser.add_argument("--hours", action="store_true", help="run nothing: say how long it takes")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and plots of what there is")
@@ -162,6 +177,8 @@ def main() -> None:
     if options.worker:
         work(options)
         return
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"--device {options.device}: torch finds no GPU here")
     options.output = options.output or (RESULTS if options.full else RESULTS / "quick")
     grid = FULL if options.full else QUICK
     if not options.report:
@@ -169,6 +186,7 @@ def main() -> None:
     if not options.hours:
         finished = Finished(options.output / "runs.jsonl", key_of_line)
         study_rivals_report.report(options.output, list(finished.runs.values()), grid)
+        print(f"tables and plots: {options.output / 'rivals.md'}")
 
 
 if __name__ == "__main__":

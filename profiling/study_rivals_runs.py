@@ -10,10 +10,11 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from machine import processor
+from machine import commit, processor
 from rivals import CELLS, RIVALS, Outcome, State
 from study_grid import tasks, training
 from study_tasks import RESET, Benchmark
@@ -21,8 +22,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import anpgpu
+from anpgpu.estimators.found import NonFiniteRolloutsError
 
-__all__ = ["LIBRARY", "METHODS", "OPTIMISERS", "STARTS", "Learned", "Settings", "made", "network", "train"]
+# isort: split
+# Of examples/, which study_grid makes importable.
+import neurogym_task
+
+__all__ = ["LIBRARY", "METHODS", "OPTIMISERS", "STARTS", "Learned", "Settings", "clock", "made", "network", "train"]
 
 LIBRARY: dict[str, dict[str, object]] = {
     "np": {"method": "np"},
@@ -38,8 +44,15 @@ METHODS = (*RIVALS, *LIBRARY)
 
 OPTIMISERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 
-STARTS = ("default", "orthogonal")
-"""W_hh is as torch draws it, or every gate's is a random rotation."""
+STARTS = ("default", "orthogonal", "chrono")
+"""W_hh is as torch draws it, or every gate's is a random rotation, or biases of a GRU or LSTM make it remember."""
+
+LONGEST = 784
+"""Steps that a unit of the chrono start remembers at most."""
+
+DALE = "dale"
+"""The cell of a leaky rate network under Dale's law, that of examples/neurogym_task.py: an nn.RNN with
+parametrizations, whose start is its own."""
 
 CHUNK = 500
 """Held-out sequences of one forward pass."""
@@ -92,11 +105,16 @@ def network(settings: Settings, inputs: int, outputs: int) -> tuple[nn.RNNBase, 
     """Return a network and its readout, the same for every method of a seed (but biases, where a rule has none)."""
     if settings.start not in STARTS:
         raise ValueError(f"start must be one of {', '.join(STARTS)}, got {settings.start!r}")
+    if settings.cell == DALE:
+        rnn, readout = neurogym_task.network(inputs, outputs, settings.hidden, seed=settings.seed)
+        return rnn.to(settings.device), readout.to(settings.device)
     torch.manual_seed(settings.seed)
     rnn, readout = CELLS[settings.cell](inputs, settings.hidden), nn.Linear(settings.hidden, outputs)
     if settings.start == "orthogonal":
         for gate in rnn.weight_hh_l0.detach().split(settings.hidden):
             nn.init.orthogonal_(gate)
+    elif settings.start == "chrono":
+        chrono_(rnn)
     if settings.method.startswith("published"):
         whole = (rnn.weight_ih_l0, rnn.weight_hh_l0, readout.weight)
         rnn = CELLS[settings.cell](inputs, settings.hidden, bias=False)
@@ -107,6 +125,26 @@ def network(settings: Settings, inputs: int, outputs: int) -> tuple[nn.RNNBase, 
     return rnn.to(settings.device), readout.to(settings.device)
 
 
+@torch.no_grad()
+def chrono_(rnn: nn.RNNBase) -> None:
+    """Set the biases so that units remember for 1 to `LONGEST` steps, evenly (Tallec and Ollivier, ICLR 2018).
+
+    A GRU's z and an LSTM's f have a bias of log(u), u uniform from 1 to `LONGEST` - 1, the LSTM's i its negative, all
+    other biases are zero.
+
+    Raises:
+        ValueError: the cell has no gates.
+    """
+    if rnn.mode not in {"GRU", "LSTM"}:
+        raise ValueError(f"start 'chrono' sets the biases of gates, which an {rnn.mode} does not have")
+    rnn.bias_ih_l0.zero_()
+    first, second, *_ = rnn.bias_hh_l0.zero_().split(rnn.hidden_size)
+    # torch's order is r, z, n of a GRU and i, f, g, o of an LSTM.
+    second.uniform_(1, LONGEST - 1).log_()
+    if rnn.mode == "LSTM":
+        first.copy_(-second)
+
+
 Update = Callable[[tasks.Batch, State], Outcome]
 """Adds a batch's gradients to `.grad`."""
 
@@ -115,14 +153,17 @@ def update_of(task: Benchmark, settings: Settings, rnn: nn.RNNBase, readout: nn.
     """Return a method's update, and how many rollouts it runs of a sequence: every update, and before the first one.
 
     Raises:
-        ValueError: the method is unknown, or needs a gradient where there is only a reward.
+        ValueError: the method is unknown, or needs a loss of every step where a trial has only a reward.
     """
     if settings.method in RIVALS:
-        if task.reward is not None:
-            raise ValueError(f"{settings.method!r} needs a loss with a gradient, and {task.name} has a reward alone")
+        if task.reward is not None and settings.method != "bptt":
+            raise ValueError(f"{settings.method!r} needs a loss of every step, and {task.name} has one reward a trial")
         rival = RIVALS[settings.method](rnn, readout)
 
         def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+            if task.reward is not None:
+                # What a black box does not give: the exact gradient of the expected reward.
+                return task.reward(outputs.unsqueeze(2), targets.unsqueeze(-1)).mean()
             return training.loss_of(task, outputs, targets)
 
         return lambda batch, state: rival.grad_(batch.inputs, batch.targets, loss_of, state), 0, 0
@@ -160,7 +201,7 @@ def train(task: Benchmark, settings: Settings, *, progress: bool = True) -> Lear
     for number in tqdm(range(1, settings.updates + 1), desc=title, disable=not progress, leave=False):
         batch = on(next(batches), settings.device)
         state = state if batch.continued else None
-        started = _clock(settings.device)
+        started = clock(settings.device)
         optimiser.zero_grad()
         if settings.falling:
             optimiser.param_groups[0]["lr"] = settings.lr * (1 - (number - 1) / settings.updates)
@@ -170,13 +211,14 @@ def train(task: Benchmark, settings: Settings, *, progress: bool = True) -> Lear
         if settings.clip:
             nn.utils.clip_grad_norm_(rnn.parameters(), settings.clip)
         optimiser.step()
-        seconds += _clock(settings.device) - started
+        seconds += clock(settings.device) - started
         size = batch.inputs.shape[0] * batch.inputs.shape[1]
         spent += size * (rollouts + (warming if number == 1 else 0))
         losses.append(loss)
         recent.append(loss)
         # The release makes its last record before the last step, not after it.
-        if settings.window and (number * settings.window) % RECORDED == 0 and number < settings.updates:
+        due = settings.window and number * settings.window % RECORDED < settings.window
+        if due and number < settings.updates:
             learned.records.append(sum(recent) / len(recent))
         if number in looks:
             learned.updates.append(number)
@@ -189,7 +231,8 @@ def train(task: Benchmark, settings: Settings, *, progress: bool = True) -> Lear
     return learned
 
 
-def _clock(device: str) -> float:
+def clock(device: str) -> float:
+    """Return processor time, on a GPU wall clock, in seconds."""
     if torch.device(device).type != "cuda":
         return time.process_time()
     torch.cuda.synchronize()
@@ -209,8 +252,8 @@ def made(task: Benchmark, settings: Settings) -> dict[str, object]:
     started, reason = time.process_time(), None
     try:
         curve = train(task, settings, progress=False)
-    except RuntimeError as error:
-        # The library raises where no rollout is finite; the run counts as broken off.
+    except NonFiniteRolloutsError as error:
+        # No rollout is finite: the run counts as broken off. Any other error is the study's own, and ends it.
         curve, reason = Learned([], [], [], [], [], [], []), str(error)
     line = {
         "task": task.name,
@@ -221,5 +264,6 @@ def made(task: Benchmark, settings: Settings) -> dict[str, object]:
         "solved": task.solved,
         "seconds": time.process_time() - started,
         "machine": processor(settings.device),
+        "commit": commit(Path(__file__).resolve().parent),
     }
     return line if reason is None else {**line, "broke_off": reason}

@@ -276,15 +276,19 @@ def test_the_learning_rate_is_the_one_of_the_lowest_validation_loss(tmp_path):
     assert queue.take() is None
 
 
-def test_a_line_that_was_cut_off_is_run_again(tmp_path):
+def test_a_line_that_was_cut_off_is_run_again(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     first, second = plan(QUICK, ["adding"], ["np"], 1)[:2]
     finished = study.Finished(path)
     finished.add(run_of(first, 0.5))
     with path.open("a") as file:
         file.write(json.dumps(run_of(second, 0.5))[:40])
+    cut = path.read_bytes()
     again = study.Finished(path)
     assert list(again.runs) == [key_of(*first[:2])]
+    assert "line 2 of runs.jsonl is no run" in capsys.readouterr().err
+    # Who only reads leaves a line alone that may still be in the making.
+    assert path.read_bytes() == cut
     again.add(run_of(second, 0.5))
     assert len(study.Finished(path).runs) == 2
 
@@ -293,12 +297,14 @@ def test_a_damaged_line_is_reported_by_its_number_and_skipped(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     first, second = plan(QUICK, ["adding"], ["np"], 1)[:2]
     whole = [json.dumps(run_of(planned, 0.5)) for planned in (first, second)]
-    path.write_text("\n".join((whole[0], whole[0][:40], whole[1], '{"task": "adding"}', "")))
+    without = json.dumps({name: value for name, value in run_of(first, 0.5).items() if name != "curve"})
+    lines = (whole[0], whole[0][:40], whole[1], '{"task": "adding"}', without)
+    path.write_bytes("\n".join((*lines, "")).encode() + b'{"task": "\xff"}\n')
     assert list(study.Finished(path).runs) == [key_of(*first[:2]), key_of(*second[:2])]
     printed = capsys.readouterr().err
-    assert "line 2 of runs.jsonl is no run" in printed
-    assert "line 4 of runs.jsonl is no run" in printed
-    assert printed.count("\n") == 2
+    assert [number for number in range(1, 7) if f"line {number} of runs.jsonl is no run" in printed] == [2, 4, 5, 6]
+    assert "it has no curve" in printed
+    assert printed.count("\n") == 4
 
 
 def command(folder, *arguments):

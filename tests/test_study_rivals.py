@@ -21,10 +21,13 @@ import study_rivals  # noqa: E402  (found through the line above)
 import study_rivals_report as tables  # noqa: E402
 import study_rivals_runs as runs  # noqa: E402
 import study_tasks  # noqa: E402
+from rivals import RIVALS  # noqa: E402
 from study_grid import TUNING_SEED, key_of, tasks  # noqa: E402
 from study_rivals_plan import CORE, FULL, QUICK, Grid, Way, left_out, plan, ways  # noqa: E402
 from study_rivals_runs import METHODS, Settings  # noqa: E402
 from study_tasks_neurogym import expected_reward  # noqa: E402
+
+from anpgpu.estimators.found import NonFiniteRolloutsError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +64,40 @@ def test_an_orthogonal_start_rotates_every_gate(cell):
     default, _ = runs.network(SHORT._replace(cell=cell, start="default"), 3, 2)
     assert torch.equal(default.weight_hh_l0, plain.weight_hh_l0)
     assert torch.equal(rnn.weight_ih_l0, plain.weight_ih_l0)
-    with pytest.raises(ValueError, match="default, orthogonal, got 'x'"):
+    with pytest.raises(ValueError, match="default, orthogonal, chrono, got 'x'"):
         runs.network(SHORT._replace(start="x"), 3, 2)
+
+
+@pytest.mark.parametrize(("cell", "gate"), [("gru", 1), ("lstm", 1)])
+def test_a_chrono_start_remembers_for_as_long_as_its_biases_say(cell, gate):
+    settings = SHORT._replace(cell=cell, start="chrono", hidden=64)
+    rnn, _ = runs.network(settings, 3, 2)
+    plain, _ = runs.network(settings._replace(start="default"), 3, 2)
+    assert torch.equal(rnn.weight_hh_l0, plain.weight_hh_l0)
+    assert not rnn.bias_ih_l0.any()
+    biases = rnn.bias_hh_l0.detach().split(64)
+    # What a step keeps is sigmoid(log u) = u / (1 + u): u + 1 steps, evenly from 2 to 784.
+    kept = torch.sigmoid(biases[gate])
+    steps = 1 / (1 - kept)
+    assert steps.min() > 2
+    assert steps.max() < runs.LONGEST + 1
+    assert 300 < steps.mean() < 500
+    if cell == "lstm":
+        torch.testing.assert_close(torch.sigmoid(biases[0]), 1 - kept)
+    assert not any(bias.any() for number, bias in enumerate(biases) if number > 1)
+    with pytest.raises(ValueError, match="start 'chrono' sets the biases of gates, which an RNN_TANH does not have"):
+        runs.network(SHORT._replace(start="chrono"), 3, 2)
+
+
+def test_a_network_under_dales_law_starts_by_its_seed(copying):
+    settings = SHORT._replace(cell="dale", start="default", method="anp-feedback")
+    one, again, other = (
+        runs.network(settings._replace(seed=seed), copying.inputs, copying.outputs)[0] for seed in (0, 0, 1)
+    )
+    assert torch.equal(one.weight_hh_l0, again.weight_hh_l0)
+    assert not torch.equal(one.weight_hh_l0, other.weight_hh_l0)
+    learned = runs.train(copying, settings, progress=False)
+    assert learned.test[-1].loss < learned.test[0].loss
 
 
 def test_the_published_rule_has_the_same_weights_and_no_biases():
@@ -124,6 +159,29 @@ def test_records_of_an_online_run_are_means_of_its_last_200_steps():
     assert online.records == learned.records
 
 
+def test_records_are_as_often_where_updates_do_not_fall_on_them():
+    task = study_tasks.series("mackey-glass", study_tasks.mackey_glass, 8)
+    still = SHORT._replace(window=8, updates=2000 // 8, lr=0.0, clip=0.0, falling=False)
+    # After 504, 1,000 and 1,504 steps, and not after the last one.
+    assert len(runs.train(task, still, progress=False).records) == 3
+
+
+def test_a_run_that_finds_nothing_finite_breaks_off_and_other_errors_end_the_study(copying, monkeypatch):
+    def broken(error):
+        def raising(*_arguments, **_options):
+            raise error
+
+        monkeypatch.setattr(runs, "train", raising)
+
+    broken(NonFiniteRolloutsError("no rollout of sample 3 is finite"))
+    line = runs.made(copying, SHORT)
+    assert line["broke_off"] == "no rollout of sample 3 is finite"
+    assert line["curve"]["test"] == []
+    broken(RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runs.made(copying, SHORT)
+
+
 def test_held_out_sequences_in_chunks_are_scored_as_a_whole(copying):
     rnn, readout = runs.network(SHORT, copying.inputs, copying.outputs)
     whole = tasks.score(copying, readout(rnn(copying.test.inputs)[0]), copying.test.targets)
@@ -151,14 +209,19 @@ def test_a_reward_alone_teaches():
     assert learned.training_loss[0] > -0.5
     assert learned.training_loss[-1] < -0.75
     assert learned.test[-1].accuracy == 1.0
-    with pytest.raises(ValueError, match="'bptt' needs a loss with a gradient, and choice has a reward alone"):
-        runs.train(rewarded(), SHORT, progress=False)
+    # Beside it the exact gradient of the expected reward.
+    exact = runs.train(rewarded(), SHORT._replace(updates=120, hidden=8, batch=16), progress=False)
+    assert exact.training_loss[0] == pytest.approx(learned.training_loss[0], rel=1e-2)
+    assert exact.training_loss[-1] < -0.75
+    with pytest.raises(ValueError, match="'rtrl' needs a loss of every step, and choice has one reward a trial"):
+        runs.train(rewarded(), SHORT._replace(method="rtrl"), progress=False)
     with pytest.raises(ValueError, match=r"method must be one of bptt, .*, got 'x'"):
         runs.train(rewarded(), SHORT._replace(method="x"), progress=False)
 
 
 def test_everybody_is_tuned_alike_and_online_tasks_have_equal_steps():
     entries = {entry.task: entry for entry in FULL.entries}
+    steps = {"bptt-8": 8, **dict.fromkeys(("bptt-1", "rtrl", "snap-1", "rflo", "uoro"), 1)}
     planned = plan(FULL, list(entries), METHODS, None, "cpu")
     keys = [(*run[:2], run.candidates) for run in planned]
     assert len(keys) == len(set(keys))
@@ -172,7 +235,8 @@ def test_everybody_is_tuned_alike_and_online_tasks_have_equal_steps():
         assert all(place[candidate] < number for candidate in run.candidates)
         if run.settings.window:
             assert rates == (1e-3,)
-            assert run.settings.window == (1 if run.settings.method in {"rtrl", "snap-1", "rflo", "uoro"} else 25)
+            # SnAp-1 in BPTT's windows too: what does it owe to its many updates?
+            assert run.settings.window in {steps.get(run.settings.method, 25), 25 * (run.settings.method == "snap-1")}
             assert run.settings.updates * run.settings.window == 15_000
             assert (run.settings.clip, run.settings.falling) == (0.0, False)
     for task in entries:
@@ -181,15 +245,21 @@ def test_everybody_is_tuned_alike_and_online_tasks_have_equal_steps():
             if run.task == task and run.settings.seed != TUNING_SEED:
                 row = run.settings._replace(seed=0, lr=0.0), run.candidates
                 counts[row] = counts.get(row, 0) + 1
-        assert len(set(counts.values())) == 1
+        for cell in {settings.cell for settings, _ in counts}:
+            assert len({number for (settings, _), number in counts.items() if settings.cell == cell}) == 1
 
 
 def test_what_a_claim_stands_on_comes_first():
     claims = {entry.task for entry in FULL.entries if entry.claim}
     assert claims >= {"copying-40", "mnist-rows", "mnist-7x7", "mnist-14x14", "mackey-glass", "characters"}
     planned = plan(FULL, [entry.task for entry in FULL.entries], METHODS, None, "cpu")
+    # The network under Dale's law promises nothing.
     ranks = [
-        (run.settings.seed in range(3, TUNING_SEED), run.task not in claims, run.settings.method not in CORE)
+        (
+            run.settings.seed in range(3, TUNING_SEED),
+            run.task not in claims or run.settings.cell == "dale",
+            run.settings.method not in CORE,
+        )
         for run in planned
     ]
     assert ranks == sorted(ranks)
@@ -200,10 +270,10 @@ def test_what_a_claim_stands_on_comes_first():
     assert list(dict.fromkeys(first)) == [task for task, _ in itertools.groupby(first)]
 
 
-def test_learned_feedback_and_bptt_have_each_others_learning_rate_too():
-    planned = plan(FULL, ["copying-40", "mnist-rows", "perceptual-reward"], METHODS, 1, "cpu")
+def test_everybody_has_bptts_learning_rate_too_and_bptt_that_of_learned_feedback():
+    planned = plan(FULL, ["copying-40", "mackey-glass", "perceptual-reward"], METHODS, 1, "cpu")
     mine = [run for run in planned if run.settings.method == "anp-feedback" and run.settings.seed == 0]
-    (own, exact), (single,) = ([run for run in mine if run.task == task] for task in ("copying-40", "mnist-rows"))
+    (own, exact), (single,) = ([run for run in mine if run.task == task] for task in ("copying-40", "mackey-glass"))
     assert own.settings == exact.settings
     assert {json.loads(candidate)[1]["method"] for candidate in own.candidates} == {"anp-feedback"}
     assert {json.loads(candidate)[1]["method"] for candidate in exact.candidates} == {"bptt"}
@@ -212,7 +282,9 @@ def test_learned_feedback_and_bptt_have_each_others_learning_rate_too():
     # Where there is one rate it is everybody's.
     assert single.settings.lr == 1e-3
     tuning = [run for run in planned if run.settings.seed == TUNING_SEED and run.settings.method == "bptt"]
-    assert len(tuning) == len(FULL.rates)
+    assert [run.task for run in tuning] == ["copying-40"] * len(FULL.rates) + ["perceptual-reward"] * len(FULL.rates)
+    others = [way for way in ways(FULL.entries[0], "rnn") if way.rate_of == "bptt"]
+    assert {way.method for way in others} == set(METHODS) - {"bptt", "rtrl", "e-prop"}
     alone = plan(FULL, ["copying-40"], ["anp-feedback"], 1, "cpu")
     assert [run.candidates for run in alone if run.settings.seed == 0] == [own.candidates]
 
@@ -222,12 +294,18 @@ def test_methods_are_those_that_are_defined():
     small, large = (ways(entries[name], "rnn") for name in ("mackey-glass", "copying-40"))
     assert {way.method for way in small} == set(METHODS) - {"e-prop"}
     assert {way.method for way in large} == set(METHODS) - {"e-prop", "rtrl"}
-    assert [way for way in large if way.method == "bptt-1"] == [Way("bptt-1"), Way("bptt-1", "rmsprop")]
+    own = [way for way in large if not way.rate_of]
+    assert [way for way in own if way.method == "bptt-1"] == [Way("bptt-1"), Way("bptt-1", "rmsprop")]
+    assert [way for way in own if way.method == "bptt"] == [Way("bptt")]
+    assert Way("bptt", "rmsprop") in ways(entries["characters"], "lstm")
+    assert [way for way in small if way.windowed] == [Way("snap-1", windowed=True)]
+    # Rivals are written for networks whose weights are their parameters.
+    assert {way.method for way in ways(entries["perceptual-decision"], "dale")} & set(RIVALS) == {"bptt"}
     gated = {way.method for way in ways(entries["characters"], "lstm")}
     assert not gated & {"rflo", "rtrl", "published-anp"}
     assert gated >= {"bptt", "bptt-8", "bptt-1", "snap-1", "e-prop", "np", "anp-ls"}
-    # What needs a loss cannot learn from a reward.
-    assert {way.method for way in ways(entries["perceptual-reward"], "rnn")} == {"np", "wp", "anp", "anp-ls"}
+    # What needs a loss of every step cannot learn from a reward.
+    assert {way.method for way in ways(entries["perceptual-reward"], "rnn")} == {"bptt", "np", "wp", "anp", "anp-ls"}
 
 
 def test_who_is_left_out_can_be_said():
@@ -287,6 +365,7 @@ def options(**changes):
         ({"tasks": ["mnist-rows"]}, "mnist-rows: nothing was passed: pass --mnist PATH"),
         ({"text": Path("absent.txt")}, "characters: there is no file 'absent.txt': pass --text PATH"),
         ({"mnist": Path("absent.npz")}, "mnist-rows: there is no file 'absent.npz': pass --mnist PATH"),
+        ({"mnist": Path(__file__)}, "test_study_rivals.py' is no .npz of numpy: pass --mnist PATH"),
         ({"tasks": ["sorting"]}, "no task sorting; there are copying-10"),
     ],
 )

@@ -121,6 +121,20 @@ def test_a_series_is_shown_once_and_its_state_set_back():
         study_tasks.series("lorenz", study_tasks.lorenz, 7)
 
 
+def test_a_series_has_guesses_that_need_no_network():
+    def waves(lanes, steps, seed):
+        # An oscillation of any phase obeys x_t = 2 cos(.1) x_{t-1} - x_{t-2}.
+        phases = np.random.default_rng(seed).random((lanes, 1))
+        return np.sin(0.1 * np.arange(steps) + 6 * phases)
+
+    task = study_tasks.series("waves", waves, 25)
+    scores = task.baselines()
+    # Of variance 1: E (x_t - x_{t-1})^2 = 2 - 2 cos(.1).
+    assert scores["persistence"].loss == pytest.approx(2 - 2 * math.cos(0.1), rel=0.01)
+    assert scores["linear"].loss < 1e-6
+    assert (task.chance, task.solved) == (scores["persistence"].loss, scores["persistence"].loss / 2)
+
+
 def test_characters_are_asked_for_one_step_ahead(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abcd" * 1500)
@@ -152,12 +166,17 @@ def test_a_missing_file_says_what_to_pass_and_where_it_comes_from(tmp_path):
     np.savez(tmp_path / "other.npz", x_train=np.zeros(1))
     with pytest.raises(ValueError, match=r"no array train_images, .*; it has x_train"):
         study_tasks.arrays_of(tmp_path / "other.npz")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "text.npz").write_text("no archive")
+    for name, said in (("one.npy", "holds one array"), ("text.npz", "is no .npz of numpy")):
+        with pytest.raises(ValueError, match=rf"{name}' {said}: pass --mnist PATH, an .npz .*torchvision"):
+            study_tasks.arrays_of(tmp_path / name)
 
 
 def test_names_are_those_of_the_tasks(digits, tmp_path):
     np.savez(tmp_path / "digits.npz", **digits)
     makers = study_tasks.by_name(tmp_path / "digits.npz", None)
-    for name in ("copying-10", "copying-40", "adding-50", "adding-100", "mackey-glass", "lorenz"):
+    for name in ("copying-10", "copying-40", "copying-100", "adding-50", "adding-100", "mackey-glass", "lorenz"):
         task = makers[name](25)
         assert task.name == name
         assert task.solved == task.chance / 2
