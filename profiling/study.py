@@ -38,6 +38,13 @@ RESULTS = Path(__file__).resolve().parent / "results" / "study"
 QUICK_MINUTES = 9.0
 
 
+def key_of_line(run: dict) -> str:
+    """Return what identifies a finished run of this study."""
+    if missing := [name for name in ("curve", "seconds") if name not in run]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    return key_of(run["task"], training.Settings(**run["settings"]))
+
+
 class Finished:
     """The file of finished runs. Only one process may write to it at a time.
 
@@ -47,26 +54,29 @@ class Finished:
     """
 
     def __init__(self, path: Path, key: Callable[[dict], str] | None = None) -> None:
-        self.path, self.key = path, key or (lambda run: key_of(run["task"], training.Settings(**run["settings"])))
+        self.path, self.key = path, key or key_of_line
         self.runs: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
-        # A process that is killed while writing leaves a last line without its end.
-        self.broken = not content.endswith(b"\n") and bool(content)
-        for number, line in enumerate(content.splitlines(), 1):
+        # A process that is killed while writing leaves a last line without its end; who adds a run takes it away.
+        whole, unfinished = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
+        self.cut = len(whole) if unfinished else None
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 run = json.loads(line)
-                if missing := [name for name in ("curve", "seconds") if name not in run]:
-                    raise ValueError(f"it has no {', '.join(missing)}")
                 self.runs[self.key(run)] = run
             except (ValueError, TypeError, KeyError) as error:
                 print(f"line {number} of {path.name} is no run and was skipped: {error}", file=sys.stderr)
+        if unfinished:
+            print(f"line {len(whole.splitlines()) + 1} of {path.name} is unfinished and was skipped", file=sys.stderr)
 
     def add(self, run: dict) -> None:
         """Add a run; it is on the disk when this returns."""
-        with self.path.open("a") as file:
-            file.write("\n" * self.broken + json.dumps(run) + "\n")
-            self.broken = False
+        with self.path.open("ab") as file:
+            if self.cut is not None:
+                file.truncate(self.cut)
+                self.cut = None
+            file.write(json.dumps(run).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self.runs[self.key(run)] = run

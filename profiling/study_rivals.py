@@ -25,6 +25,7 @@ import study_rivals_report
 import study_tasks
 import study_tasks_neurogym
 import torch
+from machine import processor
 from study import Finished, Queue, attended, note_machine
 from study_grid import Planned, key_of, training
 from study_rivals_plan import FULL, QUICK, Grid, plan
@@ -76,20 +77,41 @@ def names_of(grid: Grid, options: argparse.Namespace) -> list[str]:
 
 def key_of_line(run: dict) -> str:
     """Return what identifies a finished run."""
+    if missing := [name for name in ("curve", "seconds", "machine") if name not in run]:
+        raise ValueError(f"it has no {', '.join(missing)}")
     return key_of(run["task"], Settings(**run["settings"]))
 
 
-def seconds_of(runs: Sequence[Planned], makers: Makers) -> dict[str, float]:
-    """Estimate the seconds of one process that runs take, by task, from three updates of each kind."""
+def kind_of(settings: Settings) -> Settings:
+    """Return what the time of a run depends on."""
+    return settings._replace(seed=0, lr=1e-4, updates=3, start="default", optimiser="adam")
+
+
+def seconds_of(runs: Sequence[Planned], makers: Makers, finished: Finished) -> dict[str, float]:
+    """Estimate the seconds of one process that runs take, by task.
+
+    From a finished run of the same kind on this processor; where there is none, from three updates.
+    """
+    known: dict[tuple[str, Settings], dict] = {}
+    for line in finished.runs.values():
+        settings = Settings(**line["settings"])
+        if line["machine"] == processor(settings.device) and line["curve"]["seconds"]:
+            known[line["task"], kind_of(settings)] = line
     # As workers run.
     torch.set_num_threads(1)
     kinds: dict[tuple[str, Settings], list[Planned]] = {}
     for run in runs:
-        kind = run.settings._replace(seed=0, lr=1e-4, updates=3, start="default", optimiser="adam")
+        kind = kind_of(run.settings)
         kinds.setdefault((run.task, kind), []).append(run)
     total: dict[str, float] = {}
     last: tuple[tuple[str, int], Benchmark] | None = None
     for (name, kind), mine in tqdm(kinds.items(), desc="timing", unit="kind", leave=False):
+        if (line := known.get((name, kind))) is not None:
+            training_s, whole = line["curve"]["seconds"][-1], line["seconds"]
+            for run in mine:
+                share = run.settings.updates / line["curve"]["updates"][-1]
+                total[name] = total.get(name, 0.0) + whole - training_s + share * training_s
+            continue
         if last is None or last[0] != (name, kind.window):
             last = (name, kind.window), makers[name](kind.window)
         started = clock(kind.device)
@@ -105,14 +127,15 @@ def seconds_of(runs: Sequence[Planned], makers: Makers) -> dict[str, float]:
     return total
 
 
-def say_hours(runs: Sequence[Planned], makers: Makers, jobs: int) -> None:
+def say_hours(runs: Sequence[Planned], makers: Makers, finished: Finished, jobs: int) -> None:
     """Print how long runs take, about."""
-    seconds = seconds_of(runs, makers)
+    seconds = seconds_of(runs, makers, finished)
     for name, spent in seconds.items():
         print(f"{name:24s}{spent / 3600:8.2f} h of one process")
     whole = sum(seconds.values()) / 3600
     print(
-        f"{len(runs)} runs, about {whole:.1f} hours of one process, {whole / jobs:.1f} with {jobs} jobs",
+        f"{len(runs)} runs, at most about {whole:.1f} hours of one process, {whole / jobs:.1f} with {jobs} jobs; "
+        "of two learning rates that turn out equal only one runs",
         flush=True,
     )
 
@@ -138,7 +161,7 @@ def study(options: argparse.Namespace, grid: Grid) -> None:
     minutes = options.minutes if options.full or options.minutes else QUICK_MINUTES
     queue = Queue(planned, finished, time.monotonic() + 60 * minutes if minutes else float("inf"))
     if options.hours or (options.full and not options.tasks):
-        say_hours(queue.waiting, makers_of(options), options.jobs)
+        say_hours(queue.waiting, makers_of(options), finished, options.jobs)
     if options.hours or not queue.waiting:
         return
     note_machine(options.output)

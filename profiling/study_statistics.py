@@ -99,8 +99,13 @@ def area(updates: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def reached(cost: Sequence[float], losses: Sequence[float], stated: float) -> float | None:
-    """Return the cost (seconds, updates) at the first evaluation whose loss is at most `stated`; None if none is."""
-    return next((spent for spent, loss in zip(cost, losses, strict=True) if loss <= stated), None)
+    """Return the cost (seconds, updates) at the first evaluation from which two in a row are at most `stated`.
+
+    The last evaluation needs no other after it. None if there is none.
+    """
+    below = [loss <= stated for loss in losses]
+    lasting = [here and then for here, then in zip(below, [*below[1:], True], strict=True)]
+    return next((spent for spent, there in zip(cost, lasting, strict=True) if there), None)
 
 
 def nmse(records: Sequence[float]) -> float:

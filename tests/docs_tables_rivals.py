@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from docs_tables import ABSENT, Rows, percent, significant, without_zero
+from docs_tables import ABSENT, MINUS, Rows, percent, significant, without_zero
 
 BOUNDS = (math.log(8) / 2, 0.5, 0.25)
 """Losses, in nats, of which seconds are published: the first is half of guessing."""
@@ -18,20 +18,25 @@ BOUNDS = (math.log(8) / 2, 0.5, 0.25)
 TUNING_SEED = 100
 
 MNIST = ("mnist-rows", "mnist-7x7", "mnist-14x14")
+PIXELS = "mnist-28x28"
+OTHERS = ("copying-10", "copying-20", "copying-100", "adding-50", "adding-100", "mnist-7x7-permuted")
 SERIES = ("mackey-glass", "lorenz")
 DECIDING = ("perceptual-decision", "context-decision", "delayed-match")
 DECISIONS = (*DECIDING, "perceptual-reward")
 
 WORDS = {"bptt": "BPTT", "bptt-1": "BPTT cut to one step", "bptt-8": "BPTT cut to 8 steps"}
 MACHINES = {"AMD EPYC": "EPYC", "Intel(R) Xeon(R) Processor": "Xeon"}
-CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "dale": "Dale's law"}
+WINDOWED = " in windows"
 
 
 def name_of(row: str) -> str:
     row, at, rate = row.partition(" at ")
-    method, _, optimiser = row.partition(", ")
     if at:
         return f"{name_of(row)}, rate {rate}"
+    if row.endswith(WINDOWED):
+        return f"{name_of(row.removesuffix(WINDOWED))}, windows of 25"
+    method, _, optimiser = row.partition(", ")
     return WORDS.get(method, f"`{method}`") + (f", {optimiser}" if optimiser else "")
 
 
@@ -58,8 +63,9 @@ def bits(value: float) -> str:
     return significant(value / math.log(2), 4)
 
 
-def count(value: float | None) -> str:
-    return ABSENT if value is None else significant(value, 2)
+def count(value: float | None, *, first: bool = False) -> str:
+    """Return a cost, with "≤" where it is that of a curve's first look."""
+    return ABSENT if value is None else ("≤ " if first else "") + significant(value, 2)
 
 
 def milliseconds(value: float | None) -> str:
@@ -67,8 +73,11 @@ def milliseconds(value: float | None) -> str:
 
 
 def machine(group: dict, row: dict) -> str:
-    """Return the machine of a row's seconds, if it has any."""
-    return ABSENT if row["per_update"] is None else MACHINES.get(group["timed_on"], group["timed_on"])
+    """Return the machine of a row's seconds, if it has any, and of how many seeds they are where not of all."""
+    if row["per_update"] is None:
+        return ABSENT
+    share_of = f", {row['clocked']} of {len(row['seeds'])}" if row["clocked"] < len(row["seeds"]) else ""
+    return MACHINES.get(group["timed_on"], group["timed_on"]) + share_of
 
 
 def of(result: dict, *tasks: str) -> list[dict]:
@@ -94,6 +103,10 @@ def rivals_claims(result: dict) -> Rows:
     def shown(claim: dict, name: str) -> str:
         return percent(claim[name], 1) if claim["figure"] == "right" else loss(claim[name])
 
+    def apart(claim: dict) -> str:
+        shown_of = (lambda value: f"{100 * value:+.1f}") if claim["figure"] == "right" else signed
+        return f"{shown_of(claim['apart'][0])} to {shown_of(claim['apart'][1])}".replace("-", MINUS)
+
     promised = ("copying-40", *MNIST, "characters", *DECIDING)
     made = [claim for task in promised for claim in result["claims"] if claim["task"] == task]
     missing_tasks = [task for task in promised if task not in {claim["task"] for claim in made}]
@@ -103,13 +116,19 @@ def rivals_claims(result: dict) -> Rows:
             claim["figure"],
             str(claim["seeds"]),
             *(f"{rate:g}" for rate in claim["rates"]),
+            {None: "the one there is", True: "its own", False: "BPTT's"}[claim["own"]],
             *(shown(claim, name) for name in ("bptt", "feedback")),
+            apart(claim),
             ("≥ " if claim["figure"] == "right" else "≤ ") + shown(claim, "bound"),
             ("yes" if claim["holds"] else "no") + ("" if claim["counts"] else ", but BPTT does not solve it"),
         ]
         for claim in made
     ]
-    return rows + [[task, *[ABSENT] * 7, "not made yet"] for task in missing_tasks]
+    return rows + [[task, *[ABSENT] * 9, "not made yet"] for task in missing_tasks]
+
+
+def signed(value: float) -> str:
+    return ("+" if value >= 0 else "-") + without_zero(significant(abs(value), 2))
 
 
 def rivals_spent(result: dict) -> Rows:
@@ -119,14 +138,19 @@ def rivals_spent(result: dict) -> Rows:
     ]
 
 
+def rate(row: dict) -> str:
+    """Return a row's learning rate, and whether short runs chose it for this method."""
+    return f"{row['rate']:g}" + (", own" if row["own"] else "")
+
+
 def rivals_copying(result: dict) -> Rows:
     """Copying after 40 steps: test loss, and what it costs to solve it."""
     rows = []
     for group in of(result, "copying-40"):
         for row in group["rows"]:
-            costs = [milliseconds(row["per_update"]), count(row["seconds"]), machine(group, row)]
-            costs.append(count(row["rollout_steps"]))
-            how = [str(row["rollouts"] or ABSENT), f"{row['rate']:g}", seeds(group, row)]
+            costs = [milliseconds(row["per_update"]), count(row["seconds"], first=row["first_solved"])]
+            costs += [machine(group, row), count(row["rollout_steps"], first=row["first_solved"])]
+            how = [str(row["rollouts"] or ABSENT), rate(row), seeds(group, row)]
             rows.append([name_of(row["name"].split(" at ")[0]), *how, spread(row["loss"]), *costs])
         rows += missing(group, 9)
     return rows
@@ -142,8 +166,9 @@ def classified(result: dict, tasks: Sequence[str]) -> Rows:
             for row in group["rows"]:
                 how = [str(row["rollouts"] or ABSENT), seeds(group, row)]
                 figures = [spread(row["accuracy"], share), spread(row["loss"])]
-                costs = [milliseconds(row["per_update"]), count(row["seconds"]), machine(group, row)]
-                rows.append([title, name_of(row["name"]), *how, *figures, *costs, count(row["trials"])])
+                costs = [milliseconds(row["per_update"]), count(row["seconds"], first=row["first_solved"])]
+                costs += [machine(group, row), count(row["trials"], first=row["first_trials"])]
+                rows.append([title, name_of(row["name"]), *how, *figures, *costs])
             rows += [[title, *line] for line in missing(group, 9)]
         if not groups:
             rows.append([task, "no run is made yet", *[ABSENT] * 8])
@@ -179,6 +204,27 @@ def rivals_mnist(result: dict) -> Rows:
     return [row[:-1] for row in classified(result, MNIST)]
 
 
+def rivals_pixels(result: dict) -> Rows:
+    """MNIST, all 784 pixels one by one."""
+    return [row[:-1] for row in classified(result, (PIXELS,))]
+
+
+def rivals_others(result: dict) -> Rows:
+    """Tasks that nothing was promised of: mean test loss of each method at its own learning rate, and seeds."""
+    rows = []
+    for group in of(result, *OTHERS):
+        exact = next((row for row in group["rows"] if row["name"].split(" at ")[0] == "bptt"), None)
+        for row in group["rows"]:
+            if row["own"] is not False:
+                costs = [milliseconds(row["per_update"]), machine(group, row)]
+                how = [str(row["rollouts"] or ABSENT), rate(row), seeds(group, row)]
+                solved = "yes" if row["loss"]["mean"] <= group["solved"] else "no"
+                title = f"{group['task']}, {group['start']}"
+                rows.append([title, name_of(row["name"].split(" at ")[0]), *how, spread(row["loss"]), solved, *costs])
+        assert exact is not None, f"{group['task']} needs BPTT beside what is said of it"
+    return rows
+
+
 def rivals_decisions(result: dict) -> Rows:
     """Tasks of neurogym: share of right decisions on new trials, and trials to 80 %."""
     return classified(result, DECISIONS)
@@ -190,18 +236,23 @@ def rivals_series(result: dict) -> Rows:
     ours = [{row["name"]: row for row in group["rows"]} for group in groups]
     theirs = [{PRINTED_AS.get(name, name): value for name, value in group["printed"].items()} for group in groups]
     rows = []
+    for guess in groups[0]["guesses"]:
+        cells = [cell for group in groups for cell in (ABSENT, significant(group["guesses"][guess], 2), ABSENT)]
+        rows.append([GUESSES[guess], *cells])
     for name in dict.fromkeys(name for part in (*ours, *theirs) for name in part):
         cells = []
         for group, mine, published in zip(groups, ours, theirs, strict=True):
-            cells.append("{:.4f} ± {:.4f}".format(*published[name]) if name in published else ABSENT)
+            cells.append("{:.4f} ± {:.4f} ({})".format(*published[name]) if name in published else ABSENT)
             row = mine.get(name)
             cells += (
                 [spread(row["nmse"], nmse), seeds(group, row)] if row else [ABSENT, group["lacking"].get(name, ABSENT)]
             )
-        rows.append([name if name.startswith("sketched") else name_of(name), *cells])
+        rows.append([name if name.startswith(("sketched", "KF")) else name_of(name), *cells])
     silent = {name: made for name, made in groups[0]["lacking"].items() if name not in theirs[0]}
     return rows + missing({"lacking": silent}, 7)
 
+
+GUESSES = {"persistence": "the last value again", "linear": "linear, of four values"}
 
 PRINTED_AS = {"BPTT in windows of 25": "bptt"}
 """Rows of the release by our name."""
@@ -241,6 +292,8 @@ TABLES: dict[str, Callable[..., Rows]] = {
         rivals_copying,
         rivals_decisions,
         rivals_mnist,
+        rivals_others,
+        rivals_pixels,
         rivals_seconds,
         rivals_series,
         rivals_spent,

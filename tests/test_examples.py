@@ -129,12 +129,17 @@ MNIST = ["--mnist", "digits.npz", "--epochs", "1", "--batch", "20", "--hidden", 
 
 
 @pytest.mark.parametrize(
-    ("side", "name", "shape"), [(None, "mnist", "28 steps of 28"), (7, "mnist_7x7", "49 steps of 1")]
+    ("side", "name", "shape", "rate"),
+    [
+        (None, "mnist", "28 steps of 28", "0.001"),
+        (7, "mnist_7x7", "49 steps of 1", "0.001"),
+        (14, "mnist_14x14", "196 steps of 1", "0.0002"),
+    ],
 )
-def test_mnist_runs_by_rows_and_by_pixels(side, name, shape, run, tmp_path):
+def test_mnist_runs_by_rows_and_by_pixels(side, name, shape, rate, run, tmp_path):
     images(tmp_path / "digits.npz")
     printed = run("mnist", *MNIST, *(["--side", str(side)] if side else []))
-    assert f"{shape}, H = 4, 40 images" in printed
+    assert f"{shape}, H = 4, 40 images, Adam {rate}, " in printed
     assert [line.split()[0] for line in printed.splitlines() if line.startswith(("anp-feedback ", "bptt "))] == [
         *("anp-feedback", "bptt") * 2,
         *("anp-feedback", "bptt"),

@@ -286,10 +286,11 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path, capsys):
     cut = path.read_bytes()
     again = study.Finished(path)
     assert list(again.runs) == [key_of(*first[:2])]
-    assert "line 2 of runs.jsonl is no run" in capsys.readouterr().err
+    assert capsys.readouterr().err == "line 2 of runs.jsonl is unfinished and was skipped\n"
     # Who only reads leaves a line alone that may still be in the making.
     assert path.read_bytes() == cut
     again.add(run_of(second, 0.5))
+    assert path.read_text().splitlines() == [json.dumps(run_of(planned, 0.5)) for planned in (first, second)]
     assert len(study.Finished(path).runs) == 2
 
 

@@ -18,11 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "profiling"))
 
 import study_rivals  # noqa: E402  (found through the line above)
-import study_rivals_report as tables  # noqa: E402
 import study_rivals_runs as runs  # noqa: E402
 import study_tasks  # noqa: E402
 from rivals import RIVALS  # noqa: E402
-from study_grid import TUNING_SEED, key_of, tasks  # noqa: E402
+from study_grid import TUNING_SEED, Planned, final, key_of, tasks  # noqa: E402
 from study_rivals_plan import CORE, FULL, QUICK, Grid, Way, left_out, plan, ways  # noqa: E402
 from study_rivals_runs import METHODS, Settings  # noqa: E402
 from study_tasks_neurogym import expected_reward  # noqa: E402
@@ -351,8 +350,23 @@ def test_a_study_goes_on_where_it_was_and_its_report_follows_from_its_lines(tmp_
     assert "line 6 of runs.jsonl is no run" in again.stderr
     kept = [line for line in path.read_text().splitlines() if line != lines[5][:50]]
     assert kept[:5] == lines[:5]
-    losses = [tables.final(json.loads(line), "test") for line in (lines[5], kept[5])]
+    losses = [final(json.loads(line), "test") for line in (lines[5], kept[5])]
     assert losses[0] == losses[1]
+
+
+def test_hours_are_those_of_finished_runs_where_there_are_any(tmp_path, copying, monkeypatch):
+    finished = study_rivals.Finished(tmp_path / "runs.jsonl", study_rivals.key_of_line)
+    line = runs.made(copying, SHORT._replace(updates=240))
+    line["seconds"], line["curve"]["seconds"][-1] = 5.0, 3.0
+    finished.add(line)
+    longer = [Planned(copying.name, SHORT._replace(seed=seed, updates=480, optimiser="rmsprop")) for seed in range(2)]
+    # Twice the updates and as many looks; nothing is timed.
+    assert study_rivals.seconds_of(longer, {}, finished) == {"copying-2": pytest.approx(2 * (2 + 6))}
+    other = Planned(copying.name, SHORT._replace(method="np"))
+    (timed,) = study_rivals.seconds_of([other], {"copying-2": lambda _window: copying}, finished).values()
+    assert 0 < timed < 60
+    monkeypatch.setattr(study_rivals, "train", lambda *_, **__: runs.Learned([], [], [], [], [], [], []))
+    assert study_rivals.seconds_of([other], {"copying-2": lambda _window: copying}, finished) == {}
 
 
 def options(**changes):
@@ -383,23 +397,30 @@ def test_what_is_not_here_is_left_out_and_said(capsys, monkeypatch):
     assert "left out: perceptual-decision: neurogym is not installed" in printed
 
 
-def test_hours_are_those_of_the_updates(copying, capsys, monkeypatch):
+def clocked(monkeypatch):
+    times = iter([0.0, 14.0 + 0.3] * 2)
+    monkeypatch.setattr(study_rivals, "clock", lambda device: next(times))
+
+
+def test_hours_are_those_of_the_updates(copying, capsys, monkeypatch, tmp_path):
+    none = study_rivals.Finished(tmp_path / "runs.jsonl")
+
     def timed(task, settings, *, progress):
         # A first update of 10 s, others of 2 s.
         return runs.Learned([1, 2, 3], [10.0, 12.0, 14.0], [], [], [], [], [])
 
     monkeypatch.setattr(study_rivals, "train", timed)
-    monkeypatch.setattr(study_rivals.time, "process_time", iter([0.0, 14.0 + 0.3] * 2).__next__)
+    clocked(monkeypatch)
     planned = [
         study_rivals.Planned("copying-2", SHORT._replace(method=method, seed=seed, updates=100))
         for method in ("bptt", "np")
         for seed in (0, 1, TUNING_SEED)
     ]
-    study_rivals.say_hours(planned, {"copying-2": lambda window: copying}, 2)
+    study_rivals.say_hours(planned, {"copying-2": lambda window: copying}, none, 2)
     # Six runs of 10 + 100 x 2 and 24 evaluations of .1 s: 1274.4 s.
-    assert "6 runs, about 0.4 hours of one process, 0.2 with 2 jobs" in capsys.readouterr().out
-    monkeypatch.setattr(study_rivals.time, "process_time", iter([0.0, 14.0 + 0.3] * 2).__next__)
-    total = study_rivals.seconds_of(planned, {"copying-2": lambda window: copying})
+    assert "6 runs, at most about 0.4 hours of one process, 0.2 with 2 jobs" in capsys.readouterr().out
+    clocked(monkeypatch)
+    total = study_rivals.seconds_of(planned, {"copying-2": lambda window: copying}, none)
     assert total == {"copying-2": pytest.approx(6 * (10 + 200 + 2.4))}
 
 

@@ -80,8 +80,11 @@ def test_area_is_the_mean_height():
         area([0], [1.0, 2.0])
 
 
-def test_a_loss_is_reached_at_the_first_evaluation_below_it():
-    assert reached([10, 20, 30, 40], [3.0, 1.0, 2.0, 0.5], 1.0) == 20
+def test_a_loss_is_reached_at_the_first_two_evaluations_below_it():
+    # At 20 it is only passing by.
+    assert reached([10, 20, 30, 40], [3.0, 1.0, 2.0, 0.5], 1.0) == 40
+    assert reached([10, 20, 30, 40], [3.0, 1.0, 0.5, 2.0], 1.0) == 20
+    assert reached([10, 20], [1.0, 1.0], 1.0) == 10
     assert reached([10, 20], [3.0, 1.1], 1.0) is None
     assert reached([10], [math.nan], 1.0) is None
 
