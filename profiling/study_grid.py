@@ -154,9 +154,9 @@ def last_valid_loss(run: dict) -> float:
     return final(run, "valid")[0]
 
 
-def final(run: dict, held_out: str) -> tuple[float, float | None]:
+def final(run: dict, held_out: str) -> tasks.Score:
     """Return loss and accuracy on "valid" or "test" at the end of a run; an infinite loss where it broke off."""
     scores = run["curve"][held_out]
     if len(scores) < training.SHARES or not math.isfinite(scores[-1][0]):
-        return math.inf, None
-    return scores[-1][0], scores[-1][1]
+        return tasks.Score(math.inf, None)
+    return tasks.Score(*scores[-1])

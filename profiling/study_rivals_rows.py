@@ -153,14 +153,12 @@ def chosen(run: dict, every: Sequence[dict]) -> float | None:
         return line["task"], *(line["settings"][name] for name in KIND)
 
     trials = [line for line in every if line["settings"]["seed"] == TUNING_SEED and kind(line) == kind(run)]
-    best = min(trials, key=lambda line: final(line, "valid")[0], default=None)
+    best = min(trials, key=lambda line: final(line, "valid").loss, default=None)
     return None if best is None else best["settings"]["lr"]
 
 
 def rows_of(runs: Sequence[dict], every: Sequence[dict] = ()) -> list[Row]:
     """Return the rows of one group, in the order of `METHODS`; `every` has the runs that chose learning rates."""
-    # What counts as solved is what the latest run says.
-    where, solved = timed_on(runs), runs[-1]["solved"]
     by_rate: dict[str, dict[float, list[dict]]] = {}
     for run in runs:
         by_rate.setdefault(row_of(run), {}).setdefault(run["settings"]["lr"], []).append(run)
@@ -170,41 +168,45 @@ def rows_of(runs: Sequence[dict], every: Sequence[dict] = ()) -> list[Row]:
         for rate, mine in sorted(rates.items())
     }
     order = {method: number for number, method in enumerate(METHODS)}
-    rows = []
-    for name, unordered in sorted(by_name.items(), key=lambda item: (order[item[1][0]["settings"]["method"]], item[0])):
-        mine = sorted(unordered, key=lambda run: run["settings"]["seed"])
-        ends = [final(run, "test") for run in mine]
-        how, rate = mine[0]["settings"], chosen(mine[0], every)
-        timed = [run for run in mine if run["machine"] == where]
-        times = [run["curve"]["seconds"][-1] / run["curve"]["updates"][-1] for run in timed if run["curve"]["updates"]]
-        whole = [run for run, end in zip(mine, ends, strict=True) if math.isfinite(end[0])]
-        to_criterion = median_cost(mine, "updates", wrong, 1 - CRITERION)
-        # An online run has no such loss: its task is to learn fast, and persistence is its scale.
-        to_solved = None if how["window"] else median_cost(mine, "updates", test_losses, solved)
-        firsts = {run["curve"]["updates"][0] for run in mine if run["curve"]["updates"]}
-        rows.append(
-            Row(
-                name,
-                how["lr"],
-                how["rollouts"],
-                tuple(run["settings"]["seed"] for run in mine),
-                tuple(loss for loss, _ in ends),
-                tuple(accuracy for _, accuracy in ends if accuracy is not None),
-                tuple(math.inf if math.isinf(end[0]) else area_of(run) for run, end in zip(mine, ends, strict=True)),
-                float(np.median(times)) if times else None,
-                None if how["window"] else median_cost(timed, "seconds", test_losses, solved),
-                median_cost(mine, "rollout_steps", test_losses, solved) if how["rollouts"] and to_solved else None,
-                None if to_criterion is None else to_criterion * how["batch"],
-                to_solved in firsts,
-                to_criterion in firsts,
-                None if rate is None else rate == how["lr"],
-                len(timed),
-                tuple(nmse(run["curve"]["records"]) for run in mine) if how["window"] else (),
-                tuple(run["curve"] for run in whole),
-                tuple(run["curve"] for run in whole if run["machine"] == where),
-            )
-        )
-    return rows
+    named = sorted(by_name.items(), key=lambda item: (order[item[1][0]["settings"]["method"]], item[0]))
+    # What counts as solved is what the latest run says.
+    return [_row(name, mine, timed_on(runs), runs[-1]["solved"], every) for name, mine in named]
+
+
+def _row(name: str, runs: Sequence[dict], where: str, solved: float, every: Sequence[dict]) -> Row:
+    """Return a row from the runs of a method at one learning rate."""
+    mine = sorted(runs, key=lambda run: run["settings"]["seed"])
+    how, rate = mine[0]["settings"], chosen(mine[0], every)
+    ends = {run["settings"]["seed"]: final(run, "test") for run in mine}
+    whole = [run for run in mine if math.isfinite(ends[run["settings"]["seed"]].loss)]
+    timed = [run for run in mine if run["machine"] == where]
+    times = [run["curve"]["seconds"][-1] / run["curve"]["updates"][-1] for run in timed if run["curve"]["updates"]]
+    # An online run has no such loss: its task is to learn fast, and persistence is its scale.
+    online = how["window"] > 0
+    to_solved = None if online else median_cost(mine, "updates", test_losses, solved)
+    to_criterion = median_cost(mine, "updates", wrong, 1 - CRITERION)
+    firsts = {run["curve"]["updates"][0] for run in mine if run["curve"]["updates"]}
+    counted = how["rollouts"] and to_solved is not None
+    return Row(
+        name=name,
+        rate=how["lr"],
+        rollouts=how["rollouts"],
+        seeds=tuple(ends),
+        losses=tuple(end.loss for end in ends.values()),
+        accuracies=tuple(end.accuracy for end in ends.values() if end.accuracy is not None),
+        areas=tuple(area_of(run) if run in whole else math.inf for run in mine),
+        per_update=float(np.median(times)) if times else None,
+        seconds=None if online else median_cost(timed, "seconds", test_losses, solved),
+        rollout_steps=median_cost(mine, "rollout_steps", test_losses, solved) if counted else None,
+        trials=None if to_criterion is None else to_criterion * how["batch"],
+        first_solved=to_solved in firsts,
+        first_trials=to_criterion in firsts,
+        own=None if rate is None else rate == how["lr"],
+        clocked=len(timed),
+        online=tuple(nmse(run["curve"]["records"]) for run in mine) if online else (),
+        curves=tuple(run["curve"] for run in whole),
+        timed=tuple(run["curve"] for run in whole if run["machine"] == where),
+    )
 
 
 def exact_of(rows: Sequence[Row]) -> Row | None:
