@@ -118,7 +118,7 @@ FULL = Grid(
         Entry("adding-50", 2000, 32, seeds=5, without=SLOW),
         Entry("adding-100", 2000, 32, seeds=3, without=SLOW),
         Entry("mnist-7x7-permuted", 2000, 32, seeds=3, without=SLOW),
-        # From torch's own start BPTT stays at chance for so few updates.
+        # Gates must remember for long before they can learn what to remember.
         Entry(
             *("mnist-28x28", 300, 32),
             seeds=1,
