@@ -61,6 +61,8 @@ class Grid(NamedTuple):
     rates: tuple[float, ...]
     tuning: float
     """Share of the updates that a tuning run makes."""
+    shared: bool = True
+    """Whether everybody has a row at BPTT's learning rate too."""
 
 
 WINDOWS = {**dict.fromkeys(("bptt-1", "rtrl", "snap-1", "rflo", "e-prop", "uoro"), 1), "bptt-8": 8}
@@ -152,6 +154,7 @@ QUICK = Grid(
     ),
     (1e-3, 3e-3),
     1 / 2,
+    shared=False,
 )
 
 PER_UNIT = 16
@@ -246,7 +249,9 @@ def plan(grid: Grid, names: Sequence[str], methods: Sequence[str], seeds: int | 
         rates = entry.rates or grid.rates
         for cell, start in itertools.product(entry.cells, entry.starts):
             for way in ways(entry, cell):
-                if not {way.method, way.rate_of or way.method} <= set(methods) or (way.rate_of and len(rates) == 1):
+                if not {way.method, way.rate_of or way.method} <= set(methods):
+                    continue
+                if way.rate_of and (len(rates) == 1 or not grid.shared):
                     continue
                 shared = settings_of(entry, way, cell, start, device)
                 alike = settings_of(entry, Way(way.rate_of), cell, start, device) if way.rate_of else shared

@@ -322,6 +322,10 @@ def test_who_is_left_out_can_be_said():
 def test_the_quick_grid_is_a_smaller_one():
     sizes = {entry.task: entry.steps for entry in FULL.entries}
     assert all(entry.steps < sizes[entry.task] and entry.hidden <= 32 for entry in QUICK.entries)
+    planned = plan(QUICK, list(sizes), METHODS, None, "cpu")
+    # One row for each method and optimiser.
+    rows = [(run.task, run.settings._replace(lr=0.0)) for run in planned if run.settings.seed == 0]
+    assert len(rows) == len(set(rows))
 
 
 def command(folder, *arguments):
