@@ -104,7 +104,7 @@ FULL = Grid(
             rates=(1e-3, 3e-3, 1e-2),
             claim=True,
             without=SLOW,
-            rmsprop=("bptt", "bptt-1"),
+            rmsprop=("bptt", "bptt-1", "anp-feedback"),
         ),
         Entry("perceptual-decision", 1000, 16, hidden=64, seeds=5, claim=True),
         Entry("perceptual-decision", 1000, 16, hidden=64, seeds=3, cells=(DALE,), starts=("default",)),
