@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from study_rivals_rows import AT, Group, Row, exact_of
+from study_rivals_rows import AT, EXACT, Group, Row, exact_of
 
 __all__ = ["Claim", "claims_of"]
 
@@ -24,6 +24,8 @@ class Claim(NamedTuple):
 
     task: str
     cell: str
+    amount: int
+    """Updates, or time steps."""
     figure: str
     rates: tuple[float, float]
     """Learning rates of BPTT and of learned feedback."""
@@ -42,15 +44,17 @@ class Claim(NamedTuple):
 
 
 def claims_of(group: Group, rows: Sequence[Row], solved: float) -> list[Claim]:
-    """Return what learned feedback promises of a group, for each learning rate it has; [] where nothing is promised.
+    """Return what learned feedback promises of a group; [] where nothing is promised.
 
-    The row at the learning rate of its own tuning comes first. Where BPTT has several rows, the best stands for it.
+    Once at the learning rate of its own tuning, and once at that of BPTT's. Of several rows of BPTT the best stands for
+    it.
     """
     exact = exact_of(rows)
     if exact is None or group.task not in ("copying-40", "characters", *POINTS):
         return []
     claims = []
-    mine = [row for row in rows if row.name.split(AT)[0] == OURS]
+    given = {row.rate for row in rows if row.name.split(AT)[0] == EXACT and row.own is not False}
+    mine = [row for row in rows if row.name.split(AT)[0] == OURS and (row.own is not False or row.rate in given)]
     for ours in sorted(mine, key=lambda row: row.own is False):
         seeds = sorted(set(exact.seeds) & set(ours.seeds))
         # A run that broke off has no accuracy, so that seeds and accuracies differ in number: the claim then fails.
@@ -68,7 +72,7 @@ def claims_of(group: Group, rows: Sequence[Row], solved: float) -> list[Claim]:
             apart = [difference / math.log(2) for difference in apart]
             figure, bound = "bits per character", 1.03 * bptt
         holds = feedback >= bound if figure == "right" else feedback <= bound
-        how = (group.task, group.cell, figure, (exact.rate, ours.rate), ours.own, len(seeds))
+        how = (group.task, group.cell, group.amount, figure, (exact.rate, ours.rate), ours.own, len(seeds))
         ends = (min(apart), max(apart))
         claims.append(Claim(*how, bptt, feedback, ends, bound, holds, float(np.mean(exact.losses)) <= solved))
     return claims

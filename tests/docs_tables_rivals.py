@@ -112,7 +112,7 @@ def rivals_claims(result: dict) -> Rows:
     missing_tasks = [task for task in promised if task not in {claim["task"] for claim in made}]
     rows = [
         [
-            f"{claim['task']}, {CELLS[claim['cell']]}",
+            f"{claim['task']}{sized(result, claim)}, {CELLS[claim['cell']]}",
             claim["figure"],
             str(claim["seeds"]),
             *(f"{rate:g}" for rate in claim["rates"]),
@@ -125,6 +125,12 @@ def rivals_claims(result: dict) -> Rows:
         for claim in made
     ]
     return rows + [[task, *[ABSENT] * 9, "not made yet"] for task in missing_tasks]
+
+
+def sized(result: dict, of_what: dict) -> str:
+    """Return the updates of a group or claim where its task has several sizes; "" elsewhere."""
+    sizes = {group["amount"] for group in of(result, of_what["task"]) if group["cell"] == of_what["cell"]}
+    return f", {of_what['amount']:,} updates" if len(sizes) > 1 else ""
 
 
 def signed(value: float) -> str:
@@ -162,7 +168,7 @@ def classified(result: dict, tasks: Sequence[str]) -> Rows:
     for task in tasks:
         groups = of(result, task)
         for group in groups:
-            title = task + ("" if group["cell"] == "rnn" else f", {CELLS[group['cell']]}")
+            title = task + sized(result, group) + ("" if group["cell"] == "rnn" else f", {CELLS[group['cell']]}")
             for row in group["rows"]:
                 how = [str(row["rollouts"] or ABSENT), seeds(group, row)]
                 figures = [spread(row["accuracy"], share), spread(row["loss"])]
@@ -213,7 +219,6 @@ def rivals_others(result: dict) -> Rows:
     """Tasks that nothing was promised of: mean test loss of each method at its own learning rate, and seeds."""
     rows = []
     for group in of(result, *OTHERS):
-        exact = next((row for row in group["rows"] if row["name"].split(" at ")[0] == "bptt"), None)
         for row in group["rows"]:
             if row["own"] is not False:
                 costs = [milliseconds(row["per_update"]), machine(group, row)]
@@ -221,7 +226,6 @@ def rivals_others(result: dict) -> Rows:
                 solved = "yes" if row["loss"]["mean"] <= group["solved"] else "no"
                 title = f"{group['task']}, {group['start']}"
                 rows.append([title, name_of(row["name"].split(" at ")[0]), *how, spread(row["loss"]), solved, *costs])
-        assert exact is not None, f"{group['task']} needs BPTT beside what is said of it"
     return rows
 
 
@@ -271,16 +275,16 @@ def over(row: dict, exact: dict) -> str:
 
 
 def rivals_characters(result: dict) -> Rows:
-    """Bits per character of a text's held-out part, and the loss over BPTT's on the same seeds."""
+    """Bits per character of a text's held-out part at own learning rates, and the loss over BPTT's, seed by seed."""
     rows = []
     for group in of(result, "characters"):
-        exact = next(row for row in group["rows"] if row["name"] == "bptt")
-        for row in group["rows"]:
-            how = [str(row["rollouts"] or ABSENT), seeds(group, row)]
+        own = {row["name"].split(" at ")[0]: row for row in group["rows"] if row["own"] is not False}
+        for name, row in own.items():
+            how = [str(row["rollouts"] or ABSENT), rate(row), seeds(group, row)]
             costs = [milliseconds(row["per_update"]), machine(group, row)]
-            figures = [spread(row["loss"], bits), over(row, exact)]
-            rows.append([CELLS[group["cell"]], name_of(row["name"]), *how, *figures, *costs])
-        rows += [[CELLS[group["cell"]], *line] for line in missing(group, 7)]
+            figures = [spread(row["loss"], bits), over(row, own["bptt"])]
+            rows.append([CELLS[group["cell"]], name_of(name), *how, *figures, *costs])
+        rows += [[CELLS[group["cell"]], *line] for line in missing(group, 8)]
     return rows
 
 

@@ -97,6 +97,10 @@ def test_the_own_learning_rate_is_the_one_that_short_runs_chose():
     rows = [row._replace(name=row.name.replace("np", "anp-feedback")) for row in rows.values()]
     claims = promised.claims_of(group._replace(task="copying-40"), rows, 1.0)
     assert [(claim.own, claim.rates[1]) for claim in claims] == [(True, 1e-2), (False, 1e-3)]
+    # A rate that neither has chosen promises nothing.
+    exact, *mine = rows
+    aside = [exact._replace(rate=1.0), *mine]
+    assert [claim.own for claim in promised.claims_of(group._replace(task="copying-40"), aside, 1.0)] == [True]
 
 
 def test_seconds_are_of_one_machine():
