@@ -197,7 +197,8 @@ def main() -> None:
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     steps, features = data.train_inputs.shape[1:]
-    options.lr = options.lr or (2e-4 if steps >= LONG else 1e-3)
+    if options.lr is None:
+        options.lr = 2e-4 if steps >= LONG else 1e-3
     images = len(data.train_inputs)
     title = f"{steps} steps of {features}, H = {options.hidden}, {images} images, Adam {options.lr:g}, {options.device}"
     tqdm.write(title)

@@ -33,6 +33,7 @@ __all__ = [
     "best_rate",
     "final",
     "key_of",
+    "last_valid_loss",
     "plan",
     "tasks",
     "training",

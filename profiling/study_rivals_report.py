@@ -138,8 +138,8 @@ def table(group: Group, runs: Sequence[dict], rows: Sequence[Row]) -> str:
         "mean of the curve": [spelled(interval(row.areas)) for row in rows],
         "p against BPTT": [f"{p_values[row.name]:.3f}" if row.name in p_values else "" for row in rows],
         "ms an update": ["" if row.per_update is None else f"{1e3 * row.per_update:.1f}" for row in rows],
-        "s until solved": [count(row.seconds, ".1f", row.first_solved) for row in rows],
-        "rollout-steps until solved": [count(row.rollout_steps, ".2g", row.first_solved) for row in rows],
+        "s until solved": [count(row.seconds, ".1f", row.first_seconds) for row in rows],
+        "rollout-steps until solved": [count(row.rollout_steps, ".2g", row.first_steps) for row in rows],
         "sequences until 80 % right": [count(row.trials, ".0f", row.first_trials) for row in rows],
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}

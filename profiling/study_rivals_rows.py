@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from study_grid import TUNING_SEED, final
+from study_grid import TUNING_SEED, final, last_valid_loss
 from study_rivals_plan import WINDOWS
 from study_rivals_runs import METHODS
 from study_statistics import area, holm, nmse, paired, reached
@@ -79,9 +79,10 @@ class Row(NamedTuple):
     rollout_steps: float | None
     trials: float | None
     """Median number of sequences to `CRITERION`."""
-    first_solved: bool
+    first_seconds: bool
+    first_steps: bool
     first_trials: bool
-    """Whether the median is that of the first look: it may have been less."""
+    """Whether the median of `seconds`, `rollout_steps` or `trials` is that of the first look: it may have been less."""
     own: bool | None
     """Whether its tuning chose the learning rate; None where nothing was to be chosen."""
     clocked: int
@@ -134,6 +135,12 @@ def median_cost(runs: Sequence[dict], column: str, height: Callable[[dict], list
     return middle if math.isfinite(middle) else None
 
 
+def at_first(runs: Sequence[dict], height: Callable[[dict], list[float]], bound: float) -> bool:
+    """Return whether the median of runs is below a bound at their first look."""
+    looks = {run["curve"]["updates"][0] for run in runs if run["curve"]["updates"]}
+    return median_cost(runs, "updates", height, bound) in looks
+
+
 def test_losses(curve: dict) -> list[float]:
     return [score[0] for score in curve["test"]]
 
@@ -153,7 +160,7 @@ def chosen(run: dict, every: Sequence[dict]) -> float | None:
         return line["task"], *(line["settings"][name] for name in KIND)
 
     trials = [line for line in every if line["settings"]["seed"] == TUNING_SEED and kind(line) == kind(run)]
-    best = min(trials, key=lambda line: final(line, "valid").loss, default=None)
+    best = min(trials, key=last_valid_loss, default=None)
     return None if best is None else best["settings"]["lr"]
 
 
@@ -170,7 +177,8 @@ def rows_of(runs: Sequence[dict], every: Sequence[dict] = ()) -> list[Row]:
     order = {method: number for number, method in enumerate(METHODS)}
     named = sorted(by_name.items(), key=lambda item: (order[item[1][0]["settings"]["method"]], item[0]))
     # What counts as solved is what the latest run says.
-    return [_row(name, mine, timed_on(runs), runs[-1]["solved"], every) for name, mine in named]
+    where, solved = timed_on(runs), runs[-1]["solved"]
+    return [_row(name, mine, where, solved, every) for name, mine in named]
 
 
 def _row(name: str, runs: Sequence[dict], where: str, solved: float, every: Sequence[dict]) -> Row:
@@ -183,10 +191,8 @@ def _row(name: str, runs: Sequence[dict], where: str, solved: float, every: Sequ
     times = [run["curve"]["seconds"][-1] / run["curve"]["updates"][-1] for run in timed if run["curve"]["updates"]]
     # An online run has no such loss: its task is to learn fast, and persistence is its scale.
     online = how["window"] > 0
-    to_solved = None if online else median_cost(mine, "updates", test_losses, solved)
+    counted = how["rollouts"] > 0 and not online
     to_criterion = median_cost(mine, "updates", wrong, 1 - CRITERION)
-    firsts = {run["curve"]["updates"][0] for run in mine if run["curve"]["updates"]}
-    counted = how["rollouts"] and to_solved is not None
     return Row(
         name=name,
         rate=how["lr"],
@@ -199,8 +205,9 @@ def _row(name: str, runs: Sequence[dict], where: str, solved: float, every: Sequ
         seconds=None if online else median_cost(timed, "seconds", test_losses, solved),
         rollout_steps=median_cost(mine, "rollout_steps", test_losses, solved) if counted else None,
         trials=None if to_criterion is None else to_criterion * how["batch"],
-        first_solved=to_solved in firsts,
-        first_trials=to_criterion in firsts,
+        first_seconds=at_first(timed, test_losses, solved),
+        first_steps=at_first(mine, test_losses, solved),
+        first_trials=at_first(mine, wrong, 1 - CRITERION),
         own=None if rate is None else rate == how["lr"],
         clocked=len(timed),
         online=tuple(nmse(run["curve"]["records"]) for run in mine) if online else (),

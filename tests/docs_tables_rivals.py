@@ -154,8 +154,8 @@ def rivals_copying(result: dict) -> Rows:
     rows = []
     for group in of(result, "copying-40"):
         for row in group["rows"]:
-            costs = [milliseconds(row["per_update"]), count(row["seconds"], first=row["first_solved"])]
-            costs += [machine(group, row), count(row["rollout_steps"], first=row["first_solved"])]
+            costs = [milliseconds(row["per_update"]), count(row["seconds"], first=row["first_seconds"])]
+            costs += [machine(group, row), count(row["rollout_steps"], first=row["first_steps"])]
             how = [str(row["rollouts"] or ABSENT), rate(row), seeds(group, row)]
             rows.append([name_of(row["name"].split(" at ")[0]), *how, spread(row["loss"]), *costs])
         rows += missing(group, 9)
@@ -172,7 +172,7 @@ def classified(result: dict, tasks: Sequence[str]) -> Rows:
             for row in group["rows"]:
                 how = [str(row["rollouts"] or ABSENT), seeds(group, row)]
                 figures = [spread(row["accuracy"], share), spread(row["loss"])]
-                costs = [milliseconds(row["per_update"]), count(row["seconds"], first=row["first_solved"])]
+                costs = [milliseconds(row["per_update"]), count(row["seconds"], first=row["first_seconds"])]
                 costs += [machine(group, row), count(row["trials"], first=row["first_trials"])]
                 rows.append([title, name_of(row["name"]), *how, *figures, *costs])
             rows += [[title, *line] for line in missing(group, 9)]
